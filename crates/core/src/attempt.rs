@@ -1,0 +1,172 @@
+//! An attempt: what a worker reports when it has performed a job, and what is kept of it.
+//!
+//! Never here: what follows from it (see `judge`).
+
+use crate::ids::{Epoch, WorkerId};
+use crate::money::Picodollars;
+use crate::time::UnixMs;
+use serde::{Deserialize, Serialize};
+
+/// Tokens read and written, as the model's tokenizer counts them or as the provider bills them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u64,
+    /// Tokens of the prompt served from a cache; part of `prompt_tokens`.
+    pub cached_prompt_tokens: u64,
+    /// Generated tokens, an end token included.
+    pub completion_tokens: u64,
+}
+
+/// Why generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// The model ended its answer, or a stop string came.
+    Stop,
+    /// The bound of tokens or the model's context was reached.
+    Length,
+    /// The provider withheld (part of) the text.
+    ContentFilter,
+    /// The provider gave none, or one that is not known.
+    Unknown,
+}
+
+/// What an attempt generated.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generation {
+    /// The text, without prompt and stop string.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens; `None` when neither the provider told nor anything counted them.
+    pub usage: Option<Usage>,
+    /// From the start of the attempt to its first text, in milliseconds.
+    pub first_token_ms: Option<u64>,
+}
+
+/// Kinds of failure. Chosen where the fault was seen; everything after branches on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureClass {
+    /// The request is wrong, or the model cannot serve it.
+    Invalid,
+    /// The key was refused.
+    Auth,
+    /// The model is unknown to whoever should run it.
+    NotFound,
+    /// The provider asked to slow down.
+    Throttled,
+    /// A passing fault of the network, the provider or the worker.
+    Transient,
+    /// The attempt took longer than it may.
+    Timeout,
+    /// The job's workers were lost too often to be chance.
+    Poison,
+    /// A defect of Genmill itself.
+    Internal,
+}
+
+impl FailureClass {
+    /// True when trying again can help.
+    #[must_use]
+    pub const fn is_retried(self) -> bool {
+        matches!(self, Self::Throttled | Self::Transient | Self::Timeout)
+    }
+}
+
+/// Why an attempt failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What kind of failure.
+    pub class: FailureClass,
+    /// What happened, for a person. Never holds a key.
+    pub message: String,
+    /// How long the provider asked to wait before the next call, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+}
+
+impl Failure {
+    /// The longest message that is kept, in bytes.
+    pub const MESSAGE_BYTES_MAX: usize = 2_048;
+
+    /// A failure; an overlong message is cut at a character.
+    #[must_use]
+    pub fn new(class: FailureClass, message: impl Into<String>) -> Self {
+        let mut message = message.into();
+        if message.len() > Self::MESSAGE_BYTES_MAX {
+            message.truncate(message.floor_char_boundary(Self::MESSAGE_BYTES_MAX));
+        }
+        Self { class, message, retry_after_ms: None }
+    }
+
+    /// The same failure with the wait the provider asked for.
+    #[must_use]
+    pub fn retry_after_ms(self, retry_after_ms: Option<u64>) -> Self {
+        Self { retry_after_ms, ..self }
+    }
+}
+
+/// How performing a job ended, as its worker saw it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// With a result.
+    Generated(Generation),
+    /// With an error.
+    Failed(Failure),
+    /// It was told to stop because the job was cancelled.
+    Cancelled,
+    /// It was told to stop because the job's deadline passed.
+    DeadlinePassed,
+    /// It was told to stop because the worker drains, or could not start.
+    HandedBack,
+}
+
+/// An outcome with what it cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Performed {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What the attempt cost; `None` when unknown.
+    pub cost: Option<Picodollars>,
+}
+
+/// How an attempt ended, as kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttemptEnd {
+    /// With the job's result.
+    Succeeded,
+    /// With an error.
+    Failed,
+    /// Its worker was lost.
+    Lost,
+    /// Its worker gave it back.
+    HandedBack,
+    /// It was cancelled.
+    Cancelled,
+    /// The job's deadline passed.
+    Expired,
+    /// It ended after its lease had gone to another; the result was refused, the cost is booked.
+    Fenced,
+}
+
+/// One attempt that has ended: a line of the ledger.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// The lease under which it ran.
+    pub epoch: Epoch,
+    /// Who ran it.
+    pub worker: WorkerId,
+    /// When it started.
+    pub started_at: UnixMs,
+    /// When its end was recorded.
+    pub ended_at: UnixMs,
+    /// How it ended.
+    pub end: AttemptEnd,
+    /// What it cost; `None` when unknown.
+    pub cost: Option<Picodollars>,
+    /// Set when it failed.
+    pub failure: Option<Failure>,
+}

@@ -1,0 +1,90 @@
+//! A job as it is read back: what was admitted, where it stands, what came of it.
+
+use crate::attempt::{Attempt, AttemptEnd, Failure, Generation};
+use crate::ids::{Epoch, JobId, WorkerId};
+use crate::model::ModelName;
+use crate::money::Picodollars;
+use crate::names::{Experiment, Tenant};
+use crate::request::{Input, Priority, Sampling};
+use crate::state::State;
+use crate::time::UnixMs;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// What is to be done, with nothing left open: a retry does exactly the same again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// The model.
+    pub model: ModelName,
+    /// What is to be continued or answered.
+    pub input: Input,
+    /// How tokens are picked.
+    pub sampling: Sampling,
+    /// Free key-value pairs.
+    pub labels: BTreeMap<String, String>,
+    /// Who the job belongs to.
+    pub tenant: Tenant,
+    /// What it is part of.
+    pub experiment: Option<Experiment>,
+    /// Which jobs go first.
+    pub priority: Priority,
+    /// Makes submission idempotent.
+    pub request_id: Option<String>,
+    /// Bound of one attempt, in milliseconds; `None`: none.
+    pub timeout_ms: Option<u64>,
+    /// When the job expires.
+    pub deadline: Option<UnixMs>,
+}
+
+impl JobSpec {
+    /// The work it asks for in tokens, for fairness: a guess of the input at 4 bytes a token, plus the bound of output.
+    #[must_use]
+    pub fn estimated_tokens(&self) -> u64 {
+        let input = u64::try_from(self.input.text_bytes()).unwrap_or(u64::MAX) / 4;
+        input.saturating_add(u64::from(self.sampling.max_tokens)).max(1)
+    }
+}
+
+/// A job with everything known about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// Its id.
+    pub id: JobId,
+    /// What is to be done.
+    pub spec: JobSpec,
+    /// Where it stands.
+    pub state: State,
+    /// How many leases it has had: attempts started.
+    pub epoch: Epoch,
+    /// Attempts that ended in an error of the job, its model or its provider.
+    pub failures: u32,
+    /// Attempts that were lost with their worker.
+    pub losses: u32,
+    /// When it was accepted.
+    pub created_at: UnixMs,
+    /// When its newest attempt started.
+    pub started_at: Option<UnixMs>,
+    /// When it reached a final state.
+    pub finished_at: Option<UnixMs>,
+    /// When its next attempt may start; set while it is delayed.
+    pub not_before: Option<UnixMs>,
+    /// The worker of the newest attempt.
+    pub worker: Option<WorkerId>,
+    /// What it produced.
+    pub generation: Option<Generation>,
+    /// Why its newest failed attempt failed; kept in a final state only when that is `Failed`.
+    pub failure: Option<Failure>,
+    /// Every attempt that has ended, oldest first.
+    pub attempts: Vec<Attempt>,
+}
+
+impl Job {
+    /// What all its attempts together cost; `None` when none has ended or the cost of one is unknown. A lost attempt
+    /// whose worker came back later stands in the ledger twice: only the later line knows its cost.
+    #[must_use]
+    pub fn cost(&self) -> Option<Picodollars> {
+        let reported = |epoch| self.attempts.iter().any(|a| a.epoch == epoch && a.end == AttemptEnd::Fenced);
+        let counted = self.attempts.iter().filter(|a| a.end != AttemptEnd::Lost || !reported(a.epoch));
+        counted.map(|attempt| attempt.cost).reduce(|sum, cost| Some(sum?.plus(cost?))).flatten()
+    }
+}

@@ -1,0 +1,174 @@
+//! What follows from an attempt: the one place that decides about retries.
+
+use crate::attempt::{AttemptEnd, Failure, FailureClass, Generation, Outcome};
+use crate::state::{Event, State};
+
+/// How failures and losses are dealt with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// How many failed attempts are followed by another one.
+    pub retries_max: u32,
+    /// The wait after the first failure, in milliseconds; doubled after each further one.
+    pub delay_ms_first: u64,
+    /// The longest wait between attempts, in milliseconds.
+    pub delay_ms_max: u64,
+    /// A job whose workers were lost this many times is poison.
+    pub losses_max: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self { retries_max: 3, delay_ms_first: 1_000, delay_ms_max: 600_000, losses_max: 3 }
+    }
+}
+
+/// What is to be done with a job after an attempt.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// Keep the result.
+    Succeed(Generation),
+    /// Try again after `delay_ms` milliseconds.
+    Retry {
+        /// How long to wait.
+        delay_ms: u64,
+        /// Why.
+        failure: Failure,
+    },
+    /// Give up.
+    Fail(Failure),
+    /// End as cancelled.
+    Cancel,
+    /// End as expired.
+    Expire,
+    /// Put back in its place; nobody is to blame.
+    HandBack,
+}
+
+impl Verdict {
+    /// What happens to the job.
+    #[must_use]
+    pub const fn event(&self) -> Event {
+        match self {
+            Self::Succeed(_) => Event::Succeed,
+            Self::Retry { .. } => Event::Retry,
+            Self::Fail(_) => Event::Fail,
+            Self::Cancel => Event::Cancel,
+            Self::Expire => Event::Expire,
+            Self::HandBack => Event::HandBack,
+        }
+    }
+
+    /// How the attempt is kept.
+    #[must_use]
+    pub const fn attempt_end(&self) -> AttemptEnd {
+        match self {
+            Self::Succeed(_) => AttemptEnd::Succeeded,
+            Self::Retry { .. } | Self::Fail(_) => AttemptEnd::Failed,
+            Self::Cancel => AttemptEnd::Cancelled,
+            Self::Expire => AttemptEnd::Expired,
+            Self::HandBack => AttemptEnd::HandedBack,
+        }
+    }
+
+    /// The failure, when there was one.
+    #[must_use]
+    pub const fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Retry { failure, .. } | Self::Fail(failure) => Some(failure),
+            Self::Succeed(_) | Self::Cancel | Self::Expire | Self::HandBack => None,
+        }
+    }
+}
+
+/// Decides what follows from `outcome` when `failures` attempts of the job had failed before.
+#[must_use]
+pub fn judge(outcome: Outcome, failures: u32, policy: &Policy) -> Verdict {
+    match outcome {
+        Outcome::Generated(generation) => Verdict::Succeed(generation),
+        Outcome::Cancelled => Verdict::Cancel,
+        Outcome::DeadlinePassed => Verdict::Expire,
+        Outcome::HandedBack => Verdict::HandBack,
+        Outcome::Failed(failure) if failure.class.is_retried() && failures < policy.retries_max => {
+            Verdict::Retry { delay_ms: delay_ms(failures, &failure, policy), failure }
+        }
+        Outcome::Failed(failure) => Verdict::Fail(failure),
+    }
+}
+
+/// First delay times 2 for every failure before, and at least what the provider asked for.
+fn delay_ms(failures: u32, failure: &Failure, policy: &Policy) -> u64 {
+    let doubled = policy.delay_ms_first.saturating_mul(2_u64.saturating_pow(failures));
+    doubled.max(failure.retry_after_ms.unwrap_or(0)).min(policy.delay_ms_max)
+}
+
+/// What a lost worker means for a job that had lost `losses` workers before: back to the queue, or the end as poison.
+#[must_use]
+pub fn judge_loss(losses: u32, policy: &Policy) -> (State, Option<Failure>) {
+    let losses = losses.saturating_add(1);
+    if losses < policy.losses_max {
+        return (State::Queued, None);
+    }
+    let message = format!(
+        "lost its worker {losses} times: either the job makes its workers crash, or they are stopped before they finish"
+    );
+    (State::Failed, Some(Failure::new(FailureClass::Poison, message)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(class: FailureClass, retry_after_ms: Option<u64>) -> Outcome {
+        Outcome::Failed(Failure::new(class, "x").retry_after_ms(retry_after_ms))
+    }
+
+    fn check(outcome: Outcome, failures: u32, delay_ms: Option<u64>) {
+        let verdict = judge(outcome, failures, &Policy::default());
+        let delay = match verdict {
+            Verdict::Retry { delay_ms, .. } => Some(delay_ms),
+            Verdict::Fail(_) => None,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(delay, delay_ms);
+    }
+
+    #[test]
+    fn a_passing_fault_is_retried_three_times_with_doubled_delays() {
+        for class in [FailureClass::Throttled, FailureClass::Transient, FailureClass::Timeout] {
+            check(failed(class, None), 0, Some(1_000));
+            check(failed(class, None), 1, Some(2_000));
+            check(failed(class, None), 2, Some(4_000));
+            check(failed(class, None), 3, None);
+        }
+    }
+
+    #[test]
+    fn a_lasting_fault_is_not_retried() {
+        for class in [
+            FailureClass::Invalid,
+            FailureClass::Auth,
+            FailureClass::NotFound,
+            FailureClass::Poison,
+            FailureClass::Internal,
+        ] {
+            check(failed(class, Some(1)), 0, None);
+        }
+    }
+
+    #[test]
+    fn the_provider_may_ask_for_a_longer_wait_but_not_for_a_shorter_one() {
+        check(failed(FailureClass::Throttled, Some(30_000)), 0, Some(30_000));
+        check(failed(FailureClass::Throttled, Some(1)), 1, Some(2_000));
+        check(failed(FailureClass::Throttled, Some(u64::MAX)), 0, Some(600_000));
+    }
+
+    #[test]
+    fn a_job_that_loses_three_workers_is_poison() {
+        let policy = Policy::default();
+        assert_eq!(judge_loss(0, &policy).0, State::Queued);
+        assert_eq!(judge_loss(1, &policy).0, State::Queued);
+        let (state, failure) = judge_loss(2, &policy);
+        assert_eq!(state, State::Failed);
+        assert_eq!(failure.unwrap().class, FailureClass::Poison);
+    }
+}

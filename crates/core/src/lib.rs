@@ -1,0 +1,17 @@
+//! What a job is, what may happen to it and what it costs.
+//!
+//! Everything here is a value or a pure function of values: the clock and random numbers are arguments. Never here:
+//! Redis, protobuf, HTTP, async, or anything else that does I/O.
+
+pub mod admit;
+pub mod attempt;
+pub mod ids;
+pub mod job;
+pub mod judge;
+pub mod model;
+pub mod money;
+pub mod names;
+pub mod registration;
+pub mod request;
+pub mod state;
+pub mod time;

@@ -1,0 +1,286 @@
+//! What a caller asks for, and the rules it must keep. Never here: whether anybody can serve it (see `admit`).
+
+use crate::model::ModelName;
+use crate::names::{Experiment, Tenant};
+use crate::time::UnixMs;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Who speaks in a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Instructions to the model.
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+}
+
+impl Role {
+    /// The name that providers and chat templates use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+        }
+    }
+}
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said.
+    pub content: String,
+}
+
+/// What is to be continued or answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Input {
+    /// Plain text.
+    Prompt(String),
+    /// A conversation, oldest message first.
+    Messages(Vec<ChatMessage>),
+}
+
+impl Input {
+    /// Bytes of text in it.
+    #[must_use]
+    pub fn text_bytes(&self) -> usize {
+        match self {
+            Self::Prompt(prompt) => prompt.len(),
+            Self::Messages(messages) => messages.iter().map(|message| message.content.len()).sum(),
+        }
+    }
+}
+
+/// Which jobs go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Priority {
+    /// Somebody is waiting for the answer.
+    Interactive,
+    /// The usual class.
+    #[default]
+    Normal,
+    /// Large runs that may take what is left.
+    Bulk,
+}
+
+impl Priority {
+    /// The share of a lane that a tenant's class gets, relative to other classes and tenants that have work.
+    #[must_use]
+    pub const fn weight(self) -> u32 {
+        match self {
+            Self::Interactive => 100,
+            Self::Normal => 10,
+            Self::Bulk => 1,
+        }
+    }
+
+    /// The one-letter code under which backlogs are stored.
+    #[must_use]
+    pub const fn code(self) -> char {
+        match self {
+            Self::Interactive => 'i',
+            Self::Normal => 'n',
+            Self::Bulk => 'b',
+        }
+    }
+}
+
+/// How tokens are picked. Unset means "all" for `top_p` and `top_k`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Upper bound of generated tokens.
+    pub max_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Nucleus sampling, in (0, 1].
+    pub top_p: Option<f64>,
+    /// Only the k most likely tokens.
+    pub top_k: Option<u32>,
+    /// Seed of the random numbers.
+    pub seed: u64,
+    /// Generation ends before the first of these.
+    pub stop: Vec<String>,
+}
+
+/// A request as its caller wrote it: what is unset is for admission to fill in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// The model.
+    pub model: ModelName,
+    /// What is to be continued or answered.
+    pub input: Input,
+    /// Upper bound of generated tokens.
+    pub max_tokens: Option<u32>,
+    /// Sampling temperature.
+    pub temperature: Option<f64>,
+    /// Nucleus sampling.
+    pub top_p: Option<f64>,
+    /// Only the k most likely tokens.
+    pub top_k: Option<u32>,
+    /// Seed of the random numbers.
+    pub seed: Option<u64>,
+    /// Stop strings.
+    pub stop: Vec<String>,
+    /// Free key-value pairs.
+    pub labels: BTreeMap<String, String>,
+    /// Who the job belongs to.
+    pub tenant: Tenant,
+    /// What it is part of.
+    pub experiment: Option<Experiment>,
+    /// Which jobs go first.
+    pub priority: Priority,
+    /// Makes submission idempotent.
+    pub request_id: Option<String>,
+    /// Bound of one attempt, in milliseconds.
+    pub timeout_ms: Option<u64>,
+    /// When the job expires.
+    pub deadline: Option<UnixMs>,
+}
+
+/// A rule that a request breaks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct Invalid {
+    /// The field, as the API names it.
+    pub field: &'static str,
+    /// What is wrong, and what would be right.
+    pub problem: String,
+}
+
+impl Invalid {
+    /// Says what is wrong with a field.
+    #[must_use]
+    pub fn new(field: &'static str, problem: impl Into<String>) -> Self {
+        Self { field, problem: problem.into() }
+    }
+}
+
+/// The most text a request may carry, in bytes. A whole request must also fit into a gRPC message of 4 MiB.
+pub const TEXT_BYTES_MAX: usize = 2 * 1024 * 1024;
+
+impl Request {
+    /// Checks every rule that needs nothing but the request and the time.
+    ///
+    /// # Errors
+    /// [`Invalid`] for the first broken rule.
+    pub fn check(&self, now: UnixMs) -> Result<(), Invalid> {
+        self.check_input()?;
+        self.check_sampling()?;
+        self.check_stop()?;
+        self.check_labels()?;
+        self.check_life(now)
+    }
+
+    fn check_input(&self) -> Result<(), Invalid> {
+        match &self.input {
+            Input::Prompt(prompt) => rule(!prompt.is_empty(), "prompt", || "must not be empty".to_owned()),
+            Input::Messages(messages) => {
+                rule(!messages.is_empty(), "messages", || "at least one message is needed".to_owned())
+            }
+        }
+    }
+
+    fn check_sampling(&self) -> Result<(), Invalid> {
+        let fits = |value: Option<u32>, max: u32| value.is_none_or(|value| (1..=max).contains(&value));
+        rule(fits(self.max_tokens, 1_000_000), "max_tokens", || "must be 1 to 1,000,000".to_owned())?;
+        rule(self.temperature.is_none_or(|t| (0.0..=2.0).contains(&t)), "temperature", || {
+            "must be 0 (greedy) to 2".to_owned()
+        })?;
+        rule(self.top_p.is_none_or(|p| p > 0.0 && p <= 1.0), "top_p", || {
+            "must be above 0 and at most 1; leave it out for all tokens".to_owned()
+        })?;
+        rule(fits(self.top_k, u32::MAX), "top_k", || "must be at least 1; leave it out for all tokens".to_owned())
+    }
+
+    fn check_stop(&self) -> Result<(), Invalid> {
+        rule(self.stop.len() <= 16, "stop", || format!("{} stop strings; at most 16", self.stop.len()))?;
+        rule(self.stop.iter().all(|stop| (1..=1_024).contains(&stop.len())), "stop", || {
+            "a stop string must have 1 to 1,024 bytes".to_owned()
+        })
+    }
+
+    fn check_labels(&self) -> Result<(), Invalid> {
+        rule(self.labels.len() <= 32, "labels", || format!("{} labels; at most 32", self.labels.len()))?;
+        let fits = |(key, value): (&String, &String)| (1..=64).contains(&key.len()) && value.len() <= 256;
+        rule(self.labels.iter().all(fits), "labels", || "keys must have 1 to 64 bytes, values at most 256".to_owned())
+    }
+
+    fn check_life(&self, now: UnixMs) -> Result<(), Invalid> {
+        rule(self.request_id.as_ref().is_none_or(|id| (1..=256).contains(&id.len())), "request_id", || {
+            "must have 1 to 256 bytes".to_owned()
+        })?;
+        rule(self.timeout_ms.is_none_or(|ms| (1..=86_400_000).contains(&ms)), "timeout_ms", || {
+            "must be 1 to 86,400,000 (a day)".to_owned()
+        })?;
+        rule(self.deadline.is_none_or(|deadline| deadline > now), "deadline", || "has passed already".to_owned())
+    }
+}
+
+fn rule(kept: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), Invalid> {
+    if kept { Ok(()) } else { Err(Invalid { field, problem: problem() }) }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn request(model: &str) -> Request {
+        Request {
+            model: ModelName::parse(model).unwrap(),
+            input: Input::Prompt("Hello".to_owned()),
+            max_tokens: None,
+            temperature: None,
+            top_p: None,
+            top_k: None,
+            seed: None,
+            stop: Vec::new(),
+            labels: BTreeMap::new(),
+            tenant: Tenant::default(),
+            experiment: None,
+            priority: Priority::Normal,
+            request_id: None,
+            timeout_ms: None,
+            deadline: None,
+        }
+    }
+
+    fn check(change: impl FnOnce(&mut Request), field: Option<&str>) {
+        let mut request = request("vllm_x");
+        change(&mut request);
+        assert_eq!(request.check(UnixMs(1_000)).err().map(|invalid| invalid.field), field);
+    }
+
+    #[test]
+    fn a_plain_request_keeps_all_rules() {
+        check(|_| (), None);
+    }
+
+    #[test]
+    fn each_rule_names_its_field() {
+        check(|r| r.input = Input::Prompt(String::new()), Some("prompt"));
+        check(|r| r.input = Input::Messages(Vec::new()), Some("messages"));
+        check(|r| r.max_tokens = Some(0), Some("max_tokens"));
+        check(|r| r.max_tokens = Some(1_000_001), Some("max_tokens"));
+        check(|r| r.temperature = Some(-0.1), Some("temperature"));
+        check(|r| r.temperature = Some(f64::NAN), Some("temperature"));
+        check(|r| r.top_p = Some(0.0), Some("top_p"));
+        check(|r| r.top_p = Some(f64::NAN), Some("top_p"));
+        check(|r| r.top_k = Some(0), Some("top_k"));
+        check(|r| r.stop = vec![String::new()], Some("stop"));
+        check(|r| r.stop = vec!["x".to_owned(); 17], Some("stop"));
+        check(|r| drop(r.labels.insert(String::new(), String::new())), Some("labels"));
+        check(|r| r.request_id = Some("x".repeat(257)), Some("request_id"));
+        check(|r| r.timeout_ms = Some(0), Some("timeout_ms"));
+        check(|r| r.deadline = Some(UnixMs(1_000)), Some("deadline"));
+    }
+}
