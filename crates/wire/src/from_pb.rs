@@ -1,0 +1,138 @@
+//! From protobuf to the domain: the door at which everything a caller sends is parsed.
+
+use crate::error::{ApiError, Reason};
+use crate::v1;
+use genmill_core::admit::Refusal;
+use genmill_core::ids::JobId;
+use genmill_core::model::ModelName;
+use genmill_core::names::{Experiment, Tenant};
+use genmill_core::request::{ChatMessage, Input, Invalid, Priority, Request, Role};
+use genmill_core::state::State;
+use genmill_core::time::UnixMs;
+
+fn invalid(field: &'static str, problem: impl Into<String>) -> Refusal {
+    Refusal::Invalid(Invalid::new(field, problem))
+}
+
+/// Reads a request. Only its form is checked here: see `Request::check` for the rules.
+///
+/// # Errors
+/// [`Refusal`] naming the field that is wrong.
+pub fn request(pb: v1::GenerationRequest) -> Result<Request, Refusal> {
+    if pb.model.is_empty() {
+        return Err(invalid("model", "must be set"));
+    }
+    let text = |text: String| (!text.is_empty()).then_some(text);
+    Ok(Request {
+        model: ModelName::parse(&pb.model)?,
+        input: input(pb.input.ok_or_else(|| invalid("prompt", "either prompt or messages must be set"))?)?,
+        max_tokens: pb.max_tokens,
+        temperature: pb.temperature,
+        top_p: pb.top_p,
+        top_k: pb.top_k,
+        seed: pb.seed,
+        stop: pb.stop,
+        labels: pb.labels.into_iter().collect(),
+        tenant: tenant(&pb.tenant)?.unwrap_or_default(),
+        experiment: experiment(&pb.experiment)?,
+        priority: priority(pb.priority)?,
+        request_id: text(pb.request_id),
+        timeout_ms: pb.timeout_ms,
+        deadline: pb.deadline.map(|at| unix_ms("deadline", &at)).transpose()?,
+    })
+}
+
+fn input(pb: v1::generation_request::Input) -> Result<Input, Refusal> {
+    match pb {
+        v1::generation_request::Input::Prompt(prompt) => Ok(Input::Prompt(prompt)),
+        v1::generation_request::Input::Messages(messages) => {
+            Ok(Input::Messages(messages.messages.into_iter().map(message).collect::<Result<_, _>>()?))
+        }
+    }
+}
+
+fn message(pb: v1::ChatMessage) -> Result<ChatMessage, Refusal> {
+    let role = match v1::Role::try_from(pb.role) {
+        Ok(v1::Role::System) => Role::System,
+        Ok(v1::Role::User) => Role::User,
+        Ok(v1::Role::Assistant) => Role::Assistant,
+        Ok(v1::Role::Unspecified) | Err(_) => {
+            return Err(invalid("messages", "every message needs a role: system, user or assistant"));
+        }
+    };
+    Ok(ChatMessage { role, content: pb.content })
+}
+
+fn priority(pb: i32) -> Result<Priority, Refusal> {
+    match v1::Priority::try_from(pb) {
+        Ok(v1::Priority::Interactive) => Ok(Priority::Interactive),
+        Ok(v1::Priority::Normal | v1::Priority::Unspecified) => Ok(Priority::Normal),
+        Ok(v1::Priority::Bulk) => Ok(Priority::Bulk),
+        Err(_) => Err(invalid("priority", format!("{pb} is no priority"))),
+    }
+}
+
+fn unix_ms(field: &'static str, at: &prost_types::Timestamp) -> Result<UnixMs, Refusal> {
+    let seconds = u64::try_from(at.seconds).map_err(|_| invalid(field, "must be a time after 1970"))?;
+    let nanos = u64::try_from(at.nanos).map_err(|_| invalid(field, "nanos must not be negative"))?;
+    Ok(UnixMs(seconds.saturating_mul(1_000).saturating_add(nanos / 1_000_000)))
+}
+
+fn tenant(name: &str) -> Result<Option<Tenant>, Refusal> {
+    let parse = || Tenant::parse(name).map_err(|error| invalid("tenant", error.to_string()));
+    (!name.is_empty()).then(parse).transpose()
+}
+
+fn experiment(name: &str) -> Result<Option<Experiment>, Refusal> {
+    let parse = || Experiment::parse(name).map_err(|error| invalid("experiment", error.to_string()));
+    (!name.is_empty()).then(parse).transpose()
+}
+
+/// Which jobs a caller means. What is `None` matches any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// The state.
+    pub state: Option<State>,
+    /// The model.
+    pub model: Option<ModelName>,
+    /// The experiment.
+    pub experiment: Option<Experiment>,
+    /// The tenant.
+    pub tenant: Option<Tenant>,
+}
+
+/// Reads a filter.
+///
+/// # Errors
+/// [`Refusal`] naming the field that is wrong.
+pub fn filter(pb: Option<v1::JobFilter>) -> Result<Filter, Refusal> {
+    let pb = pb.unwrap_or_default();
+    Ok(Filter {
+        state: state(pb.state)?,
+        model: (!pb.model.is_empty()).then(|| ModelName::parse(&pb.model)).transpose()?,
+        experiment: experiment(&pb.experiment)?,
+        tenant: tenant(&pb.tenant)?,
+    })
+}
+
+fn state(pb: i32) -> Result<Option<State>, Refusal> {
+    match v1::JobState::try_from(pb) {
+        Ok(v1::JobState::Unspecified) => Ok(None),
+        Ok(v1::JobState::Queued) => Ok(Some(State::Queued)),
+        Ok(v1::JobState::Delayed) => Ok(Some(State::Delayed)),
+        Ok(v1::JobState::Running) => Ok(Some(State::Running)),
+        Ok(v1::JobState::Succeeded) => Ok(Some(State::Succeeded)),
+        Ok(v1::JobState::Failed) => Ok(Some(State::Failed)),
+        Ok(v1::JobState::Cancelled) => Ok(Some(State::Cancelled)),
+        Ok(v1::JobState::Expired) => Ok(Some(State::Expired)),
+        Err(_) => Err(invalid("filter.state", format!("{pb} is no state"))),
+    }
+}
+
+/// Reads a job id.
+///
+/// # Errors
+/// [`ApiError`] when it is none.
+pub fn job_id(id: &str) -> Result<JobId, ApiError> {
+    JobId::parse(id).map_err(|error| ApiError::new(Reason::InvalidRequest, format!("job_id: {error}")))
+}

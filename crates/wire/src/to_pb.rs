@@ -1,0 +1,183 @@
+//! From the domain to protobuf. Cannot fail.
+
+use crate::v1;
+use genmill_core::attempt::{Attempt, AttemptEnd, Failure, FailureClass, FinishReason, Generation, Usage};
+use genmill_core::job::{Job, JobSpec};
+use genmill_core::money::Picodollars;
+use genmill_core::request::{ChatMessage, Input, Priority, Role};
+use genmill_core::state::State;
+use genmill_core::time::UnixMs;
+
+/// A job with all its parts.
+#[must_use]
+pub fn job(job: Job) -> v1::Job {
+    let cost = job.cost().map(cost);
+    let result = job.generation.as_ref().map(|generation| result(generation, &job));
+    v1::Job {
+        id: job.id.to_string(),
+        state: state(job.state).into(),
+        request: Some(request(job.spec)),
+        attempts: job.epoch.0,
+        failures: job.failures,
+        losses: job.losses,
+        created_at: Some(timestamp(job.created_at)),
+        started_at: job.started_at.map(timestamp),
+        finished_at: job.finished_at.map(timestamp),
+        not_before: job.not_before.map(timestamp),
+        worker: job.worker.map(|worker| worker.to_string()).unwrap_or_default(),
+        result,
+        cost,
+        error: job.failure.map(failure),
+        attempt_history: job.attempts.into_iter().map(attempt).collect(),
+    }
+}
+
+/// What a list shows of a job: everything but prompt, messages, text and history.
+#[must_use]
+pub fn job_in_list(full: Job) -> v1::Job {
+    let mut pb = job(full);
+    if let Some(request) = &mut pb.request {
+        request.input = None;
+    }
+    if let Some(result) = &mut pb.result {
+        result.text.clear();
+    }
+    pb.attempt_history.clear();
+    pb
+}
+
+fn request(spec: JobSpec) -> v1::GenerationRequest {
+    v1::GenerationRequest {
+        model: spec.model.into(),
+        input: Some(input(spec.input)),
+        max_tokens: Some(spec.sampling.max_tokens),
+        temperature: Some(spec.sampling.temperature),
+        top_p: spec.sampling.top_p,
+        top_k: spec.sampling.top_k,
+        seed: Some(spec.sampling.seed),
+        stop: spec.sampling.stop,
+        labels: spec.labels.into_iter().collect(),
+        tenant: spec.tenant.into(),
+        experiment: spec.experiment.map(String::from).unwrap_or_default(),
+        priority: priority(spec.priority).into(),
+        request_id: spec.request_id.unwrap_or_default(),
+        timeout_ms: spec.timeout_ms,
+        deadline: spec.deadline.map(timestamp),
+    }
+}
+
+fn input(input: Input) -> v1::generation_request::Input {
+    match input {
+        Input::Prompt(prompt) => v1::generation_request::Input::Prompt(prompt),
+        Input::Messages(messages) => v1::generation_request::Input::Messages(v1::ChatMessages {
+            messages: messages.into_iter().map(message).collect(),
+        }),
+    }
+}
+
+fn message(message: ChatMessage) -> v1::ChatMessage {
+    let role = match message.role {
+        Role::System => v1::Role::System,
+        Role::User => v1::Role::User,
+        Role::Assistant => v1::Role::Assistant,
+    };
+    v1::ChatMessage { role: role.into(), content: message.content }
+}
+
+fn priority(priority: Priority) -> v1::Priority {
+    match priority {
+        Priority::Interactive => v1::Priority::Interactive,
+        Priority::Normal => v1::Priority::Normal,
+        Priority::Bulk => v1::Priority::Bulk,
+    }
+}
+
+/// A state.
+#[must_use]
+pub fn state(state: State) -> v1::JobState {
+    match state {
+        State::Queued => v1::JobState::Queued,
+        State::Delayed => v1::JobState::Delayed,
+        State::Running => v1::JobState::Running,
+        State::Succeeded => v1::JobState::Succeeded,
+        State::Failed => v1::JobState::Failed,
+        State::Cancelled => v1::JobState::Cancelled,
+        State::Expired => v1::JobState::Expired,
+    }
+}
+
+fn result(generation: &Generation, job: &Job) -> v1::Result {
+    let finish_reason = match generation.finish_reason {
+        FinishReason::Stop => v1::FinishReason::Stop,
+        FinishReason::Length => v1::FinishReason::Length,
+        FinishReason::ContentFilter => v1::FinishReason::ContentFilter,
+        FinishReason::Unknown => v1::FinishReason::Unspecified,
+    };
+    let since_created = |at: Option<UnixMs>| at.map_or(0, |at| at.ms_since(job.created_at));
+    v1::Result {
+        text: generation.text.clone(),
+        finish_reason: finish_reason.into(),
+        usage: generation.usage.map(usage),
+        latency: Some(v1::Latency {
+            queued_ms: since_created(job.started_at),
+            first_token_ms: generation.first_token_ms,
+            total_ms: since_created(job.finished_at),
+        }),
+    }
+}
+
+fn usage(usage: Usage) -> v1::Usage {
+    v1::Usage {
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        cached_prompt_tokens: usage.cached_prompt_tokens,
+    }
+}
+
+fn cost(cost: Picodollars) -> v1::Cost {
+    v1::Cost { nanodollars: cost.to_nanodollars().0 }
+}
+
+fn failure(failure: Failure) -> v1::JobError {
+    let class = match failure.class {
+        FailureClass::Invalid => v1::ErrorClass::Invalid,
+        FailureClass::Auth => v1::ErrorClass::Auth,
+        FailureClass::NotFound => v1::ErrorClass::NotFound,
+        FailureClass::Throttled => v1::ErrorClass::Throttled,
+        FailureClass::Transient => v1::ErrorClass::Transient,
+        FailureClass::Timeout => v1::ErrorClass::Timeout,
+        FailureClass::Poison => v1::ErrorClass::Poison,
+        FailureClass::Internal => v1::ErrorClass::Internal,
+    };
+    v1::JobError { error_class: class.into(), message: failure.message }
+}
+
+fn attempt(attempt: Attempt) -> v1::Attempt {
+    let outcome = match attempt.end {
+        AttemptEnd::Succeeded => v1::AttemptOutcome::Succeeded,
+        AttemptEnd::Failed => v1::AttemptOutcome::Failed,
+        AttemptEnd::Lost => v1::AttemptOutcome::Lost,
+        AttemptEnd::HandedBack => v1::AttemptOutcome::HandedBack,
+        AttemptEnd::Cancelled => v1::AttemptOutcome::Cancelled,
+        AttemptEnd::Expired => v1::AttemptOutcome::Expired,
+        AttemptEnd::Fenced => v1::AttemptOutcome::Fenced,
+    };
+    v1::Attempt {
+        epoch: attempt.epoch.0,
+        worker: attempt.worker.to_string(),
+        started_at: Some(timestamp(attempt.started_at)),
+        ended_at: Some(timestamp(attempt.ended_at)),
+        outcome: outcome.into(),
+        cost: attempt.cost.map(cost),
+        error: attempt.failure.map(failure),
+    }
+}
+
+/// A point in time.
+#[must_use]
+pub fn timestamp(at: UnixMs) -> prost_types::Timestamp {
+    // Both always fit: a u64 of milliseconds has fewer than 2^55 seconds, and the rest is below 10^9.
+    let seconds = i64::try_from(at.0 / 1_000).unwrap_or(i64::MAX);
+    let nanos = i32::try_from(at.0 % 1_000 * 1_000_000).unwrap_or(0);
+    prost_types::Timestamp { seconds, nanos }
+}
