@@ -1,0 +1,402 @@
+//! The configuration of all daemons: one file, `genmill.toml`, of which each daemon reads its sections.
+//!
+//! Later sources win: the defaults below, the file, the plain variables of [`ALIASES`], `GENMILL__SECTION__KEY`
+//! variables, command-line flags. Unknown keys are refused. Never here: what the values are used for.
+
+use crate::environment::{BadDotEnv, Environment};
+use crate::secret::{Secret, mask_url};
+use serde::{Deserialize, Serialize, Serializer};
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+/// The file that is read when none is named and it exists.
+pub const DEFAULT_FILE: &str = "genmill.toml";
+
+/// Variables that users of this field set already, and the keys they stand for.
+pub const ALIASES: &[(&str, &str)] =
+    &[("MAX_TOKENS", "scheduler.max_tokens"), ("TEMPERATURE", "scheduler.temperature"), ("MODELS_DIR", "models.root")];
+
+/// Everything that can be set.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Logging.
+    pub telemetry: Telemetry,
+    /// Where the queue is kept.
+    pub redis: Redis,
+    /// The scheduler.
+    pub scheduler: Scheduler,
+    /// What all workers share.
+    pub worker: Worker,
+    /// The GPU worker's engine.
+    pub gpu: Gpu,
+    /// The API worker.
+    pub api: Api,
+    /// Where model configuration and models lie.
+    pub models: Models,
+    /// Settings of remote providers, by name.
+    pub providers: BTreeMap<String, Provider>,
+}
+
+/// Logging.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Telemetry {
+    /// What is logged, as a tracing filter: `info`, `debug`, `info,genmill_queue=debug`.
+    pub log: String,
+    /// `text` for people, `json` for machines.
+    pub format: LogFormat,
+}
+
+/// The form of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines, one object a line.
+    Json,
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self { log: "info".to_owned(), format: LogFormat::Text }
+    }
+}
+
+/// Where the queue is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Redis {
+    /// `redis://[user:password@]host:port[/database]`, or `rediss://` for TLS. Unset: `genmill up` starts a Redis of its
+    /// own, daemons take `redis://127.0.0.1:6379`.
+    #[serde(serialize_with = "masked_url")]
+    pub url: Option<String>,
+    /// The first part of every key, so that several mills can share a Redis.
+    pub namespace: String,
+}
+
+#[expect(clippy::ref_option, reason = "serde passes fields by reference")]
+fn masked_url<S: Serializer>(url: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    url.as_deref().map(mask_url).serialize(serializer)
+}
+
+impl Redis {
+    /// The URL to connect to.
+    #[must_use]
+    pub fn url_or_default(&self) -> &str {
+        self.url.as_deref().unwrap_or("redis://127.0.0.1:6379")
+    }
+}
+
+impl Default for Redis {
+    fn default() -> Self {
+        Self { url: None, namespace: "genmill".to_owned() }
+    }
+}
+
+/// The scheduler.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scheduler {
+    /// Where gRPC is served. Port 0 picks a free one.
+    pub listen: String,
+    /// Where /healthz and /readyz are served. Port 0 picks a free one.
+    pub http_listen: String,
+    /// `max_tokens` of requests that set none.
+    pub max_tokens: u32,
+    /// `temperature` of requests that set none.
+    pub temperature: f64,
+    /// How long shutdown waits for open calls, in milliseconds.
+    pub drain_timeout_ms: u64,
+}
+
+impl Default for Scheduler {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:50051".to_owned(),
+            http_listen: "127.0.0.1:0".to_owned(),
+            max_tokens: 250,
+            temperature: 0.1,
+            drain_timeout_ms: 5_000,
+        }
+    }
+}
+
+/// What all workers share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Worker {
+    /// Where /healthz and /readyz are served. Port 0 picks a free one.
+    pub http_listen: String,
+    /// How long a lease lasts without a heartbeat, in milliseconds.
+    pub lease_ms: u64,
+    /// Time between heartbeats, in milliseconds. At most a third of the lease.
+    pub heartbeat_ms: u64,
+    /// How long shutdown waits for running jobs before it hands them back, in milliseconds.
+    pub drain_timeout_ms: u64,
+    /// How many failed attempts of a job are followed by another one.
+    pub retries_max: u32,
+    /// The wait after a job's first failure, in milliseconds; doubled after each further one.
+    pub retry_delay_ms: u64,
+}
+
+impl Default for Worker {
+    fn default() -> Self {
+        Self {
+            http_listen: "127.0.0.1:0".to_owned(),
+            lease_ms: 15_000,
+            heartbeat_ms: 3_000,
+            drain_timeout_ms: 20_000,
+            retries_max: 3,
+            retry_delay_ms: 1_000,
+        }
+    }
+}
+
+/// The GPU worker's engine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Gpu {
+    /// Threads of each engine on the CPU; 0: one for every core.
+    pub threads: usize,
+    /// How many sequences of a model run at once.
+    pub sequences_max: u32,
+    /// How many tokens one step of an engine computes at most.
+    pub step_tokens: usize,
+    /// Tokens that the KV cache of each model holds.
+    pub kv_tokens: usize,
+    /// What an hour of an engine costs in dollars, as a decimal number. Unset: unknown, and so is the cost of its jobs.
+    pub dollars_per_hour: Option<String>,
+}
+
+impl Default for Gpu {
+    fn default() -> Self {
+        Self { threads: 0, sequences_max: 32, step_tokens: 512, kv_tokens: 65_536, dollars_per_hour: None }
+    }
+}
+
+/// The API worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Api {
+    /// How many calls to each provider are in flight at once.
+    pub calls_max: u32,
+    /// How long connecting to a provider may take, in milliseconds.
+    pub connect_timeout_ms: u64,
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self { calls_max: 64, connect_timeout_ms: 10_000 }
+    }
+}
+
+/// Where model configuration and models lie.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Models {
+    /// The folder of `litellm_models.yaml` and the like.
+    pub dir: PathBuf,
+    /// The folder that relative model paths start from (also `MODELS_DIR`). Unset: the folder of the file that names
+    /// the path.
+    pub root: Option<PathBuf>,
+}
+
+impl Default for Models {
+    fn default() -> Self {
+        Self { dir: PathBuf::from("configs"), root: None }
+    }
+}
+
+/// Settings of a remote provider.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Provider {
+    /// Where its API is, instead of the address in the provider table (also `NAME_BASE_URL`).
+    pub base_url: Option<String>,
+    /// Its key, instead of the variable that the provider table names.
+    pub api_key: Option<Secret>,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// `.env` is malformed.
+    #[error(transparent)]
+    DotEnv(#[from] BadDotEnv),
+    /// The named file does not exist.
+    #[error("the configuration file {path} does not exist")]
+    Missing {
+        /// The file.
+        path: String,
+    },
+    /// A source is malformed, or a key or value is wrong.
+    #[error("{place}: {problem}")]
+    Wrong {
+        /// The file, variable or key.
+        place: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// Reads the configuration: `file` when named, else [`DEFAULT_FILE`] when it exists; then `environment`.
+///
+/// # Errors
+/// [`ConfigError`] that names the key and, for a misspelled one, the nearest known.
+pub fn load(file: Option<&Path>, environment: &Environment) -> Result<Config, ConfigError> {
+    let file = match file {
+        Some(file) if !file.is_file() => return Err(ConfigError::Missing { path: file.display().to_string() }),
+        Some(file) => Some(file.to_owned()),
+        None => Some(PathBuf::from(DEFAULT_FILE)).filter(|file| file.is_file()),
+    };
+    let place = file.as_ref().map_or_else(|| "the environment".to_owned(), |file| file.display().to_string());
+    let wrong = |problem: String| ConfigError::Wrong { place: place.clone(), problem };
+    let mut builder = config::Config::builder();
+    if let Some(file) = &file {
+        builder = builder.add_source(config::File::from(file.as_path()).format(config::FileFormat::Toml));
+    }
+    builder = builder.add_source(aliases(environment).map_err(|error| wrong(error.to_string()))?);
+    let merged = builder.add_source(prefixed(environment)).build().map_err(|error| wrong(error.to_string()))?;
+    let loaded: Config = serde_path_to_error::deserialize(merged).map_err(|error| {
+        let path = error.path().to_string();
+        let problem = with_nearest(&error.into_inner().to_string());
+        ConfigError::Wrong { place: format!("{place} (or a GENMILL__ variable), section `{path}`"), problem }
+    })?;
+    check(&loaded)?;
+    Ok(loaded)
+}
+
+/// The variables of [`ALIASES`] as a source.
+fn aliases(environment: &Environment) -> Result<config::Config, config::ConfigError> {
+    let mut builder = config::Config::builder();
+    for (variable, key) in ALIASES {
+        builder = builder.set_override_option(*key, environment.get(variable).map(str::to_owned))?;
+    }
+    builder.build()
+}
+
+/// `GENMILL__SECTION__KEY` variables as a source. Empty ones count as unset.
+fn prefixed(environment: &Environment) -> config::Environment {
+    let ours = environment.iter().filter(|(name, value)| name.starts_with("GENMILL__") && !value.is_empty());
+    let ours: HashMap<String, String> = ours.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    config::Environment::with_prefix("GENMILL").prefix_separator("__").separator("__").source(Some(ours))
+}
+
+fn check(config: &Config) -> Result<(), ConfigError> {
+    let wrong =
+        |place: &str, problem: &str| Err(ConfigError::Wrong { place: place.to_owned(), problem: problem.to_owned() });
+    if config.worker.heartbeat_ms == 0 || config.worker.heartbeat_ms > config.worker.lease_ms / 3 {
+        return wrong("worker.heartbeat_ms", "must be above 0 and at most a third of worker.lease_ms");
+    }
+    if config.scheduler.max_tokens == 0 {
+        return wrong("scheduler.max_tokens (MAX_TOKENS)", "must be at least 1");
+    }
+    if !(0.0..=2.0).contains(&config.scheduler.temperature) {
+        return wrong("scheduler.temperature (TEMPERATURE)", "must be 0 to 2");
+    }
+    if config.api.calls_max == 0 || config.gpu.sequences_max == 0 || config.gpu.step_tokens == 0 {
+        return wrong("api.calls_max, gpu.sequences_max, gpu.step_tokens", "must be at least 1");
+    }
+    if config.redis.namespace.is_empty() || config.redis.namespace.contains(['{', '}', '*', '?', '[']) {
+        return wrong("redis.namespace", "must not be empty nor contain any of {}*?[");
+    }
+    Ok(())
+}
+
+/// Adds the nearest known name to serde's message about an unknown one.
+pub(crate) fn with_nearest(message: &str) -> String {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    let (Some(unknown), true) = (quoted.next(), message.contains("unknown field")) else {
+        return message.to_owned();
+    };
+    let known: Vec<&str> = quoted.collect();
+    match nearest(unknown, &known) {
+        Some(near) => format!("unknown key `{unknown}`: did you mean `{near}`?"),
+        None => format!("unknown key `{unknown}`: known are {}", known.join(", ")),
+    }
+}
+
+pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    let rated = known.iter().map(|candidate| (strsim::jaro_winkler(name, candidate), *candidate));
+    rated.filter(|(likeness, _)| *likeness > 0.7).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, near)| near)
+}
+
+/// The effective configuration as TOML, secrets masked.
+///
+/// # Errors
+/// When it cannot be written as TOML, which is a defect.
+pub fn show(config: &Config) -> Result<String, toml::ser::Error> {
+    toml::to_string(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load_with(file: &str, variables: &[(&str, &str)]) -> Result<Config, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("genmill.toml");
+        std::fs::write(&path, file).unwrap();
+        let environment = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        load(Some(&path), &environment).map_err(|error| error.to_string())
+    }
+
+    fn refused(file: &str, variables: &[(&str, &str)], says: &str) {
+        let error = load_with(file, variables).unwrap_err();
+        assert!(error.contains(says), "{error}");
+    }
+
+    #[test]
+    fn later_sources_win() {
+        let file = "[scheduler]\nmax_tokens = 5\ntemperature = 0.5\nlisten = \"a:1\"";
+        let variables = [("MAX_TOKENS", "6"), ("TEMPERATURE", "0.7"), ("GENMILL__SCHEDULER__LISTEN", "b:2")];
+        let config = load_with(file, &variables).unwrap();
+        assert_eq!(config.scheduler.max_tokens, 6);
+        assert!((config.scheduler.temperature - 0.7).abs() < 1e-9);
+        assert_eq!(config.scheduler.listen, "b:2");
+        assert_eq!(config.redis, Redis::default());
+    }
+
+    #[test]
+    fn the_prefixed_variable_wins_over_the_plain_one() {
+        let variables = [("MAX_TOKENS", "6"), ("GENMILL__SCHEDULER__MAX_TOKENS", "7")];
+        assert_eq!(load_with("", &variables).unwrap().scheduler.max_tokens, 7);
+    }
+
+    #[test]
+    fn a_provider_is_set_by_file_or_variable() {
+        let config =
+            load_with("[providers.openai]\nbase_url = \"http://x\"", &[("GENMILL__PROVIDERS__GROQ__API_KEY", "0123")])
+                .unwrap();
+        assert_eq!(config.providers["openai"].base_url.as_deref(), Some("http://x"));
+        assert_eq!(config.providers["groq"].api_key.as_ref().map(Secret::reveal), Some("0123"));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest() {
+        refused("[scheduler]\nlissten = \"x\"", &[], "did you mean `listen`?");
+        refused("[shceduler]\nlisten = \"x\"", &[], "did you mean `scheduler`?");
+        refused("[providers.openai]\nbase_uri = \"x\"", &[], "did you mean `base_url`?");
+        refused("", &[("GENMILL__REDIS__URI", "x")], "did you mean `url`?");
+    }
+
+    #[test]
+    fn a_wrong_value_is_refused_with_its_place() {
+        refused("[scheduler]\nmax_tokens = \"many\"", &[], "scheduler");
+        refused("[scheduler", &[], "genmill.toml");
+        refused("", &[("TEMPERATURE", "9")], "TEMPERATURE");
+        refused("[worker]\nheartbeat_ms = 10000", &[], "worker.heartbeat_ms");
+    }
+
+    #[test]
+    fn what_is_shown_has_no_secret() {
+        let config =
+            load_with("[redis]\nurl = \"redis://u:hunter2@h:1\"\n[providers.openai]\napi_key = \"hunter2\"", &[])
+                .unwrap();
+        let shown = show(&config).unwrap();
+        assert!(!shown.contains("hunter2"), "{shown}");
+        assert!(!format!("{config:?}").contains("api_key: Some(\"hunter2"));
+    }
+}

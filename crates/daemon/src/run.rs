@@ -1,0 +1,167 @@
+//! How a daemon starts and ends: flags that all share, configuration, telemetry, runtime, exit code.
+
+use crate::config::{self, Config};
+use crate::environment::Environment;
+use crate::models::{self, ListedModel};
+use crate::shutdown::{self, Shutdown};
+use crate::{telemetry, tls};
+use anyhow::Context as _;
+use std::future::Future;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// The exit code of a daemon whose configuration is wrong: starting it again cannot help.
+pub const EXIT_WRONG_CONFIG: u8 = 2;
+
+/// Flags of every daemon.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CommonArgs {
+    /// Configuration file [default: genmill.toml, when there is one]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print the effective configuration with secrets masked, and exit
+    #[arg(long)]
+    pub check_config: bool,
+    /// Die with the process that started this one
+    #[arg(long, hide = true)]
+    pub exit_with_parent: bool,
+}
+
+/// What a daemon gets to work with.
+#[derive(Debug)]
+pub struct Context {
+    /// The effective configuration.
+    pub config: Config,
+    /// Every model that the configuration lists.
+    pub models: Vec<ListedModel>,
+    /// The environment, for keys whose names only the daemon knows.
+    pub environment: Environment,
+    /// Cancelled by SIGTERM and Ctrl-C.
+    pub shutdown: Shutdown,
+}
+
+/// Everything that can be known before a daemon runs.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The effective configuration.
+    pub config: Config,
+    /// Every model that the configuration lists.
+    pub models: Vec<ListedModel>,
+    /// The environment.
+    pub environment: Environment,
+}
+
+/// Reads configuration, model lists and environment.
+///
+/// # Errors
+/// When any of them is malformed; the message names the place.
+pub fn load(file: Option<&Path>) -> anyhow::Result<Loaded> {
+    let environment = Environment::read(Path::new("."))?;
+    let config = config::load(file, &environment)?;
+    let models = models::read(&config.models)?;
+    Ok(Loaded { config, models, environment })
+}
+
+/// Runs a daemon to its end: `main` until it returns, or a signal begins the shutdown, which `main` must then obey.
+pub fn daemon<F, Fut>(args: &CommonArgs, main: F) -> ExitCode
+where
+    F: FnOnce(Context) -> Fut,
+    Fut: Future<Output = anyhow::Result<()>>,
+{
+    if args.exit_with_parent {
+        exit_with_parent();
+    }
+    let loaded = match load(args.config.as_deref()) {
+        Ok(loaded) => loaded,
+        Err(error) => return fail(EXIT_WRONG_CONFIG, &error),
+    };
+    if args.check_config {
+        return match print_config(&loaded) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(1, &error),
+        };
+    }
+    if let Err(error) = telemetry::start(&loaded.config.telemetry) {
+        return fail(EXIT_WRONG_CONFIG, &error.into());
+    }
+    tls::install();
+    match block_on(loaded, main) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(1, &error),
+    }
+}
+
+fn block_on<F, Fut>(loaded: Loaded, main: F) -> anyhow::Result<()>
+where
+    F: FnOnce(Context) -> Fut,
+    Fut: Future<Output = anyhow::Result<()>>,
+{
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
+    runtime.block_on(async {
+        let Loaded { config, models, environment } = loaded;
+        let shutdown = Shutdown::default();
+        listen_for_signals(&shutdown);
+        let ended = main(Context { config, models, environment, shutdown: shutdown.clone() }).await;
+        shutdown.finish().await;
+        ended
+    })
+}
+
+fn listen_for_signals(shutdown: &Shutdown) {
+    let begun = shutdown.clone();
+    shutdown.spawn(async move {
+        let token = begun.token();
+        tokio::select! {
+            () = token.cancelled() => {}
+            signal = shutdown::signal() => match signal {
+                Ok(signal) => {
+                    tracing::info!(signal, "draining");
+                    begun.begin();
+                }
+                Err(error) => tracing::error!(%error, "cannot listen for signals; end this process with SIGKILL"),
+            },
+        }
+    });
+}
+
+fn print_config(loaded: &Loaded) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", config::show(&loaded.config)?)?;
+    writeln!(out, "# models listed in {}:", loaded.config.models.dir.display())?;
+    for model in &loaded.models {
+        let path = model.path.as_ref().map(|path| format!(" at {}", path.resolved.display())).unwrap_or_default();
+        writeln!(out, "#   {} ({}){path}", model.name, model.file.display())?;
+    }
+    Ok(())
+}
+
+/// Prints the line that tells whoever started this daemon where it can be reached.
+///
+/// # Errors
+/// When standard output is closed.
+pub fn print_ready(places: &[(&str, String)]) -> std::io::Result<()> {
+    let places: Vec<String> = places.iter().map(|(name, place)| format!("{name}={place}")).collect();
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "ready {}", places.join(" "))?;
+    out.flush()
+}
+
+/// Asks the kernel to kill this process when its parent dies, so that `kill -9` of `genmill up` leaves no orphans.
+#[cfg(target_os = "linux")]
+pub fn exit_with_parent() {
+    let kill = Some(rustix::process::Signal::KILL);
+    if let Err(error) = rustix::process::set_parent_process_death_signal(kill) {
+        tracing::warn!(%error, "cannot tie this process to its parent");
+    }
+}
+
+/// Other systems have no such request; there an orphan has to be ended by hand.
+#[cfg(not(target_os = "linux"))]
+pub fn exit_with_parent() {}
+
+fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
+    // Telemetry may not have started yet, so this goes to standard error as it stands.
+    drop(writeln!(std::io::stderr().lock(), "error: {error:#}"));
+    ExitCode::from(code)
+}
