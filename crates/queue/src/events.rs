@@ -1,0 +1,170 @@
+//! Hints to workers and events for watchers, over connections of their own.
+//!
+//! Both are hints only: whoever misses one finds the truth in the records. Both reconnect by themselves, and say so,
+//! because something may have been missed meanwhile.
+
+use crate::error::QueueError;
+use crate::queue::Queue;
+use futures_util::StreamExt as _;
+use genmill_core::ids::{JobId, LaneNumber};
+use redis::aio::PubSub;
+use std::collections::HashMap;
+use std::time::Duration;
+
+/// The longest wait between two tries to reconnect.
+const RECONNECT_MS_MAX: u64 = 2_000;
+
+/// What a worker is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// The lane has work.
+    Work(LaneNumber),
+    /// A running job of the lane was cancelled: send a heartbeat.
+    Cancel(LaneNumber),
+    /// Anything may have happened in any lane.
+    Missed,
+}
+
+/// What watchers are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The job has more text, or a new attempt.
+    Text(JobId),
+    /// The job has finished.
+    Finished(JobId),
+    /// Anything may have happened to any job.
+    Missed,
+}
+
+#[derive(Clone, Debug)]
+enum Topic {
+    Channels(Vec<String>),
+    Pattern(String),
+}
+
+/// One subscription that outlives its connections.
+struct Subscription {
+    client: redis::Client,
+    topic: Topic,
+    connection: Option<PubSub>,
+    failures: u32,
+}
+
+impl Subscription {
+    async fn connect(client: redis::Client, topic: Topic) -> Result<Self, QueueError> {
+        let mut subscription = Self { client, topic, connection: None, failures: 0 };
+        let connected = subscription.subscribe().await;
+        subscription.connection = Some(connected.map_err(|source| QueueError::from_redis("subscribing", source))?);
+        Ok(subscription)
+    }
+
+    async fn subscribe(&self) -> Result<PubSub, redis::RedisError> {
+        let mut connection = self.client.get_async_pubsub().await?;
+        match &self.topic {
+            Topic::Channels(channels) => connection.subscribe(channels).await?,
+            Topic::Pattern(pattern) => connection.psubscribe(pattern).await?,
+        }
+        Ok(connection)
+    }
+
+    /// The next message, or `None` when the connection was lost and made anew. May be dropped at any point.
+    async fn next(&mut self) -> Option<redis::Msg> {
+        if let Some(connection) = &mut self.connection {
+            if let Some(message) = connection.on_message().next().await {
+                return Some(message);
+            }
+            self.connection = None;
+        }
+        loop {
+            let wait_ms = if self.failures == 0 { 0 } else { 50_u64 << self.failures.min(10) };
+            tokio::time::sleep(Duration::from_millis(wait_ms.min(RECONNECT_MS_MAX))).await;
+            match self.subscribe().await {
+                Ok(connection) => {
+                    self.connection = Some(connection);
+                    self.failures = 0;
+                    return None;
+                }
+                Err(error) => {
+                    if self.failures == 0 {
+                        tracing::warn!(%error, "the subscription is lost; trying to get it back");
+                    }
+                    self.failures += 1;
+                }
+            }
+        }
+    }
+}
+
+/// A worker's hints, for all its lanes.
+pub struct Hints {
+    subscription: Subscription,
+    lanes: HashMap<String, LaneNumber>,
+}
+
+impl std::fmt::Debug for Hints {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hints").field("lanes", &self.lanes).finish_non_exhaustive()
+    }
+}
+
+impl Hints {
+    /// The next hint. Never ends; may be dropped at any point.
+    pub async fn next(&mut self) -> Hint {
+        loop {
+            let Some(message) = self.subscription.next().await else { return Hint::Missed };
+            let Some(lane) = self.lanes.get(message.get_channel_name()) else { continue };
+            match message.get_payload_bytes() {
+                b"w" => return Hint::Work(*lane),
+                b"c" => return Hint::Cancel(*lane),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Events of all jobs.
+pub struct Events {
+    subscription: Subscription,
+}
+
+impl std::fmt::Debug for Events {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Events").finish_non_exhaustive()
+    }
+}
+
+impl Events {
+    /// The next event. Never ends; may be dropped at any point.
+    pub async fn next(&mut self) -> Event {
+        loop {
+            let Some(message) = self.subscription.next().await else { return Event::Missed };
+            let Some((kind, id)) = message.get_payload_bytes().split_first() else { continue };
+            match (kind, JobId::from_bytes(id)) {
+                (b't', Some(id)) => return Event::Text(id),
+                (b'f', Some(id)) => return Event::Finished(id),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Queue {
+    /// Subscribes to the hints of `lanes`. To be called before the first claim, so that none is missed.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn hints(&self, lanes: &[LaneNumber]) -> Result<Hints, QueueError> {
+        let lanes: HashMap<String, LaneNumber> = lanes.iter().map(|lane| (self.keys.hints(*lane), *lane)).collect();
+        let topic = Topic::Channels(lanes.keys().cloned().collect());
+        Ok(Hints { subscription: Subscription::connect(self.client.clone(), topic).await?, lanes })
+    }
+
+    /// Subscribes to the events of all jobs. One subscription serves any number of watchers.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn events(&self) -> Result<Events, QueueError> {
+        let topic = Topic::Pattern(self.keys.all_events());
+        Ok(Events { subscription: Subscription::connect(self.client.clone(), topic).await? })
+    }
+}

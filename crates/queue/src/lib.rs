@@ -1,0 +1,26 @@
+//! The job queue on Redis.
+//!
+//! Only this crate speaks Redis, and only `keys` builds a key. A job's state changes only inside a script, one
+//! transition each. Never here: protobuf, HTTP, or how work is done.
+
+pub mod error;
+mod events;
+mod keys;
+mod lanes;
+mod list;
+mod payload;
+mod queue;
+mod read;
+mod registry;
+mod scripts;
+mod submit;
+mod upkeep;
+mod work;
+
+pub use error::QueueError;
+pub use events::{Event, Events, Hint, Hints};
+pub use list::{Finished, ListQuery, Listed, Tally};
+pub use queue::{Options, Queue};
+pub use read::Watched;
+pub use submit::{ContentHash, Enqueued, NewJob, RequestId, content_hash};
+pub use work::{Beat, Booked, Finish, Held, Kept, Lease, Piece};

@@ -1,0 +1,43 @@
+//! The scripts: one transition each, sent by their hash. A script's file opens with its KEYS, ARGV and return value.
+
+use crate::keys::lua_prelude;
+use redis::Script;
+
+/// All scripts, ready to be called.
+#[derive(Clone, Debug)]
+pub(crate) struct Scripts {
+    pub(crate) append: Script,
+    pub(crate) cancel: Script,
+    pub(crate) claim: Script,
+    pub(crate) enqueue: Script,
+    pub(crate) expire: Script,
+    pub(crate) finish: Script,
+    pub(crate) heartbeat: Script,
+    pub(crate) leave: Script,
+    pub(crate) open_lane: Script,
+    pub(crate) promote: Script,
+    pub(crate) reclaim: Script,
+    pub(crate) reserve_request: Script,
+}
+
+impl Scripts {
+    pub(crate) fn new() -> Self {
+        let prelude = lua_prelude();
+        // The two scripts below that are not of a lane must not get the lane's prelude.
+        let of_lane = |code: &str| Script::new(&[&prelude, include_str!("scripts/common.lua"), code].concat());
+        Self {
+            append: of_lane(include_str!("scripts/append.lua")),
+            cancel: of_lane(include_str!("scripts/cancel.lua")),
+            claim: of_lane(include_str!("scripts/claim.lua")),
+            enqueue: of_lane(include_str!("scripts/enqueue.lua")),
+            expire: of_lane(include_str!("scripts/expire.lua")),
+            finish: of_lane(include_str!("scripts/finish.lua")),
+            heartbeat: of_lane(include_str!("scripts/heartbeat.lua")),
+            leave: of_lane(include_str!("scripts/leave.lua")),
+            open_lane: Script::new(include_str!("scripts/open_lane.lua")),
+            promote: of_lane(include_str!("scripts/promote.lua")),
+            reclaim: of_lane(include_str!("scripts/reclaim.lua")),
+            reserve_request: Script::new(include_str!("scripts/reserve_request.lua")),
+        }
+    }
+}

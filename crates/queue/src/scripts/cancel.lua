@@ -1,0 +1,24 @@
+-- Cancels unfinished jobs: those that wait at once, running ones by telling their workers. May be repeated.
+-- KEYS  1 lane
+-- ARGV  ids
+-- Returns for each job: c(ancelled), r(unning, its worker will be told), f(inal already), n(o such job).
+local now = now_ms()
+local answer, running = {}, false
+for _, id in ipairs(ARGV) do
+  local job = redis.call('HMGET', job_key(id), 'st', 'fl')
+  if not job[1] then
+    answer[#answer + 1] = 'n'
+  elseif FINAL[job[1]] then
+    answer[#answer + 1] = 'f'
+  elseif job[1] == RUNNING then
+    redis.call('HSET', job_key(id), 'cx', 1)
+    running = true
+    answer[#answer + 1] = 'r'
+  else
+    stop_waiting(id, job[2])
+    finish_job(id, CANCELLED, now)
+    answer[#answer + 1] = 'c'
+  end
+end
+if running then hint('c') end
+return answer

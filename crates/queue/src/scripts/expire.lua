@@ -1,0 +1,15 @@
+-- Ends waiting jobs whose deadline has passed. Running ones are told by their worker's heartbeat.
+-- KEYS  1 lane
+-- ARGV  1 most jobs
+-- Returns how many deadlines had passed.
+local now = now_ms()
+local passed = redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, ARGV[1])
+for _, id in ipairs(passed) do
+  redis.call('ZREM', key('deadlines'), id)
+  local job = redis.call('HMGET', job_key(id), 'st', 'fl')
+  if job[1] == QUEUED or job[1] == DELAYED then
+    stop_waiting(id, job[2])
+    finish_job(id, EXPIRED, now)
+  end
+end
+return #passed

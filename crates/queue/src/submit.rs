@@ -1,0 +1,143 @@
+//! Taking jobs in: idempotency first, then storage, backlog and feed in one script.
+
+use crate::error::QueueError;
+use crate::payload::{corrupt, encode};
+use crate::queue::Queue;
+use genmill_core::ids::JobId;
+use genmill_core::job::JobSpec;
+use genmill_core::model::Lane;
+use genmill_core::names::Tenant;
+use genmill_core::request::Request;
+use sha2::{Digest as _, Sha256};
+
+/// The sha-256 of a request's content, cut to 16 bytes: what tells "the same again" from "another one".
+pub type ContentHash = [u8; 16];
+
+/// The hash of what a request asks for: all of it but the request id itself.
+///
+/// # Errors
+/// [`QueueError::Corrupt`] when the request cannot be written, which is a defect.
+pub fn content_hash(request: &Request) -> Result<ContentHash, QueueError> {
+    let content = Request { request_id: None, ..request.clone() };
+    let digest = Sha256::digest(encode("request", &content)?);
+    let mut hash = ContentHash::default();
+    hash.copy_from_slice(&digest[..16]);
+    Ok(hash)
+}
+
+/// What a request id stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestId {
+    /// It was free; it stands for the given job now.
+    Fresh,
+    /// The same content was submitted before as this job.
+    Same(JobId),
+    /// Other content was submitted before as this job.
+    Other(JobId),
+}
+
+/// A job to be enqueued.
+#[derive(Clone, Debug)]
+pub struct NewJob {
+    /// Its id.
+    pub id: JobId,
+    /// What is to be done.
+    pub spec: JobSpec,
+}
+
+/// Whether a job was new.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enqueued {
+    /// It was stored.
+    New,
+    /// It was there already, and is left as it was.
+    Existed,
+}
+
+impl Queue {
+    /// Makes `request_id` of `tenant` stand for job `id`, unless it stands for one already.
+    ///
+    /// A crash after this and before [`Self::enqueue`] is healed by the caller's next try: the id stays the same, and
+    /// enqueueing it twice does nothing.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn reserve_request_id(
+        &self,
+        tenant: &Tenant,
+        request_id: &str,
+        id: JobId,
+        content: &ContentHash,
+    ) -> Result<RequestId, QueueError> {
+        let mut connection = self.connection.clone();
+        let ours = [id.as_bytes().as_slice(), content].concat();
+        let mut call = self.scripts.reserve_request.key(self.keys.request(tenant, request_id));
+        let stored: Vec<u8> = call
+            .arg(&ours)
+            .invoke_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("reserving a request id", source))?;
+        if stored == ours {
+            return Ok(RequestId::Fresh);
+        }
+        let (earlier, earlier_content) = stored.split_at_checked(16).unwrap_or((&stored, &[]));
+        let earlier = JobId::from_bytes(earlier).ok_or_else(|| corrupt("request id", "it names no job"))?;
+        Ok(if earlier_content == content { RequestId::Same(earlier) } else { RequestId::Other(earlier) })
+    }
+
+    /// The job that `request_id` of `tenant` stands for, when it was submitted with the same content.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn find_request_id(
+        &self,
+        tenant: &Tenant,
+        request_id: &str,
+        content: &ContentHash,
+    ) -> Result<Option<JobId>, QueueError> {
+        let mut connection = self.connection.clone();
+        let stored: Option<Vec<u8>> = redis::cmd("GET")
+            .arg(self.keys.request(tenant, request_id))
+            .query_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("looking up a request id", source))?;
+        let same = |stored: Vec<u8>| {
+            let (id, hash) = stored.split_at_checked(16)?;
+            JobId::from_bytes(id).filter(|_| hash == content)
+        };
+        Ok(stored.and_then(same))
+    }
+
+    /// Stores `jobs`, all of the lane `lane`, and feeds them to its workers. A job that exists is left alone.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer; the call may be repeated.
+    pub async fn enqueue(&self, lane: &Lane, jobs: &[NewJob]) -> Result<Vec<Enqueued>, QueueError> {
+        if jobs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let number = self.open_lane(lane).await?;
+        let mut call = self.scripts.enqueue.key(self.keys.lane(number));
+        for job in jobs {
+            let spec = &job.spec;
+            call.arg(job.id.as_bytes())
+                .arg(encode("spec", spec)?)
+                .arg(flow(spec))
+                .arg(spec.priority.weight())
+                .arg(spec.estimated_tokens())
+                .arg(spec.deadline.map(|at| at.0.to_string()).unwrap_or_default())
+                .arg(spec.experiment.as_ref().map_or("", |name| name.as_str()));
+        }
+        let mut connection = self.connection.clone();
+        let stored: Vec<u8> =
+            call.invoke_async(&mut connection).await.map_err(|source| QueueError::from_redis("enqueueing", source))?;
+        Ok(stored.into_iter().map(|new| if new == 1 { Enqueued::New } else { Enqueued::Existed }).collect())
+    }
+}
+
+/// The unit of fairness: jobs of one class of one tenant. Remote lanes are split by model as well, so that a throttled
+/// model cannot fill the look-ahead.
+fn flow(spec: &JobSpec) -> String {
+    let model = if spec.model.prefix().is_remote() { spec.model.as_str() } else { "" };
+    format!("{}/{}/{model}", spec.priority.code(), spec.tenant)
+}

@@ -1,0 +1,230 @@
+//! A worker's side: claim, heartbeat, text, finish. Every write names the lease's epoch.
+
+use crate::error::QueueError;
+use crate::payload::{corrupt, decode, encode};
+use crate::queue::Queue;
+use genmill_core::attempt::AttemptEnd;
+use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
+use genmill_core::job::JobSpec;
+use genmill_core::judge::Verdict;
+use genmill_core::money::Picodollars;
+use genmill_core::state::{State, transition};
+use genmill_core::time::UnixMs;
+
+/// A job in a worker's hands, until its lease ends.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lease {
+    /// The job.
+    pub id: JobId,
+    /// The lease's epoch.
+    pub epoch: Epoch,
+    /// What is to be done.
+    pub spec: JobSpec,
+    /// How many of its attempts failed before.
+    pub failures: u32,
+    /// When this attempt started, by the clock of Redis.
+    pub started_at: UnixMs,
+}
+
+/// A lease as the claim script answers it: id, epoch, spec, failures, start.
+type Claimed = (Vec<u8>, u32, Vec<u8>, u32, u64);
+
+/// What became of a lease, as a heartbeat tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beat {
+    /// Renewed.
+    Ok,
+    /// It belongs to somebody else now: stop, nothing of yours is kept.
+    Lost,
+    /// The job was cancelled: stop and finish.
+    Cancel,
+    /// The job's deadline passed: stop and finish.
+    DeadlinePassed,
+}
+
+/// Names a lease without its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The job.
+    pub id: JobId,
+    /// The lease's epoch.
+    pub epoch: Epoch,
+}
+
+/// Text of a running attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Whose it is.
+    pub held: Held,
+    /// Whole characters.
+    pub text: String,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finish {
+    /// What follows for the job.
+    pub verdict: Verdict,
+    /// What the attempt cost; `None` when unknown.
+    pub cost: Option<Picodollars>,
+}
+
+/// Whether a verdict counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// It did.
+    Kept,
+    /// The lease was lost before: the cost is booked, nothing else.
+    LeaseLost,
+}
+
+/// Whether a worker has left a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Booked {
+    /// It has.
+    Gone,
+    /// Leases of its are still open; upkeep takes them back when they run out.
+    Pending,
+}
+
+impl Queue {
+    /// Leases up to `free` jobs of `lane` to `worker` for `lease_ms` milliseconds.
+    ///
+    /// # Errors
+    /// [`QueueError`]. A job that was leased when the answer got lost is reclaimed after its lease.
+    pub async fn claim(
+        &self,
+        lane: LaneNumber,
+        worker: &WorkerId,
+        free: u32,
+        lease_ms: u64,
+    ) -> Result<Vec<Lease>, QueueError> {
+        let mut connection = self.connection.clone();
+        let mut call = self.scripts.claim.key(self.keys.lane(lane));
+        let claimed: Vec<Claimed> = call
+            .arg(worker.as_str())
+            .arg(free)
+            .arg(lease_ms)
+            .invoke_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("claiming jobs", source))?;
+        let lease = |(id, epoch, spec, failures, started): Claimed| {
+            Ok(Lease {
+                id: JobId::from_bytes(&id).ok_or_else(|| corrupt("stream", "an entry names no job"))?,
+                epoch: Epoch(epoch),
+                spec: decode("spec", &spec)?,
+                failures,
+                started_at: UnixMs(started),
+            })
+        };
+        claimed.into_iter().map(lease).collect()
+    }
+
+    /// Renews the leases that `worker` holds in `lane`, and says how many jobs it can run there.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn heartbeat(
+        &self,
+        lane: LaneNumber,
+        worker: &WorkerId,
+        capacity: u32,
+        lease_ms: u64,
+        held: &[Held],
+    ) -> Result<Vec<Beat>, QueueError> {
+        let mut connection = self.connection.clone();
+        let mut call = self.scripts.heartbeat.key(self.keys.lane(lane));
+        call.arg(worker.as_str()).arg(lease_ms).arg(capacity);
+        for lease in held {
+            call.arg(lease.id.as_bytes()).arg(lease.epoch.0);
+        }
+        let answer: Vec<String> = call
+            .invoke_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("renewing leases", source))?;
+        let beat = |code: String| match code.as_str() {
+            "o" => Ok(Beat::Ok),
+            "l" => Ok(Beat::Lost),
+            "c" => Ok(Beat::Cancel),
+            "d" => Ok(Beat::DeadlinePassed),
+            other => Err(corrupt("heartbeat", format!("`{other}` is no answer"))),
+        };
+        answer.into_iter().map(beat).collect()
+    }
+
+    /// Adds text to running attempts. A piece whose lease was lost is dropped: the next heartbeat tells.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer. Then a piece may or may not have been added, so it must not be sent
+    /// again; the result carries the whole text.
+    pub async fn append(&self, lane: LaneNumber, worker: &WorkerId, pieces: &[Piece]) -> Result<(), QueueError> {
+        let mut connection = self.connection.clone();
+        let mut call = self.scripts.append.key(self.keys.lane(lane));
+        call.arg(worker.as_str());
+        for piece in pieces {
+            call.arg(piece.held.id.as_bytes()).arg(piece.held.epoch.0).arg(&piece.text);
+        }
+        call.invoke_async::<Vec<u8>>(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("adding text", source))?;
+        Ok(())
+    }
+
+    /// Ends the attempt under `lease`. May be repeated until it is answered.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn finish(&self, lease: &Lease, worker: &WorkerId, finish: &Finish) -> Result<Kept, QueueError> {
+        let verdict = &finish.verdict;
+        let state =
+            transition(State::Running, verdict.event()).map_err(|illegal| corrupt("verdict", illegal.to_string()))?;
+        let failure = verdict.failure();
+        let result = match verdict {
+            Verdict::Succeed(generation) => encode("result", generation)?,
+            Verdict::Retry { .. } | Verdict::Fail(_) | Verdict::Cancel | Verdict::Expire | Verdict::HandBack => {
+                Vec::new()
+            }
+        };
+        let delay_ms = if let Verdict::Retry { delay_ms, .. } = verdict { *delay_ms } else { 0 };
+        let mut connection = self.connection.clone();
+        let mut call = self.scripts.finish.key(self.keys.lane(lease.id.lane()));
+        call.arg(lease.id.as_bytes())
+            .arg(lease.epoch.0)
+            .arg(worker.as_str())
+            .arg(state.name())
+            .arg(name_of(&verdict.attempt_end())?)
+            .arg(finish.cost.map(String::from).unwrap_or_default())
+            .arg(failure.map(|failure| name_of(&failure.class)).transpose()?.unwrap_or_default())
+            .arg(failure.map_or("", |failure| failure.message.as_str()))
+            .arg(result)
+            .arg(delay_ms)
+            .arg(name_of(&AttemptEnd::Fenced)?)
+            .arg(lease.started_at.0);
+        let kept: u8 = call
+            .invoke_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("finishing a job", source))?;
+        Ok(if kept == 1 { Kept::Kept } else { Kept::LeaseLost })
+    }
+
+    /// Takes `worker` out of `lane` when it stops.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn leave(&self, lane: LaneNumber, worker: &WorkerId) -> Result<Booked, QueueError> {
+        let mut connection = self.connection.clone();
+        let mut call = self.scripts.leave.key(self.keys.lane(lane));
+        let gone: u8 = call
+            .arg(worker.as_str())
+            .invoke_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("leaving a lane", source))?;
+        Ok(if gone == 1 { Booked::Gone } else { Booked::Pending })
+    }
+}
+
+/// The name under which serde stores a unit variant, for scripts that store it themselves.
+pub(crate) fn name_of<T: serde::Serialize>(variant: &T) -> Result<String, QueueError> {
+    let packed = rmp_serde::to_vec(variant).map_err(|error| corrupt("name", error.to_string()))?;
+    rmp_serde::from_slice(&packed).map_err(|error| corrupt("name", error.to_string()))
+}

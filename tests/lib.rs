@@ -1,0 +1,6 @@
+//! What the scenarios share: a real Redis of their own, real daemons, a provider stand-in.
+//!
+//! Never here: mocks of our own code.
+
+pub mod daemons;
+pub mod redis_server;
