@@ -1,0 +1,172 @@
+//! One attempt: perform the job, pass its text on, judge the outcome, finish. Ends when told to.
+
+use crate::perform::{Perform, Progress, Task};
+use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
+use genmill_core::ids::WorkerId;
+use genmill_core::judge::{Policy, judge};
+use genmill_queue::{Finish, Held, Kept, Lease, Piece, Queue};
+use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Text is passed on this often at most, so that a fast model does not cost a call per token.
+const COALESCE: Duration = Duration::from_millis(30);
+
+/// Pieces of text that may wait. With the engine's pace of one piece per step this is a second or so.
+const PIECES_MAX: usize = 256;
+
+/// How long a performer may take to end its work when told to stop.
+const STOP_GRACE: Duration = Duration::from_secs(3);
+
+/// How long a verdict is offered to a Redis that does not answer. Far beyond the lease: until somebody else has the
+/// job, the result still counts.
+const FINISH_FOR: Duration = Duration::from_secs(600);
+
+/// Why an attempt is told to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// The job was cancelled.
+    Cancelled,
+    /// The job's deadline passed.
+    DeadlinePassed,
+    /// The lease went to somebody else.
+    LeaseLost,
+    /// The worker drains and has waited long enough.
+    Draining,
+    /// The attempt took longer than it may.
+    TimedOut,
+}
+
+/// What an attempt needs beside the job.
+pub(crate) struct Bench<P> {
+    pub(crate) queue: Queue,
+    pub(crate) performer: std::sync::Arc<P>,
+    pub(crate) worker: WorkerId,
+    pub(crate) policy: Policy,
+}
+
+impl<P> Clone for Bench<P> {
+    fn clone(&self) -> Self {
+        Self {
+            queue: self.queue.clone(),
+            performer: self.performer.clone(),
+            worker: self.worker.clone(),
+            policy: self.policy,
+        }
+    }
+}
+
+/// Runs one attempt to its end, verdict included.
+pub(crate) async fn attempt<P: Perform>(bench: Bench<P>, lease: Lease, told: watch::Receiver<Option<Stop>>) {
+    let (progress, pieces) = Progress::channel(PIECES_MAX);
+    let token = CancellationToken::new();
+    let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone() };
+    let performer = bench.performer.clone();
+    let work = performer.perform(task, progress, token.clone());
+    let passing = pass_text(&bench, &lease, pieces);
+    let (performed, stop) = until_stopped(work, passing, &lease, told, &token).await;
+    let performed = settle(performed, stop, &lease);
+    finish(&bench, &lease, performed).await;
+}
+
+/// Drives the work, and its text beside it, until it ends or is told to stop.
+async fn until_stopped(
+    work: impl Future<Output = Performed>,
+    passing: impl Future<Output = ()>,
+    lease: &Lease,
+    mut told: watch::Receiver<Option<Stop>>,
+    token: &CancellationToken,
+) -> (Option<Performed>, Option<Stop>) {
+    let mut work = pin!(work);
+    let mut passing = pin!(passing);
+    let deadline = lease.spec.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+    let mut text_open = true;
+    let stop = loop {
+        tokio::select! {
+            performed = &mut work => return (Some(performed), None),
+            () = &mut passing, if text_open => text_open = false,
+            () = until(deadline) => break Stop::TimedOut,
+            // The sender lives as long as the loop that would tell; without it nobody can.
+            Ok(why) = told.wait_for(Option::is_some) => if let Some(why) = *why { break why },
+        }
+    };
+    token.cancel();
+    let performed = tokio::time::timeout(STOP_GRACE, work).await.ok();
+    (performed, Some(stop))
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What is to be judged: a finished generation always counts, otherwise the reason for stopping does.
+fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Performed {
+    let cost = performed.as_ref().and_then(|performed| performed.cost);
+    let outcome = match (performed.map(|performed| performed.outcome), stop) {
+        (Some(Outcome::Generated(generation)), _) => Outcome::Generated(generation),
+        (Some(outcome), None) => outcome,
+        (_, Some(Stop::Cancelled)) => Outcome::Cancelled,
+        (_, Some(Stop::DeadlinePassed)) => Outcome::DeadlinePassed,
+        (_, Some(Stop::TimedOut)) => {
+            let ms = lease.spec.timeout_ms.unwrap_or_default();
+            Outcome::Failed(Failure::new(FailureClass::Timeout, format!("the attempt took longer than {ms} ms")))
+        }
+        (_, Some(Stop::LeaseLost | Stop::Draining)) | (None, None) => Outcome::HandedBack,
+    };
+    Performed { outcome, cost }
+}
+
+/// Passes text on to the queue, a few times a second. A piece that cannot be passed on ends it: what follows would
+/// leave a gap, and the result has the whole text.
+async fn pass_text<P>(bench: &Bench<P>, lease: &Lease, mut pieces: mpsc::Receiver<String>) {
+    let held = Held { id: lease.id, epoch: lease.epoch };
+    let mut broken = false;
+    while let Some(mut text) = pieces.recv().await {
+        let more = async {
+            while let Some(piece) = pieces.recv().await {
+                text.push_str(&piece);
+            }
+        };
+        // Either the time is up or the work has ended: then the result is on its way already.
+        drop(tokio::time::timeout(COALESCE, more).await);
+        if !broken {
+            let piece = Piece { held, text };
+            if let Err(error) = bench.queue.append(lease.id.lane(), &bench.worker, &[piece]).await {
+                tracing::warn!(job = %lease.id, %error, "text is not shown while it comes");
+                broken = true;
+            }
+        }
+    }
+}
+
+/// Judges what was performed and finishes the job, for as long as it takes Redis to answer.
+pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Performed) {
+    let verdict = judge(performed.outcome, lease.failures, &bench.policy);
+    let event = verdict.event();
+    if let Some(failure) = verdict.failure() {
+        tracing::warn!(job = %lease.id, class = ?failure.class, message = failure.message, ?event, "attempt failed");
+    }
+    let finish = Finish { verdict, cost: performed.cost };
+    let begun = Instant::now();
+    let mut wait = Duration::from_millis(50);
+    loop {
+        match bench.queue.finish(lease, &bench.worker, &finish).await {
+            Ok(Kept::Kept) => return tracing::debug!(job = %lease.id, ?event, "finished"),
+            Ok(Kept::LeaseLost) => return tracing::warn!(job = %lease.id, ?event, "the lease was lost before"),
+            Err(error) if error.is_passing() && begun.elapsed() < FINISH_FOR => {
+                tracing::warn!(job = %lease.id, %error, "cannot finish; trying again");
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(Duration::from_secs(2));
+            }
+            Err(error) => {
+                return tracing::error!(job = %lease.id, %error, "cannot finish; the job runs again after its lease");
+            }
+        }
+    }
+}

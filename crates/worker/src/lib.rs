@@ -1,0 +1,9 @@
+//! The loop from lease to verdict, shared by all workers: claim, perform, judge, finish.
+//!
+//! Never here: how work is done (a daemon implements [`perform::Perform`]), nor Redis commands (`genmill-queue`).
+
+mod attempt;
+pub mod perform;
+mod run;
+
+pub use run::{Options, run};

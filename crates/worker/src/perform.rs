@@ -1,0 +1,73 @@
+//! What a worker daemon adds to the loop: the work itself. Never here: leases, retries, Redis.
+
+use genmill_core::attempt::Performed;
+use genmill_core::ids::{Epoch, JobId};
+use genmill_core::job::JobSpec;
+use genmill_core::model::Lane;
+use genmill_core::registration::ServedModel;
+use std::future::Future;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// A job in this worker's hands.
+#[derive(Clone, Debug)]
+pub struct Task {
+    /// The job.
+    pub id: JobId,
+    /// The lease under which it runs.
+    pub epoch: Epoch,
+    /// What is to be done.
+    pub spec: JobSpec,
+}
+
+/// A lane that a worker serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// The lane.
+    pub lane: Lane,
+    /// How many of its jobs run at once.
+    pub capacity: u32,
+}
+
+/// Something that performs jobs: a GPU engine, a caller of remote providers.
+pub trait Perform: Send + Sync + 'static {
+    /// The lanes it takes jobs from. Asked once, when the loop starts.
+    fn offers(&self) -> Vec<Offer>;
+
+    /// Every model in its configuration, and whether it can run it now. Asked at every registration.
+    fn models(&self) -> Vec<ServedModel>;
+
+    /// Performs one job. Reports text as it comes. When `stop` is cancelled (the job was cancelled, timed out, lost its
+    /// lease, or the worker drains) it ends its work at once and returns with what was spent; the outcome is then
+    /// ignored unless it is a finished generation. When the future is dropped, the work ends as well.
+    fn perform(
+        &self,
+        task: Task,
+        progress: Progress,
+        stop: CancellationToken,
+    ) -> impl Future<Output = Performed> + Send;
+}
+
+/// Takes the text of a running job, piece by piece.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    pieces: mpsc::Sender<String>,
+}
+
+impl Progress {
+    /// A progress and the receiver of its pieces. `bound` pieces may wait.
+    #[must_use]
+    pub fn channel(bound: usize) -> (Self, mpsc::Receiver<String>) {
+        let (pieces, received) = mpsc::channel(bound);
+        (Self { pieces }, received)
+    }
+
+    /// Reports more text; whole characters only. Waits while the queue is slow, so that memory stays bounded. Text is
+    /// dropped once nobody listens any more: the final result has it all.
+    pub async fn text(&self, piece: String) {
+        if !piece.is_empty() {
+            // The receiver is gone only when the attempt has ended.
+            drop(self.pieces.send(piece).await);
+        }
+    }
+}
