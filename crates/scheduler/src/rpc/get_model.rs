@@ -1,0 +1,32 @@
+//! `GetModel`: one model, who serves it, and if nobody does, why.
+
+use crate::mill::{Mill, api_error};
+use genmill_core::admit::Facts;
+use genmill_core::model::ModelName;
+use genmill_wire::v1;
+use tonic::Status;
+
+pub(super) async fn serve(mill: &Mill, asked: v1::GetModelRequest) -> Result<v1::GetModelResponse, Status> {
+    let model = match ModelName::parse(&asked.name) {
+        Ok(name) => {
+            let live = mill.registrations.read().await.map_err(api_error)?;
+            model(&name, &Facts::about(&name, &live))
+        }
+        Err(error) => v1::Model { name: asked.name, unavailable_reason: error.to_string(), ..v1::Model::default() },
+    };
+    Ok(v1::GetModelResponse { model: Some(model) })
+}
+
+/// What the registrations tell about `name`.
+pub(super) fn model(name: &ModelName, facts: &Facts) -> v1::Model {
+    let why_not = facts.check(name).err();
+    let served = facts.listed.first().map(|(_, served)| served);
+    v1::Model {
+        name: name.as_str().to_owned(),
+        available: why_not.is_none(),
+        unavailable_reason: why_not.map(|refusal| refusal.to_string()).unwrap_or_default(),
+        workers: facts.ready().map(ToString::to_string).collect(),
+        description: served.map(|served| served.description.clone()).unwrap_or_default(),
+        context_tokens: served.and_then(|served| served.context_tokens),
+    }
+}

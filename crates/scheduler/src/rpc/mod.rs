@@ -1,0 +1,99 @@
+//! The RPCs: one file each, one line each in the two services below.
+
+mod cancel_job;
+mod cancel_jobs;
+mod get_job;
+mod get_model;
+mod list_jobs;
+mod list_models;
+mod matching;
+mod submit_job;
+mod submit_jobs;
+mod watch_job;
+mod watch_jobs;
+
+use crate::mill::Mill;
+use futures_util::Stream;
+use genmill_wire::v1::job_service_server::{JobService, JobServiceServer};
+use genmill_wire::v1::model_service_server::{ModelService, ModelServiceServer};
+use genmill_wire::{DESCRIPTORS, MESSAGE_BYTES_MAX, v1};
+use std::pin::Pin;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+use tonic::{Request, Response, Status, Streaming, async_trait};
+
+/// A stream of answers.
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// All services: jobs, models, health, reflection.
+pub(crate) async fn router(mill: Mill) -> anyhow::Result<Router> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<JobServiceServer<Mill>>().await;
+    health.set_serving::<ModelServiceServer<Mill>>().await;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let jobs = JobServiceServer::new(mill.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let models = ModelServiceServer::new(mill).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    Ok(Server::builder()
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        // Most tools still ask for the older name.
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(jobs)
+        .add_service(models))
+}
+
+#[async_trait]
+impl JobService for Mill {
+    async fn submit_job(&self, r: Request<v1::SubmitJobRequest>) -> Result<Response<v1::SubmitJobResponse>, Status> {
+        submit_job::serve(self, r.into_inner()).await.map(Response::new)
+    }
+
+    type SubmitJobsStream = Answers<v1::SubmitJobsResponse>;
+    async fn submit_jobs(
+        &self,
+        r: Request<Streaming<v1::SubmitJobsRequest>>,
+    ) -> Result<Response<Self::SubmitJobsStream>, Status> {
+        Ok(Response::new(submit_jobs::serve(self.clone(), r.into_inner())))
+    }
+
+    async fn get_job(&self, r: Request<v1::GetJobRequest>) -> Result<Response<v1::GetJobResponse>, Status> {
+        get_job::serve(self, r.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_jobs(&self, r: Request<v1::ListJobsRequest>) -> Result<Response<v1::ListJobsResponse>, Status> {
+        list_jobs::serve(self, r.into_inner()).await.map(Response::new)
+    }
+
+    type WatchJobStream = Answers<v1::WatchJobResponse>;
+    async fn watch_job(&self, r: Request<v1::WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
+        watch_job::serve(self.clone(), r.into_inner()).await.map(Response::new)
+    }
+
+    type WatchJobsStream = Answers<v1::WatchJobsResponse>;
+    async fn watch_jobs(&self, r: Request<v1::WatchJobsRequest>) -> Result<Response<Self::WatchJobsStream>, Status> {
+        watch_jobs::serve(self.clone(), r.into_inner()).map(Response::new)
+    }
+
+    async fn cancel_job(&self, r: Request<v1::CancelJobRequest>) -> Result<Response<v1::CancelJobResponse>, Status> {
+        cancel_job::serve(self, r.into_inner()).await.map(Response::new)
+    }
+
+    async fn cancel_jobs(&self, r: Request<v1::CancelJobsRequest>) -> Result<Response<v1::CancelJobsResponse>, Status> {
+        cancel_jobs::serve(self, r.into_inner()).await.map(Response::new)
+    }
+}
+
+#[async_trait]
+impl ModelService for Mill {
+    async fn list_models(&self, r: Request<v1::ListModelsRequest>) -> Result<Response<v1::ListModelsResponse>, Status> {
+        list_models::serve(self, r.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_model(&self, r: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
+        get_model::serve(self, r.into_inner()).await.map(Response::new)
+    }
+}

@@ -1,0 +1,196 @@
+//! `WatchJobs`: the jobs of a filter as they finish. A cursor is the position in each lane's stream of finished jobs.
+
+use super::Answers;
+use super::matching::{STEP, candidates, lanes, matches, unfinished};
+use crate::mill::{Mill, api_error};
+use genmill_core::ids::{JobId, LaneNumber};
+use genmill_queue::Finished;
+use genmill_wire::error::{ApiError, Reason};
+use genmill_wire::from_pb::Filter;
+use genmill_wire::{from_pb, to_pb, v1};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+/// Finished jobs that may wait for a slow watcher.
+const JOBS_MAX: usize = 64;
+
+/// How many finished jobs are read in one step.
+const BATCH: usize = 250;
+
+/// The streams are read this often at least, in case an event was lost.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// And no more often than this, so that a fast run is read in batches.
+const REST: Duration = Duration::from_millis(20);
+
+pub(super) fn serve(mill: Mill, asked: v1::WatchJobsRequest) -> Result<Answers<v1::WatchJobsResponse>, Status> {
+    let filter = from_pb::filter(asked.filter).map_err(ApiError::from)?;
+    let cursor = Cursor::parse(&asked.cursor)?;
+    let (out, answers) = mpsc::channel(JOBS_MAX);
+    let watcher = Watcher { mill: mill.clone(), filter, cursor, until_idle: asked.until_idle, out };
+    mill.shutdown.spawn(watcher.run());
+    Ok(Box::pin(ReceiverStream::new(answers)))
+}
+
+/// A position in each lane.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Cursor(BTreeMap<LaneNumber, String>);
+
+impl Cursor {
+    /// Reads `LANE@POSITION,…`.
+    fn parse(text: &str) -> Result<Self, ApiError> {
+        let bad = || ApiError::new(Reason::InvalidRequest, "cursor: is not one that a response gave");
+        let mut positions = BTreeMap::new();
+        for part in text.split(',').filter(|part| !part.is_empty()) {
+            let (lane, position) = part.split_once('@').ok_or_else(bad)?;
+            let (ms, sequence) = position.split_once('-').ok_or_else(bad)?;
+            if ms.parse::<u64>().is_err() || sequence.parse::<u64>().is_err() {
+                return Err(bad());
+            }
+            positions.insert(LaneNumber(lane.parse().map_err(|_| bad())?), position.to_owned());
+        }
+        Ok(Self(positions))
+    }
+}
+
+impl std::fmt::Display for Cursor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (index, (lane, position)) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            write!(f, "{comma}{}@{position}", lane.0)?;
+        }
+        Ok(())
+    }
+}
+
+struct Watcher {
+    mill: Mill,
+    filter: Filter,
+    cursor: Cursor,
+    until_idle: bool,
+    out: mpsc::Sender<Result<v1::WatchJobsResponse, Status>>,
+}
+
+/// The watcher's caller has gone.
+struct Gone;
+
+type Step<T> = Result<Result<T, Gone>, ApiError>;
+
+impl Watcher {
+    async fn run(mut self) {
+        let stop = self.mill.shutdown.token();
+        let out = self.out.clone();
+        let finished = self.mill.hub.any_finished();
+        let ended = tokio::select! {
+            ended = self.follow(finished) => ended,
+            () = out.closed() => Ok(Ok(())),
+            () = stop.cancelled() => {
+                let message = "this scheduler stops: watch on from the last cursor, at another one or later";
+                Err(ApiError::new(Reason::QueueUnavailable, message))
+            }
+        };
+        if let Err(error) = ended {
+            // Whoever has gone meanwhile needs no error.
+            drop(out.try_send(Err(error.into())));
+        }
+    }
+
+    async fn follow(&mut self, mut finished: watch::Receiver<()>) -> Step<()> {
+        loop {
+            finished.mark_unchanged();
+            let lanes = lanes(&self.mill, &self.filter).await?;
+            // Asked before the streams are read: a job that finishes in between is in them.
+            let idle = self.until_idle && self.is_idle(&lanes).await?;
+            for lane in lanes {
+                if self.drain(lane).await?.is_err() {
+                    return Ok(Err(Gone));
+                }
+            }
+            if idle {
+                return Ok(Ok(()));
+            }
+            drop(tokio::time::timeout(LOOK_EVERY, finished.changed()).await);
+            tokio::time::sleep(REST).await;
+        }
+    }
+
+    /// Sends what has finished in `lane` since the cursor.
+    async fn drain(&mut self, lane: LaneNumber) -> Step<()> {
+        loop {
+            let position = self.cursor.0.get(&lane).map(String::as_str);
+            let batch = self.mill.queue.finished(lane, position, BATCH).await.map_err(api_error)?;
+            let Some(last) = batch.last() else { return Ok(Ok(())) };
+            let (last, full) = (last.position.clone(), batch.len() == BATCH);
+            let sent = self.send_matching(lane, &batch).await?;
+            let skipped = self.cursor.0.insert(lane, last.clone()) != Some(last);
+            let Ok(()) = sent else { return Ok(Err(Gone)) };
+            // So that resuming does not read again what does not match.
+            if skipped && self.send(None).await.is_err() {
+                return Ok(Err(Gone));
+            }
+            if !full {
+                return Ok(Ok(()));
+            }
+        }
+    }
+
+    async fn send_matching(&mut self, lane: LaneNumber, batch: &[Finished]) -> Step<()> {
+        let experiment = self.filter.experiment.as_ref().map(|name| name.as_str().to_owned());
+        let wanted = batch.iter().filter(|finished| experiment.is_none() || finished.experiment == experiment);
+        let positions: BTreeMap<JobId, &str> =
+            wanted.clone().map(|finished| (finished.id, finished.position.as_str())).collect();
+        let ids: Vec<JobId> = wanted.map(|finished| finished.id).collect();
+        for job in self.mill.queue.get_many(&ids).await.map_err(api_error)? {
+            let Some(position) = positions.get(&job.id).filter(|_| matches(&self.filter, &job)) else { continue };
+            self.cursor.0.insert(lane, (*position).to_owned());
+            if self.send(Some(to_pb::job(job))).await.is_err() {
+                return Ok(Err(Gone));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    async fn send(&self, job: Option<v1::Job>) -> Result<(), Gone> {
+        let response = v1::WatchJobsResponse { job, cursor: self.cursor.to_string() };
+        self.out.send(Ok(response)).await.map_err(|_| Gone)
+    }
+
+    /// Whether no unfinished job matches. Counters answer for a lane or an experiment; for a model or tenant within
+    /// them jobs are looked at, newest first, until one is found.
+    async fn is_idle(&self, lanes: &[LaneNumber]) -> Result<bool, ApiError> {
+        let open = self.mill.queue.open_jobs(lanes, self.filter.experiment.as_ref()).await.map_err(api_error)?;
+        if open == 0 || (self.filter.tenant.is_none() && self.filter.model.is_none()) {
+            return Ok(open == 0);
+        }
+        let filter = Filter { state: None, ..self.filter.clone() };
+        let mut before = None;
+        loop {
+            let ids = candidates(&self.mill, &filter, lanes, before, STEP).await?;
+            if !unfinished(&self.mill, &filter, &ids).await?.is_empty() {
+                return Ok(false);
+            }
+            match ids.last() {
+                Some(last) if ids.len() == STEP => before = Some(*last),
+                _ => return Ok(true),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_comes_back_as_it_went() {
+        for text in ["", "1@5-0", "1@5-0,7@12-3"] {
+            assert_eq!(Cursor::parse(text).unwrap().to_string(), text);
+        }
+        for text in ["x", "1@", "1@5", "70000@5-0", "1@a-b", "1@-"] {
+            assert!(Cursor::parse(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What keeps every lane going: each task takes no input, may run twice, and may run in any scheduler.
+
+use futures_util::future::BoxFuture;
+use genmill_core::ids::LaneNumber;
+use genmill_core::judge::Policy;
+use genmill_daemon::health::Readiness;
+use genmill_queue::{Queue, QueueError};
+use std::time::Duration;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+/// How often every lane is looked after.
+const EVERY: Duration = Duration::from_millis(250);
+
+/// How often a task is repeated at once for one lane while it finds a full batch.
+const REPEATS_MAX: u32 = 50;
+
+/// An upkeep task: does its work for one lane and says how many jobs it handled.
+type Task = for<'a> fn(&'a Queue, LaneNumber, &'a Policy) -> BoxFuture<'a, Result<u32, QueueError>>;
+
+/// Every upkeep task, in the order in which they run.
+const TASKS: &[(&str, Task)] = &[
+    ("expire", |queue, lane, _| Box::pin(queue.expire(lane))),
+    ("reclaim", |queue, lane, policy| Box::pin(queue.reclaim(lane, policy))),
+    ("promote", |queue, lane, _| Box::pin(queue.promote(lane))),
+];
+
+/// Looks after all lanes until `stop`; while Redis does not answer, the scheduler is not ready.
+pub(crate) async fn run(queue: Queue, policy: Policy, readiness: Readiness, stop: CancellationToken) {
+    let mut tick = interval(EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failing = false;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        match round(&queue, &policy).await {
+            Ok(()) => {
+                if failing {
+                    tracing::info!("upkeep works again");
+                    readiness.ready();
+                }
+                failing = false;
+            }
+            Err(error) => {
+                if !failing {
+                    tracing::warn!(%error, "upkeep cannot work; trying again");
+                    readiness.not_ready(error.to_string());
+                }
+                failing = true;
+            }
+        }
+    }
+}
+
+async fn round(queue: &Queue, policy: &Policy) -> Result<(), QueueError> {
+    for (lane, _) in queue.all_lanes().await? {
+        for (name, task) in TASKS {
+            for _ in 0..REPEATS_MAX {
+                let handled = task(queue, lane, policy).await?;
+                if handled == 0 {
+                    break;
+                }
+                tracing::debug!(lane = lane.0, task = name, jobs = handled, "upkeep");
+            }
+        }
+    }
+    Ok(())
+}
