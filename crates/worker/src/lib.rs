@@ -5,5 +5,7 @@
 mod attempt;
 pub mod perform;
 mod run;
+mod serve;
 
 pub use run::{Options, run};
+pub use serve::{Kind, serve};

@@ -1,0 +1,60 @@
+//! A whole worker daemon around a performer: queue, health endpoints, registration, loop. Both workers start alike.
+
+use crate::perform::Perform;
+use crate::run::{Options, run};
+use anyhow::Context as _;
+use genmill_core::ids::WorkerId;
+use genmill_core::judge::Policy;
+use genmill_core::time::UnixMs;
+use genmill_daemon::clock::now_unix_ms;
+use genmill_daemon::health::{self, Readiness};
+use genmill_daemon::host::host_name;
+use genmill_daemon::random::random_u64;
+use genmill_daemon::run::{Context, print_ready};
+use genmill_queue::Queue;
+use std::sync::Arc;
+
+/// What tells one kind of worker from another.
+#[derive(Clone, Debug)]
+pub struct Kind {
+    /// The first part of its workers' ids.
+    pub name: &'static str,
+    /// The backend prefixes whose configuration it reads.
+    pub prefixes: Vec<String>,
+}
+
+/// Serves with `performer` until shutdown begins, then drains. Says `ready http=HOST:PORT` on standard output once
+/// jobs can be taken.
+///
+/// # Errors
+/// When Redis does not answer at the start, or the health address cannot be listened on.
+pub async fn serve<P: Perform>(context: Context, kind: Kind, performer: Arc<P>) -> anyhow::Result<()> {
+    let Context { config, shutdown, .. } = context;
+    let redis = &config.redis;
+    let at = genmill_queue::Options { url: redis.url_or_default().to_owned(), namespace: redis.namespace.clone() };
+    let queue = Queue::connect(&at).await.context("cannot use redis (set redis.url)")?;
+    let readiness = Readiness::default();
+    let http = health::serve(&config.worker.http_listen, readiness.clone(), &shutdown).await?;
+    let options = Options {
+        worker: WorkerId::new(kind.name, &host_name(), random_u64()?),
+        started_at: UnixMs(now_unix_ms()),
+        prefixes: kind.prefixes,
+        lease_ms: config.worker.lease_ms,
+        heartbeat_ms: config.worker.heartbeat_ms,
+        drain_timeout_ms: config.worker.drain_timeout_ms,
+        policy: Policy {
+            retries_max: config.worker.retries_max,
+            delay_ms_first: config.worker.retry_delay_ms,
+            ..Policy::default()
+        },
+    };
+    tracing::info!(worker = %options.worker, %http, "serving");
+    let ready = move || {
+        readiness.ready();
+        if let Err(error) = print_ready(&[("http", http.to_string())]) {
+            tracing::warn!(%error, "cannot say that this worker is ready");
+        }
+    };
+    run(queue, performer, options, shutdown.token(), ready).await?;
+    Ok(())
+}
