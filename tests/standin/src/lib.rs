@@ -1,0 +1,102 @@
+//! A provider stand-in: an HTTP server that speaks OpenAI chat completions and misbehaves on demand.
+//!
+//! What it does with a call stands in the call itself, in the last user message or in the model name (see [`script`]),
+//! so that real daemons can be steered from outside. It keeps a [`bill`], so that a test can tell how often it was
+//! asked what. Never here: anything of Genmill; it knows what a provider knows.
+
+mod answer;
+pub mod bill;
+mod chat;
+pub mod script;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::{get, post};
+use bill::{Bill, Books, Received};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+/// The one key that is refused; any other that is not empty is taken.
+pub const BAD_KEY: &str = "bad-key";
+
+/// The longest request body, in bytes.
+const BODY_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// How a stand-in is set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where it listens; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// The models it lists. It answers for any, but for names that begin with `missing`.
+    pub models: Vec<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            models: vec!["standin".to_owned(), "gpt-4o-mini".to_owned()],
+        }
+    }
+}
+
+/// A running stand-in. It takes no more connections once this is dropped.
+#[derive(Debug)]
+pub struct Standin {
+    address: SocketAddr,
+    books: Arc<Books>,
+    // Dropping the set ends the server.
+    _serving: JoinSet<io::Result<()>>,
+}
+
+impl Standin {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// When the address cannot be bound.
+    pub async fn start(options: Options) -> io::Result<Self> {
+        let listener = TcpListener::bind(options.listen).await?;
+        let address = listener.local_addr()?;
+        let books = Arc::new(Books::default());
+        let app = router(Arc::new(chat::Provider { books: Arc::clone(&books), models: options.models }));
+        let mut serving = JoinSet::new();
+        serving.spawn(async move { axum::serve(listener, app).await });
+        Ok(Self { address, books, _serving: serving })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The base URL that an OpenAI client takes.
+    #[must_use]
+    pub fn base_url(&self) -> String {
+        format!("http://{}/v1", self.address)
+    }
+
+    /// What it was asked, and what it billed for it.
+    #[must_use]
+    pub fn bill(&self) -> Bill {
+        self.books.bill()
+    }
+
+    /// The calls received, oldest first; the newest ten thousand.
+    #[must_use]
+    pub fn requests(&self) -> Vec<Received> {
+        self.books.requests()
+    }
+}
+
+fn router(provider: Arc<chat::Provider>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::complete))
+        .route("/v1/models", get(chat::models))
+        .route("/bill", get(chat::bill))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(provider)
+}

@@ -1,0 +1,198 @@
+//! What a call tells the stand-in to do: directives in its last user message or its model name.
+//!
+//! In a message, every word that begins with `!` is a directive, and words such as `times=2` modify them all:
+//! `!status=429 times=2 retry-after=1`. In a model name they follow the first `!` and are parted by `!` or commas:
+//! `any-name!status=429,times=2`. Never here: doing any of it (see `chat`).
+//!
+//! | directive | effect |
+//! |---|---|
+//! | `!status=N` | answers with this status and an error |
+//! | `!sleep=MS` | waits before it answers at all |
+//! | `!first-byte=MS` | sends the status at once and waits before the first byte of the body |
+//! | `!slow-stream=MS` | waits before each chunk |
+//! | `!cut-after=N` | closes the connection after N chunks |
+//! | `!stall-after=N` | sends nothing more after N chunks, but keeps the connection |
+//! | `!error-after=N` | sends an error object after N chunks |
+//! | `!garbage` | truncated JSON in place of the (rest of the) answer |
+//! | `!html` | a web page with status 200 |
+//! | `!split-utf8` | borders of network chunks fall inside characters and events |
+//! | `!comments` | comment lines between events |
+//! | `!no-usage`, `!no-done` | leaves out the usage, the final `[DONE]` |
+//! | `!cost=X` | `usage.cost`, as OpenRouter tells it |
+//! | `!words=N` | an answer of N words |
+//! | `!sample=N` | an answer of N words drawn by the request's seed |
+//! | `!echo=TEXT` | the rest of the message as the answer; must come last |
+//!
+//! | modifier | effect |
+//! |---|---|
+//! | `times=N` | misbehave in the first N calls of the same content only |
+//! | `retry-after=X`, `retry-after-ms=X` | these headers with an error |
+//! | `code=X` | the code of the error |
+
+/// What a call asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Script {
+    /// How to misbehave.
+    pub fault: Fault,
+    /// Misbehave only in the first calls of the same content.
+    pub times: Option<u64>,
+    /// What to answer.
+    pub speech: Speech,
+    /// `usage.cost`, as it is to be written.
+    pub cost: Option<String>,
+}
+
+/// How to misbehave; the default is not at all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Fault {
+    /// Answer with this status.
+    pub status: Option<u16>,
+    /// The code of the error.
+    pub code: Option<String>,
+    /// The header `retry-after`.
+    pub retry_after: Option<String>,
+    /// The header `retry-after-ms`.
+    pub retry_after_ms: Option<String>,
+    /// Milliseconds before the answer.
+    pub sleep_ms: u64,
+    /// Milliseconds between the headers and the first byte.
+    pub first_byte_ms: u64,
+    /// Milliseconds before each chunk.
+    pub chunk_ms: u64,
+    /// Where the stream goes wrong, and how.
+    pub break_after: Option<(usize, Break)>,
+    /// Answer with a web page.
+    pub html: bool,
+    /// Small network chunks.
+    pub split_utf8: bool,
+    /// Comment lines between events.
+    pub comments: bool,
+    /// No usage.
+    pub no_usage: bool,
+    /// No `[DONE]`.
+    pub no_done: bool,
+}
+
+/// How a stream goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// The connection is closed.
+    Cut,
+    /// Nothing more comes.
+    Stall,
+    /// An error object comes.
+    Error,
+    /// Half a JSON object comes.
+    Garbage,
+}
+
+/// What to answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Speech {
+    /// The words of the last user message, without directives.
+    #[default]
+    Repeat,
+    /// This text.
+    Echo(String),
+    /// So many words.
+    Words(usize),
+    /// So many words, drawn by the seed.
+    Sample(usize),
+}
+
+impl Script {
+    /// Reads the directives of a model name and of a message.
+    #[must_use]
+    pub fn parse(model: &str, message: &str) -> Self {
+        let mut script = Self::default();
+        if let Some((_, rest)) = model.split_once('!') {
+            rest.split(['!', ',']).for_each(|word| script.read(word));
+        }
+        let (words, echo) = match message.split_once("!echo=") {
+            Some((before, text)) => (before, Some(text.to_owned())),
+            None => (message, None),
+        };
+        if words.contains('!') {
+            words.split_whitespace().for_each(|word| script.read(word.trim_start_matches('!')));
+        }
+        script.speech = echo.map_or(script.speech, Speech::Echo);
+        script
+    }
+
+    /// What is left of a message without its directives and modifiers.
+    #[must_use]
+    pub fn strip(message: &str) -> String {
+        let is_modifier = |word: &str| {
+            ["times=", "retry-after=", "retry-after-ms=", "code="].iter().any(|name| word.starts_with(name))
+        };
+        let steered = message.split_whitespace().any(|word| word.starts_with('!'));
+        let kept = message.split_whitespace().filter(|word| !(steered && (word.starts_with('!') || is_modifier(word))));
+        kept.collect::<Vec<_>>().join(" ")
+    }
+
+    /// The faults for the `nth` call of the same content, counted from 1.
+    #[must_use]
+    pub fn fault_of_call(&self, nth: u64) -> Fault {
+        if self.times.is_some_and(|times| nth > times) { Fault::default() } else { self.fault.clone() }
+    }
+
+    /// Reads one word; what is not understood means nothing.
+    fn read(&mut self, word: &str) {
+        let (name, value) = word.split_once('=').unwrap_or((word, ""));
+        let number = || value.parse::<u64>().unwrap_or_default();
+        let count = || value.parse::<usize>().unwrap_or_default();
+        let fault = &mut self.fault;
+        match name {
+            "status" => fault.status = value.parse().ok(),
+            "code" => fault.code = Some(value.to_owned()),
+            "retry-after" => fault.retry_after = Some(value.to_owned()),
+            "retry-after-ms" => fault.retry_after_ms = Some(value.to_owned()),
+            "sleep" => fault.sleep_ms = number(),
+            "first-byte" => fault.first_byte_ms = number(),
+            "slow-stream" => fault.chunk_ms = number(),
+            "cut-after" => fault.break_after = Some((count(), Break::Cut)),
+            "stall-after" => fault.break_after = Some((count(), Break::Stall)),
+            "error-after" => fault.break_after = Some((count(), Break::Error)),
+            "garbage" => fault.break_after = Some((count(), Break::Garbage)),
+            "html" => fault.html = true,
+            "split-utf8" => fault.split_utf8 = true,
+            "comments" => fault.comments = true,
+            "no-usage" => fault.no_usage = true,
+            "no-done" => fault.no_done = true,
+            "times" => self.times = value.parse().ok(),
+            "cost" => self.cost = Some(value.to_owned()),
+            "words" => self.speech = Speech::Words(count()),
+            "sample" => self.speech = Speech::Sample(count()),
+            _ => (),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directives_stand_in_the_message_or_in_the_model_name() {
+        let by_message = Script::parse("m", "!status=429 times=2 retry-after=1 hello");
+        let by_model = Script::parse("m!status=429,times=2,retry-after=1", "hello");
+        assert_eq!(by_message, by_model);
+        assert_eq!(by_message.fault.status, Some(429));
+        assert_eq!(by_message.fault_of_call(2).status, Some(429));
+        assert_eq!(by_message.fault_of_call(3), Fault::default());
+    }
+
+    #[test]
+    fn a_message_without_directives_steers_nothing() {
+        assert_eq!(Script::parse("gpt-4o", "say times=2 and code=x"), Script::default());
+        assert_eq!(Script::strip("say times=2"), "say times=2");
+        assert_eq!(Script::strip("!status=500 times=2 say it"), "say it");
+    }
+
+    #[test]
+    fn an_echo_takes_the_rest_of_the_message() {
+        let script = Script::parse("m", "!slow-stream=1 !echo=two words");
+        assert_eq!(script.speech, Speech::Echo("two words".to_owned()));
+        assert_eq!(script.fault.chunk_ms, 1);
+    }
+}
