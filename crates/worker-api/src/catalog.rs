@@ -1,0 +1,304 @@
+//! What this worker serves: the listed models, joined with the provider table, the configuration and the environment.
+//!
+//! Never here: calling a provider (see `perform`).
+
+use crate::dialect::{self, Dialect};
+use crate::providers::{KeyNeed, Provider, Table, variable_stem};
+use genmill_core::model::{BadModelName, Lane, ModelName, Prefix};
+use genmill_core::registration::{Availability, ServedModel};
+use genmill_daemon::config;
+use genmill_daemon::environment::Environment;
+use genmill_daemon::models::ListedModel;
+use genmill_daemon::secret::Secret;
+use reqwest::Url;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Settings of providers by name, as `genmill.toml` has them.
+pub type Settings = BTreeMap<String, config::Provider>;
+
+/// Where calls of a lane go.
+#[derive(Clone)]
+pub struct Endpoint {
+    /// The provider's name.
+    pub name: String,
+    /// What is special about it.
+    pub provider: Provider,
+    /// How it is spoken to.
+    pub dialect: &'static dyn Dialect,
+    /// Where its API is. The key is sent there and nowhere else.
+    pub base_url: Url,
+    /// Its key, unless it serves without.
+    pub key: Option<Secret>,
+}
+
+impl std::fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Endpoint").field("name", &self.name).field("host", &self.base_url.host_str()).finish()
+    }
+}
+
+/// The models of the configuration, and the providers behind those that can be served.
+#[derive(Clone, Debug, Default)]
+pub struct Catalog {
+    /// Every listed model of a remote backend, each once.
+    pub models: Vec<ServedModel>,
+    /// The lanes whose provider can be called.
+    pub endpoints: BTreeMap<Lane, Endpoint>,
+}
+
+/// Why the configuration makes no catalog.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// A listed name is no model name.
+    #[error("{}: a listed name is not usable", file.display())]
+    Name {
+        /// The file that lists it.
+        file: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: BadModelName,
+    },
+    /// Settings for a provider that does not exist.
+    #[error("[providers.{name}]: no such provider{}", did_you_mean(nearest.as_deref()))]
+    Provider {
+        /// The name.
+        name: String,
+        /// A known name that is like it.
+        nearest: Option<String>,
+    },
+}
+
+fn did_you_mean(nearest: Option<&str>) -> String {
+    nearest.map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default()
+}
+
+impl Catalog {
+    /// Joins the listed models with what is known of their providers.
+    ///
+    /// # Errors
+    /// [`CatalogError`] when a listed name is no model name, or settings name no provider. A model that cannot be
+    /// served is no error: its availability says why.
+    pub fn new(
+        listed: &[ListedModel],
+        table: &Table,
+        settings: &Settings,
+        environment: &Environment,
+    ) -> Result<Self, CatalogError> {
+        check_settings(settings, table)?;
+        let sources = Sources { table, settings, environment };
+        let mut models: BTreeMap<ModelName, ServedModel> = BTreeMap::new();
+        let mut endpoints = BTreeMap::new();
+        for model in listed {
+            let Some(prefix) = Prefix::find(model.prefix).filter(|prefix| prefix.is_remote()) else { continue };
+            let name = prefix.qualify(&model.name);
+            let name = name.map_err(|source| CatalogError::Name { file: model.file.clone(), source })?;
+            let served = served(name, model, &sources, &mut endpoints);
+            models.entry(served.name.clone()).or_insert(served);
+        }
+        Ok(Self { models: models.into_values().collect(), endpoints })
+    }
+}
+
+fn check_settings(settings: &Settings, table: &Table) -> Result<(), CatalogError> {
+    let known = |name: &str| table.names().any(|row| variable_stem(row) == variable_stem(name));
+    match settings.keys().find(|name| !known(name)) {
+        None => Ok(()),
+        Some(name) => {
+            Err(CatalogError::Provider { name: name.clone(), nearest: table.nearest(name).map(str::to_owned) })
+        }
+    }
+}
+
+fn served(
+    name: ModelName,
+    model: &ListedModel,
+    sources: &Sources<'_>,
+    endpoints: &mut BTreeMap<Lane, Endpoint>,
+) -> ServedModel {
+    let lane = name.lane();
+    let availability = match sources.endpoint(&lane.route) {
+        Ok(endpoint) => {
+            endpoints.entry(lane).or_insert(endpoint);
+            Availability::Ready
+        }
+        Err(missing) => missing,
+    };
+    ServedModel { name, availability, description: model.description.clone(), context_tokens: model.context_tokens }
+}
+
+/// Everything that is known of providers.
+struct Sources<'a> {
+    table: &'a Table,
+    settings: &'a Settings,
+    environment: &'a Environment,
+}
+
+impl Sources<'_> {
+    /// Where the calls of a provider go, or what is missing.
+    fn endpoint(&self, name: &str) -> Result<Endpoint, Availability> {
+        let unavailable = |reason: String| Availability::Unavailable { reason };
+        let provider = self.table.find(name).ok_or_else(|| unavailable(self.unknown(name)))?;
+        let dialect = dialect::find(&provider.dialect).ok_or_else(|| unavailable(unspoken(name, provider)))?;
+        let base_url = self.base_url(name, provider).map_err(unavailable)?;
+        let key = self.key(name, provider);
+        if key.is_none() && provider.key_need == KeyNeed::Required {
+            return Err(Availability::KeyMissing { variable: provider.keys.first().cloned().unwrap_or_default() });
+        }
+        Ok(Endpoint { name: name.to_owned(), provider: provider.clone(), dialect, base_url, key })
+    }
+
+    fn unknown(&self, name: &str) -> String {
+        let nearest = did_you_mean(self.table.nearest(name));
+        format!("no provider is called `{name}`{nearest}: write the model as litellm_PROVIDER/MODEL")
+    }
+
+    fn settings_of(&self, name: &str) -> Option<&config::Provider> {
+        // Names in variables cannot tell `-` from `_`.
+        self.settings.iter().find(|(key, _)| variable_stem(key) == variable_stem(name)).map(|(_, settings)| settings)
+    }
+
+    /// The base URL: of the configuration, else of the environment, else of the table.
+    fn base_url(&self, name: &str, provider: &Provider) -> Result<Url, String> {
+        let stem = variable_stem(name);
+        let variables = [format!("{stem}_BASE_URL"), format!("{stem}_API_BASE")];
+        let configured = self.settings_of(name).and_then(|settings| settings.base_url.as_deref());
+        let set = || variables.iter().chain(&provider.base_url_variables).find_map(|name| self.environment.get(name));
+        let Some(text) = configured.or_else(set).or(provider.base_url.as_deref()) else {
+            return Err(format!(
+                "provider `{name}` has no address of its own: set {} in the environment, or base_url under \
+                 [providers.{name}] in genmill.toml",
+                variables[0]
+            ));
+        };
+        let url = Url::parse(text.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+        url.ok_or_else(|| {
+            format!(
+                "the base URL of provider `{name}` is not of the form https://host/path: correct {}, or base_url under \
+                 [providers.{name}] in genmill.toml",
+                variables[0]
+            )
+        })
+    }
+
+    /// The key: of the configuration, else the first variable of the provider's that is set.
+    fn key(&self, name: &str, provider: &Provider) -> Option<Secret> {
+        let configured = self.settings_of(name).and_then(|settings| settings.api_key.clone());
+        let configured = configured.filter(|key| !key.reveal().is_empty());
+        configured.or_else(|| provider.keys.iter().find_map(|name| self.environment.get(name)).map(Secret::new))
+    }
+}
+
+fn unspoken(name: &str, provider: &Provider) -> String {
+    let spoken: Vec<&str> = dialect::DIALECTS.iter().map(|(name, _)| *name).collect();
+    format!(
+        "provider `{name}` is known but speaks `{}`, which this version of genmill-worker-api does not (it speaks {}): \
+         reach the model through another provider, such as openrouter_",
+        provider.dialect,
+        spoken.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listed(prefix: &'static str, name: &str) -> ListedModel {
+        ListedModel {
+            prefix,
+            name: name.to_owned(),
+            path: None,
+            tokenizer: None,
+            description: String::new(),
+            context_tokens: None,
+            file: PathBuf::from("litellm_models.yaml"),
+        }
+    }
+
+    fn catalog(models: &[(&'static str, &str)], settings: &str, variables: &[(&str, &str)]) -> Catalog {
+        let models: Vec<ListedModel> = models.iter().map(|(prefix, name)| listed(prefix, name)).collect();
+        let settings: Settings = toml::from_str(settings).unwrap();
+        let environment = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Catalog::new(&models, &Table::embedded().unwrap(), &settings, &environment).unwrap()
+    }
+
+    fn endpoint(name: &str, settings: &str, variables: &[(&str, &str)]) -> (String, Option<String>) {
+        let catalog = catalog(&[("litellm", name)], settings, variables);
+        let endpoint = catalog.endpoints.values().next().unwrap();
+        (endpoint.base_url.to_string(), endpoint.key.as_ref().map(|key| key.reveal().to_owned()))
+    }
+
+    fn availability(name: &str, variables: &[(&str, &str)]) -> Availability {
+        catalog(&[("litellm", name)], "", variables).models.remove(0).availability
+    }
+
+    #[test]
+    fn models_of_a_provider_share_a_lane_and_are_listed_once() {
+        let keys = [("OPENAI_API_KEY", "k"), ("OPENROUTER_API_KEY", "r")];
+        let models =
+            [("litellm", "gpt-4"), ("litellm", "litellm_gpt-4"), ("litellm", "o1"), ("openrouter", "x/y"), ("hf", "z")];
+        let catalog = catalog(&models, "", &keys);
+        let names: Vec<&str> = catalog.models.iter().map(|model| model.name.as_str()).collect();
+        assert_eq!(names, ["litellm_gpt-4", "litellm_o1", "openrouter_x/y"]);
+        assert!(catalog.models.iter().all(|model| model.availability == Availability::Ready));
+        let lanes: Vec<String> = catalog.endpoints.keys().map(Lane::to_string).collect();
+        assert_eq!(lanes, ["litellm:openai", "openrouter:openrouter"]);
+    }
+
+    #[test]
+    fn a_base_url_is_taken_from_settings_then_environment_then_table() {
+        let key = ("GROQ_API_KEY", "k");
+        let table = "https://api.groq.com/openai/v1";
+        assert_eq!(endpoint("groq/x", "", &[key]).0, table);
+        assert_eq!(endpoint("groq/x", "", &[key, ("GROQ_API_BASE", "http://b/v1")]).0, "http://b/v1");
+        let both = [key, ("GROQ_API_BASE", "http://b/v1"), ("GROQ_BASE_URL", "http://a/v1")];
+        assert_eq!(endpoint("groq/x", "", &both).0, "http://a/v1");
+        assert_eq!(endpoint("groq/x", "groq.base_url = 'http://c/v1'", &both).0, "http://c/v1");
+        let others = [("FIREWORKS_API_KEY", "k"), ("FIREWORKS_API_BASE", "http://d/v1")];
+        assert_eq!(endpoint("fireworks_ai/x", "", &others).0, "http://d/v1");
+    }
+
+    #[test]
+    fn a_key_is_taken_from_settings_then_from_any_of_its_variables() {
+        let alias = [("TOGETHERAI_API_KEY", "alias"), ("TOGETHER_API_KEY", "")];
+        assert_eq!(endpoint("together_ai/x", "", &alias).1.as_deref(), Some("alias"));
+        assert_eq!(endpoint("together_ai/x", "together_ai.api_key = 'own'", &alias).1.as_deref(), Some("own"));
+        assert_eq!(endpoint("nano-gpt/x", "nano_gpt.api_key = 'own'", &[]).1.as_deref(), Some("own"));
+    }
+
+    #[test]
+    fn a_missing_key_is_named_and_its_lane_is_not_offered() {
+        let missing = |variable: &str| Availability::KeyMissing { variable: variable.to_owned() };
+        assert_eq!(availability("gpt-4", &[]), missing("OPENAI_API_KEY"));
+        let local = [("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")];
+        assert_eq!(availability("gpt-4", &local), missing("OPENAI_API_KEY"));
+        assert!(catalog(&[("litellm", "gpt-4")], "", &[]).endpoints.is_empty());
+    }
+
+    #[test]
+    fn a_server_of_ones_own_needs_no_key() {
+        assert_eq!(endpoint("ollama/llama3", "", &[]), ("http://localhost:11434/".to_owned(), None));
+        let vllm = [("HOSTED_VLLM_API_BASE", "http://gpu:8000/v1")];
+        assert_eq!(endpoint("hosted_vllm/x", "", &vllm), ("http://gpu:8000/v1".to_owned(), None));
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let check = |name: &str, variables: &[(&str, &str)], says: &str| {
+            let Availability::Unavailable { reason } = availability(name, variables) else { panic!("{name}") };
+            assert!(reason.contains(says), "{reason}");
+        };
+        check("togetherai/x", &[], "did you mean `together_ai`?");
+        check("anthropic/claude", &[("ANTHROPIC_API_KEY", "k")], "speaks `anthropic`");
+        check("hosted_vllm/x", &[], "set HOSTED_VLLM_BASE_URL");
+        check("gpt-4", &[("OPENAI_API_KEY", "k"), ("OPENAI_BASE_URL", "localhost:80")], "not of the form");
+    }
+
+    #[test]
+    fn settings_of_an_unknown_provider_are_refused() {
+        let settings = toml::from_str("opanai.api_key = 'k'").unwrap();
+        let error =
+            Catalog::new(&[], &Table::embedded().unwrap(), &settings, &Environment::default()).unwrap_err().to_string();
+        assert_eq!(error, "[providers.opanai]: no such provider (did you mean `openai`?)");
+    }
+}

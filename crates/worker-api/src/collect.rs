@@ -1,0 +1,178 @@
+//! Puts an answer together from the events of a stream, or from a whole reply. Never here: I/O.
+
+use crate::dialect::{ProviderError, Reply, StreamEvent};
+use crate::stop::StopCut;
+use genmill_core::attempt::{FinishReason, Generation, Usage};
+use genmill_core::money::{Picodollars, Rates, price};
+
+/// What is known of an answer so far.
+#[derive(Clone, Debug)]
+pub struct Collected {
+    text: String,
+    cut: StopCut,
+    finish_reason: Option<FinishReason>,
+    usage: Option<Usage>,
+    billed: Option<Picodollars>,
+    first_token_ms: Option<u64>,
+    error: Option<ProviderError>,
+    done: bool,
+}
+
+impl Collected {
+    /// Nothing yet, of an answer that ends at the first of `stops`.
+    #[must_use]
+    pub fn new(stops: &[String]) -> Self {
+        Self {
+            text: String::new(),
+            cut: StopCut::new(stops),
+            finish_reason: None,
+            usage: None,
+            billed: None,
+            first_token_ms: None,
+            error: None,
+            done: false,
+        }
+    }
+
+    /// Takes an event that came `elapsed_ms` after the call began. Returns the text to report.
+    pub fn take(&mut self, event: StreamEvent, elapsed_ms: u64) -> Option<String> {
+        match event {
+            StreamEvent::Text(text) => {
+                self.first_token_ms.get_or_insert(elapsed_ms);
+                return Some(self.cut.push(&text)).and_then(|piece| self.keep(piece));
+            }
+            StreamEvent::Finished(reason) => {
+                self.finish_reason = Some(reason);
+                let held = self.cut.end();
+                return self.keep(held);
+            }
+            StreamEvent::Usage(usage) => self.usage = Some(usage),
+            StreamEvent::Billed(billed) => self.billed = Some(billed),
+            StreamEvent::Error(error) => self.error = Some(error),
+            StreamEvent::Done => {
+                self.done = true;
+                let held = self.cut.end();
+                return self.keep(held);
+            }
+        }
+        None
+    }
+
+    /// Takes a whole reply. Returns the text to report.
+    pub fn take_reply(&mut self, reply: Reply, elapsed_ms: u64) -> String {
+        let finished = StreamEvent::Finished(reply.finish_reason.unwrap_or(FinishReason::Unknown));
+        let text = (!reply.text.is_empty()).then_some(StreamEvent::Text(reply.text));
+        let usage = reply.usage.map(StreamEvent::Usage);
+        let billed = reply.billed.map(StreamEvent::Billed);
+        let events = [text, Some(finished), usage, billed, Some(StreamEvent::Done)].into_iter().flatten();
+        events.filter_map(|event| self.take(event, elapsed_ms)).collect()
+    }
+
+    fn keep(&mut self, piece: String) -> Option<String> {
+        if piece.is_empty() {
+            return None;
+        }
+        self.text.push_str(&piece);
+        Some(piece)
+    }
+
+    /// True when the text is whole; usage may still come.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.error.is_none() && (self.done || self.finish_reason.is_some())
+    }
+
+    /// True when nothing more will come.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.done || self.error.is_some()
+    }
+
+    /// The error that the provider told in place of (the rest of) the answer.
+    #[must_use]
+    pub fn error(&self) -> Option<&ProviderError> {
+        self.error.as_ref()
+    }
+
+    /// What the call costs: the provider's own figure, else tokens times price; `None` when neither is known.
+    #[must_use]
+    pub fn cost(&self, rates: Option<&Rates>) -> Option<Picodollars> {
+        self.billed.or_else(|| Some(price(&self.usage?, rates?)))
+    }
+
+    /// The finished generation.
+    #[must_use]
+    pub fn into_generation(self) -> Generation {
+        let told = self.finish_reason.unwrap_or(FinishReason::Unknown);
+        Generation {
+            finish_reason: if self.cut.stopped() { FinishReason::Stop } else { told },
+            text: self.text,
+            usage: self.usage,
+            first_token_ms: self.first_token_ms,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const USAGE: Usage = Usage { prompt_tokens: 10, cached_prompt_tokens: 0, completion_tokens: 5 };
+
+    fn text(text: &str) -> StreamEvent {
+        StreamEvent::Text(text.to_owned())
+    }
+
+    fn collect(stops: &[&str], events: Vec<StreamEvent>) -> (Collected, String) {
+        let stops: Vec<String> = stops.iter().map(|stop| (*stop).to_owned()).collect();
+        let mut collected = Collected::new(&stops);
+        let reported = events.into_iter().zip(1..).filter_map(|(event, ms)| collected.take(event, ms)).collect();
+        (collected, reported)
+    }
+
+    #[test]
+    fn what_is_reported_is_the_text() {
+        let events = vec![text("a x"), text("y"), StreamEvent::Finished(FinishReason::Length), StreamEvent::Done];
+        let (collected, reported) = collect(&["xyz"], events);
+        let generation = collected.into_generation();
+        assert_eq!((generation.text.as_str(), reported.as_str()), ("a xy", "a xy"));
+        assert_eq!((generation.finish_reason, generation.first_token_ms), (FinishReason::Length, Some(1)));
+    }
+
+    #[test]
+    fn a_stop_string_that_the_provider_passed_over_ends_the_text() {
+        let (collected, _) =
+            collect(&["xy"], vec![text("a x"), text("yz"), StreamEvent::Finished(FinishReason::Length)]);
+        let generation = collected.into_generation();
+        assert_eq!((generation.text.as_str(), generation.finish_reason), ("a ", FinishReason::Stop));
+    }
+
+    #[test]
+    fn a_stream_without_an_end_is_not_whole() {
+        assert!(!collect(&[], vec![text("a"), StreamEvent::Usage(USAGE)]).0.is_whole());
+        assert!(collect(&[], vec![StreamEvent::Finished(FinishReason::Stop)]).0.is_whole());
+        assert!(collect(&[], vec![text("a"), StreamEvent::Done]).0.is_whole());
+        let failed = vec![StreamEvent::Error(ProviderError::default()), StreamEvent::Done];
+        assert!(!collect(&[], failed).0.is_whole());
+    }
+
+    #[test]
+    fn the_providers_own_figure_wins_and_unknown_is_none() {
+        let rates = Rates { input: Picodollars(2), output: Picodollars(3), cached_input: None };
+        let (priced, _) = collect(&[], vec![StreamEvent::Usage(USAGE)]);
+        assert_eq!(priced.cost(Some(&rates)), Some(Picodollars(35)));
+        assert_eq!(priced.cost(None), None);
+        let (billed, _) = collect(&[], vec![StreamEvent::Usage(USAGE), StreamEvent::Billed(Picodollars(7))]);
+        assert_eq!(billed.cost(Some(&rates)), Some(Picodollars(7)));
+        assert_eq!(collect(&[], vec![text("a")]).0.cost(Some(&rates)), None);
+    }
+
+    #[test]
+    fn a_whole_reply_is_cut_as_a_stream_is() {
+        let mut collected = Collected::new(&["b".to_owned()]);
+        let reply = Reply { text: "abc".to_owned(), usage: Some(USAGE), ..Reply::default() };
+        assert_eq!(collected.take_reply(reply, 9), "a");
+        assert!(collected.is_whole());
+        assert_eq!(collected.into_generation().text, "a");
+    }
+}

@@ -1,0 +1,120 @@
+//! How providers are spoken to: the trait, the one table of its implementations, and the words they share.
+//!
+//! A dialect is values in, values out. Never here: I/O, clocks, keys, retries, prices.
+
+mod openai;
+mod sse;
+
+use crate::providers::Provider;
+use genmill_core::attempt::{FinishReason, Usage};
+use genmill_core::job::JobSpec;
+use genmill_core::money::Picodollars;
+
+/// Every dialect that is spoken, by the name that `providers.toml` uses.
+pub const DIALECTS: &[(&str, &dyn Dialect)] = &[("openai", &openai::OpenAi)];
+
+/// The dialect of a name.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static dyn Dialect> {
+    DIALECTS.iter().find(|(known, _)| *known == name).map(|(_, dialect)| *dialect)
+}
+
+/// Whether an answer is asked for whole or in pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streaming {
+    /// In pieces.
+    On,
+    /// Whole.
+    Off,
+}
+
+/// A request, but for the base URL and the key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// What follows the base URL.
+    pub path: String,
+    /// Headers beside the key.
+    pub headers: Vec<(String, String)>,
+    /// The body, as JSON.
+    pub body: String,
+}
+
+/// Where a dialect wants the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyHeader {
+    /// The header.
+    pub name: &'static str,
+    /// What stands before the key.
+    pub scheme: &'static str,
+}
+
+/// An answer as it is told whole.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Reply {
+    /// The text.
+    pub text: String,
+    /// Why it ended, when told.
+    pub finish_reason: Option<FinishReason>,
+    /// Tokens, when told.
+    pub usage: Option<Usage>,
+    /// What the provider says it costs.
+    pub billed: Option<Picodollars>,
+}
+
+/// An error as a provider tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct ProviderError {
+    /// The HTTP status that it names itself, for errors that come where the status line said 200.
+    pub status: Option<u16>,
+    /// Its code, or failing that its type; may be empty.
+    pub code: String,
+    /// What it says; may be empty.
+    pub message: String,
+}
+
+/// What a stream says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StreamEvent {
+    /// More text.
+    Text(String),
+    /// Why the text ended.
+    Finished(FinishReason),
+    /// Tokens of the whole call.
+    Usage(Usage),
+    /// What the provider says the call costs.
+    Billed(Picodollars),
+    /// The call failed.
+    Error(ProviderError),
+    /// Nothing more comes.
+    Done,
+}
+
+/// A way of speaking to providers.
+pub trait Dialect: Sync {
+    /// Where the key goes.
+    fn key_header(&self) -> KeyHeader;
+
+    /// The request for `spec` to `model`, as the provider names it.
+    fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded;
+
+    /// What a whole answer says.
+    ///
+    /// # Errors
+    /// The error that it tells in place of an answer, or that it cannot be read.
+    fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError>;
+
+    /// What the body of a refusal says.
+    fn decode_error(&self, body: &[u8]) -> ProviderError;
+
+    /// Reads one stream.
+    fn decoder(&self) -> Box<dyn StreamDecoder + Send>;
+}
+
+/// Reads one stream. Where its bytes are split never matters.
+pub trait StreamDecoder {
+    /// Takes the next bytes and returns what they complete.
+    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent>;
+
+    /// What is left when no more bytes come.
+    fn end(&mut self) -> Vec<StreamEvent>;
+}

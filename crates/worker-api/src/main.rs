@@ -1,0 +1,50 @@
+//! The API worker daemon: read the tables, serve, drain.
+
+use anyhow::Context as _;
+use clap::Parser;
+use genmill_core::model::PREFIXES;
+use genmill_core::registration::Availability;
+use genmill_daemon::run::{CommonArgs, Context, daemon};
+use genmill_worker::{Kind, serve};
+use genmill_worker_api::catalog::Catalog;
+use genmill_worker_api::http::Http;
+use genmill_worker_api::perform::Performer;
+use genmill_worker_api::prices::Prices;
+use genmill_worker_api::providers::Table;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Calls remote providers for jobs whose models are listed in litellm_models.yaml and openrouter_models.yaml.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    about,
+    after_help = "Keys come from the environment or .env, such as OPENAI_API_KEY. Everything \
+    else is set in genmill.toml or by GENMILL__SECTION__KEY variables. --check-config shows what is in effect."
+)]
+struct Args {
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+fn main() -> ExitCode {
+    daemon(&Args::parse().common, run)
+}
+
+async fn run(context: Context) -> anyhow::Result<()> {
+    let performer = Arc::new(performer(&context)?);
+    let prefixes = PREFIXES.iter().filter(|prefix| prefix.is_remote()).map(|prefix| prefix.name.to_owned());
+    serve(context, Kind { name: "api", prefixes: prefixes.collect() }, performer).await
+}
+
+fn performer(context: &Context) -> anyhow::Result<Performer> {
+    let table = Table::embedded().context("cannot read the table of providers")?;
+    let catalog = Catalog::new(&context.models, &table, &context.config.providers, &context.environment)?;
+    for model in catalog.models.iter().filter(|model| model.availability != Availability::Ready) {
+        tracing::warn!(model = %model.name, missing = ?model.availability, "listed, but cannot be served");
+    }
+    let api = &context.config.api;
+    let http = Http::new(Duration::from_millis(api.connect_timeout_ms)).context("cannot set up HTTP")?;
+    Ok(Performer::new(catalog, Prices::embedded()?, http, api.calls_max))
+}

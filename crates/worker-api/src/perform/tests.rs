@@ -1,0 +1,228 @@
+//! The performer against the stand-in, over HTTP.
+
+use super::*;
+use crate::fixture::{messages, spec};
+use crate::providers::Table;
+use genmill_core::attempt::{FinishReason, Generation, Usage};
+use genmill_core::ids::{Epoch, JobId, LaneNumber};
+use genmill_core::request::Role;
+use genmill_daemon::environment::Environment;
+use genmill_daemon::models::ListedModel;
+use genmill_standin::{BAD_KEY, Options, Standin};
+use std::path::PathBuf;
+
+/// A performer whose provider `openai` is the stand-in.
+struct Bench {
+    standin: Standin,
+    performer: Performer,
+}
+
+impl Bench {
+    async fn new(key: &str) -> Self {
+        let standin = Standin::start(Options::default()).await.unwrap();
+        let performer = performer(&standin.base_url(), key, |_| ());
+        Self { standin, performer }
+    }
+
+    async fn perform(&self, spec: JobSpec) -> (Performed, String) {
+        perform(&self.performer, spec, CancellationToken::new()).await
+    }
+}
+
+fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Performer {
+    genmill_daemon::tls::install();
+    let model = ListedModel {
+        prefix: "litellm",
+        name: "gpt-4o-mini".to_owned(),
+        path: None,
+        tokenizer: None,
+        description: String::new(),
+        context_tokens: None,
+        file: PathBuf::new(),
+    };
+    let settings = toml::from_str(&format!("openai = {{ base_url = '{base_url}', api_key = '{key}' }}")).unwrap();
+    let table = Table::embedded().unwrap();
+    let mut catalog = Catalog::new(&[model], &table, &settings, &Environment::default()).unwrap();
+    catalog.endpoints.values_mut().for_each(change);
+    let http = Http::new(Duration::from_secs(5)).unwrap();
+    Performer::new(catalog, Prices::embedded().unwrap(), http, 4)
+}
+
+/// Performs one job and returns what came of it, and the text that was reported.
+async fn perform(performer: &Performer, spec: JobSpec, stop: CancellationToken) -> (Performed, String) {
+    let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec };
+    let (progress, mut pieces) = Progress::channel(1);
+    let listen = async {
+        let mut text = String::new();
+        while let Some(piece) = pieces.recv().await {
+            text.push_str(&piece);
+        }
+        text
+    };
+    tokio::join!(performer.perform(task, progress, stop), listen)
+}
+
+fn job(prompt: &str) -> JobSpec {
+    spec("litellm_gpt-4o-mini", prompt)
+}
+
+fn generation(performed: Performed) -> Generation {
+    let Outcome::Generated(generation) = performed.outcome else { panic!("{performed:?}") };
+    generation
+}
+
+/// What a failed attempt tells: its class, and whether it is known to have cost nothing.
+async fn check_failure(prompt: &str, class: FailureClass, free: bool, says: &str) -> Failure {
+    let bench = Bench::new("sk-a").await;
+    let (performed, _) = bench.perform(job(prompt)).await;
+    assert_eq!(bench.standin.bill().calls, 1, "one attempt is one call");
+    assert_eq!(performed.cost == Some(Picodollars(0)), free, "{performed:?}");
+    let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
+    assert_eq!(failure.class, class, "{failure:?}");
+    assert!(failure.message.contains(says), "{failure:?}");
+    failure
+}
+
+#[tokio::test]
+async fn a_streamed_answer_is_reported_counted_and_priced() {
+    let bench = Bench::new("sk-a").await;
+    let mut spec = job("");
+    spec.input = messages(&[(Role::System, "be brief"), (Role::User, "one two three")]);
+    let (performed, reported) = bench.perform(spec).await;
+    // 5 and 3 tokens at $0.15 and $0.60 per million.
+    assert_eq!(performed.cost, Some(Picodollars(5 * 150_000 + 3 * 600_000)));
+    let generation = generation(performed);
+    assert_eq!((generation.text.as_str(), reported.as_str()), ("one two three", "one two three"));
+    assert_eq!(generation.finish_reason, FinishReason::Stop);
+    assert_eq!(generation.usage, Some(Usage { prompt_tokens: 5, cached_prompt_tokens: 0, completion_tokens: 3 }));
+    assert!(generation.first_token_ms.is_some());
+    let body = &bench.standin.requests()[0].body;
+    assert_eq!((&body["stream"], &body["seed"], &body["model"]), (&true.into(), &7.into(), &"gpt-4o-mini".into()));
+}
+
+#[tokio::test]
+async fn a_whole_answer_is_read_where_a_provider_does_not_stream() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let performer = performer(&standin.base_url(), "sk-a", |endpoint| endpoint.provider.streaming = false);
+    let (performed, reported) = perform(&performer, job("one two"), CancellationToken::new()).await;
+    assert_eq!(generation(performed).text, "one two");
+    assert_eq!(reported, "one two");
+    assert_eq!(standin.requests()[0].body.get("stream"), None);
+}
+
+#[tokio::test]
+async fn comments_and_odd_borders_do_not_matter() {
+    let bench = Bench::new("sk-a").await;
+    let (performed, reported) = bench.perform(job("!split-utf8 !comments !echo=grüße 世界 🦀")).await;
+    assert_eq!(reported, "grüße 世界 🦀");
+    assert_eq!(generation(performed).text, "grüße 世界 🦀");
+}
+
+#[tokio::test]
+async fn bounds_and_stop_strings_are_kept() {
+    let bench = Bench::new("sk-a").await;
+    let mut short = job("!words=9");
+    short.sampling.max_tokens = 2;
+    assert_eq!(generation(bench.perform(short).await.0).finish_reason, FinishReason::Length);
+    // The fifth stop string is not sent: it is the worker that keeps it.
+    let mut stopped = job("!words=9");
+    stopped.sampling.stop = ["q", "w", "x", "y", " word3"].map(str::to_owned).to_vec();
+    stopped.sampling.stop[1] = "word9".to_owned();
+    let (performed, reported) = bench.perform(stopped).await;
+    let generation = generation(performed);
+    assert_eq!((generation.text.as_str(), reported.as_str()), ("word1 word2", "word1 word2"));
+    assert_eq!(generation.finish_reason, FinishReason::Stop);
+}
+
+#[tokio::test]
+async fn the_providers_own_figure_is_the_cost() {
+    let bench = Bench::new("sk-a").await;
+    let (performed, _) = bench.perform(job("!cost=0.00001234 !words=3")).await;
+    assert_eq!(performed.cost, Some(Picodollars(12_340_000)));
+    let (unknown, _) = bench.perform(spec("litellm_no-such-price", "hi")).await;
+    assert_eq!(unknown.cost, None);
+    let (uncounted, _) = bench.perform(job("!no-usage hi")).await;
+    assert_eq!(uncounted.cost, None);
+}
+
+#[tokio::test]
+async fn a_refusal_is_classified_and_costs_nothing() {
+    let wait = check_failure("!status=429 retry-after=1.5", FailureClass::Throttled, true, "openai answered 429").await;
+    assert_eq!(wait.retry_after_ms, Some(1_500));
+    check_failure("!status=429 code=insufficient_quota", FailureClass::Auth, true, "billing").await;
+    check_failure("!status=500", FailureClass::Transient, true, "openai answered 500").await;
+    check_failure("!status=503 retry-after-ms=20", FailureClass::Transient, true, "503").await;
+    check_failure("!status=529", FailureClass::Throttled, true, "529").await;
+    check_failure("!status=400", FailureClass::Invalid, true, "400").await;
+    check_failure("!status=403", FailureClass::Auth, true, "403").await;
+    check_failure("!status=404", FailureClass::NotFound, true, "404").await;
+}
+
+#[tokio::test]
+async fn a_refused_key_is_told_but_not_repeated() {
+    let bench = Bench::new(BAD_KEY).await;
+    let (performed, _) = bench.perform(job("hi")).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!() };
+    assert_eq!(failure.class, FailureClass::Auth);
+    assert!(!failure.message.contains(BAD_KEY), "{failure:?}");
+}
+
+#[tokio::test]
+async fn a_broken_answer_may_be_tried_again_and_its_cost_is_unknown() {
+    check_failure("!cut-after=5", FailureClass::Transient, false, "openai").await;
+    check_failure("!garbage", FailureClass::Transient, false, "not a chat completion").await;
+    check_failure("!html", FailureClass::Transient, false, "web page").await;
+    check_failure("!error-after=2", FailureClass::Transient, false, "It broke.").await;
+}
+
+#[tokio::test]
+async fn a_later_try_of_the_same_job_gets_the_answer() {
+    let bench = Bench::new("sk-a").await;
+    let prompt = "!cut-after=2 times=1 !words=4";
+    assert!(matches!(bench.perform(job(prompt)).await.0.outcome, Outcome::Failed(_)));
+    assert_eq!(generation(bench.perform(job(prompt)).await.0).text, "word1 word2 word3 word4");
+}
+
+#[tokio::test]
+async fn a_stream_without_done_is_whole_once_it_told_why_it_ended() {
+    let bench = Bench::new("sk-a").await;
+    assert_eq!(generation(bench.perform(job("!no-done hi")).await.0).text, "hi");
+}
+
+#[tokio::test]
+async fn a_call_ends_when_told_to_stop() {
+    let bench = Bench::new("sk-a").await;
+    for prompt in ["!sleep=60000", "!first-byte=60000", "!stall-after=3"] {
+        let stop = CancellationToken::new();
+        let told = stop.clone();
+        let wait_then_tell = async move {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            told.cancel();
+        };
+        let ((performed, _), ()) = tokio::join!(perform(&bench.performer, job(prompt), stop), wait_then_tell);
+        assert_eq!(performed, Performed { outcome: Outcome::HandedBack, cost: None }, "{prompt}");
+    }
+}
+
+#[tokio::test]
+async fn a_provider_that_is_not_there_is_a_passing_fault() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let closed = listener.local_addr().unwrap();
+    drop(listener);
+    let performer = performer(&format!("http://{closed}/v1"), "sk-a", |_| ());
+    let (performed, _) = perform(&performer, job("hi"), CancellationToken::new()).await;
+    assert_eq!(performed.cost, Some(Picodollars(0)));
+    let Outcome::Failed(failure) = performed.outcome else { panic!() };
+    assert_eq!(failure.class, FailureClass::Transient);
+    assert!(failure.message.starts_with("openai: cannot connect to 127.0.0.1: "), "{failure:?}");
+}
+
+#[tokio::test]
+async fn only_lanes_with_a_key_are_offered() {
+    let bench = Bench::new("sk-a").await;
+    let offers = bench.performer.offers();
+    assert_eq!(offers.len(), 1);
+    assert_eq!((offers[0].lane.to_string().as_str(), offers[0].capacity), ("litellm:openai", 4));
+    let bare = performer(&bench.standin.base_url(), "", |_| ());
+    assert_eq!((bare.offers().len(), bare.models().len()), (0, 1));
+}

@@ -1,0 +1,172 @@
+//! The table of providers, `providers.toml`, and what is special about each. Never here: keys, which are configuration
+//! (see `catalog`).
+
+use serde::Deserialize;
+use std::collections::BTreeMap;
+
+/// A provider, as one row of the table.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provider {
+    /// Where its API is; `None` when that must be configured.
+    pub base_url: Option<String>,
+    /// Variables that set the base URL, besides those made of the name.
+    #[serde(default)]
+    pub base_url_variables: Vec<String>,
+    /// Variables that may hold its key; the first is the one to name to people.
+    pub keys: Vec<String>,
+    /// Whether it serves calls without a key.
+    #[serde(default, rename = "key")]
+    pub key_need: KeyNeed,
+    /// How it is spoken to: the name of a dialect.
+    pub dialect: String,
+    /// What follows the base URL, where it is not the dialect's own path.
+    pub path: Option<String>,
+    /// Headers of every call.
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+    /// Whether answers come in pieces.
+    #[serde(default = "yes")]
+    pub streaming: bool,
+    /// Whether it may be asked for the usage at the end of a stream.
+    #[serde(default = "yes")]
+    pub stream_usage: bool,
+    /// Its name for `max_tokens`.
+    pub max_tokens_field: Option<String>,
+    /// Its name for `seed`.
+    pub seed_field: Option<String>,
+    /// Parameters it refuses.
+    #[serde(default)]
+    pub drop: Vec<String>,
+    /// What differs for some of its models.
+    #[serde(default)]
+    pub models: Vec<ModelQuirks>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Whether a provider serves calls without a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeyNeed {
+    /// It does not.
+    #[default]
+    Required,
+    /// It may, as servers of one's own do.
+    Optional,
+}
+
+/// What differs for the models whose names begin in one of some ways.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelQuirks {
+    /// The beginnings.
+    pub starts_with: Vec<String>,
+    /// Their name for `max_tokens`.
+    pub max_tokens_field: Option<String>,
+    /// Parameters they refuse, besides those that the provider refuses for all.
+    #[serde(default)]
+    pub drop: Vec<String>,
+}
+
+impl Provider {
+    fn model_quirks(&self, model: &str) -> Option<&ModelQuirks> {
+        let fits = |row: &&ModelQuirks| row.starts_with.iter().any(|start| model.starts_with(start.as_str()));
+        self.models.iter().find(fits)
+    }
+
+    /// The name that the provider has for `max_tokens` of `model`.
+    #[must_use]
+    pub fn max_tokens_field(&self, model: &str) -> Option<&str> {
+        let of_model = self.model_quirks(model).and_then(|row| row.max_tokens_field.as_deref());
+        of_model.or(self.max_tokens_field.as_deref())
+    }
+
+    /// Whether `model` takes a parameter.
+    #[must_use]
+    pub fn takes(&self, model: &str, parameter: &str) -> bool {
+        let of_model = self.model_quirks(model).map_or(&[][..], |row| &row.drop);
+        !self.drop.iter().chain(of_model).any(|dropped| dropped == parameter)
+    }
+}
+
+/// All known providers by name.
+#[derive(Clone, Debug)]
+pub struct Table(BTreeMap<String, Provider>);
+
+impl Table {
+    /// The table that this worker was built with.
+    ///
+    /// # Errors
+    /// When the file is malformed, which a test rules out.
+    pub fn embedded() -> Result<Self, toml::de::Error> {
+        toml::from_str(include_str!("providers.toml")).map(Self)
+    }
+
+    /// The row of a provider.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&Provider> {
+        self.0.get(name)
+    }
+
+    /// The names of all providers.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    /// The known name that is most like `name`, when any is.
+    #[must_use]
+    pub fn nearest(&self, name: &str) -> Option<&str> {
+        let rated = self.names().map(|known| (strsim::jaro_winkler(name, known), known));
+        rated.filter(|(likeness, _)| *likeness > 0.8).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, known)| known)
+    }
+}
+
+/// The form of a provider's name in variables: `nano-gpt` is `NANO_GPT`.
+#[must_use]
+pub fn variable_stem(name: &str) -> String {
+    name.to_uppercase().replace(['-', '.'], "_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect;
+
+    #[test]
+    fn every_row_is_usable() {
+        let table = Table::embedded().unwrap();
+        for (name, row) in &table.0 {
+            assert!(!row.keys.is_empty(), "{name} names no key");
+            if let Some(url) = &row.base_url {
+                let url = reqwest::Url::parse(url).unwrap();
+                assert!(url.scheme() == "https" || row.key_need == KeyNeed::Optional, "{name}: {url}");
+            }
+            for header in row.headers.keys() {
+                assert!(http::HeaderName::from_bytes(header.as_bytes()).is_ok(), "{name}: {header}");
+            }
+        }
+        let spoken = table.0.values().filter(|row| row.base_url.is_some() && dialect::find(&row.dialect).is_some());
+        assert!(spoken.count() >= 116);
+    }
+
+    #[test]
+    fn a_model_may_differ_from_its_provider() {
+        let table = Table::embedded().unwrap();
+        let openai = table.find("openai").unwrap();
+        assert_eq!(openai.max_tokens_field("gpt-4o"), None);
+        assert_eq!(openai.max_tokens_field("o3-mini"), Some("max_completion_tokens"));
+        assert!(openai.takes("gpt-4o", "temperature"));
+        assert!(openai.takes("gpt-5-chat-latest", "temperature"));
+        assert!(!openai.takes("gpt-5", "temperature"));
+        assert!(!openai.takes("gpt-4o", "top_k"));
+    }
+
+    #[test]
+    fn a_misspelt_name_has_a_nearest() {
+        assert_eq!(Table::embedded().unwrap().nearest("togetherai"), Some("together_ai"));
+        assert_eq!(Table::embedded().unwrap().nearest("zzzz"), None);
+    }
+}
