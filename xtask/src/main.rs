@@ -1,0 +1,49 @@
+//! Developer commands: `cargo xtask demo | test | ci`. Runs on a machine that has a Rust toolchain, a C compiler and a
+//! package manager, and installs what else is needed.
+//!
+//! Never here: anything that the product itself needs at run time.
+
+mod demo;
+mod redis;
+mod tests;
+mod tool;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Developer commands of Genmill.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build in release, start a mill, compare two tiny local models at tic-tac-toe, stop everything
+    Demo,
+    /// Run all tests, with real redis-server processes
+    Test {
+        /// Passed on to the test runner, such as a test's name
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// What CI runs: formatting, lints with warnings as errors, all tests
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let done = match Args::parse().command {
+        Command::Demo => demo::run_demo(),
+        Command::Test { rest } => tests::test(&rest),
+        Command::Ci => tests::ci(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tool::say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
