@@ -4,10 +4,12 @@
 
 pub mod clock;
 pub mod config;
+pub mod documents;
 pub mod environment;
 pub mod health;
 pub mod host;
 pub mod models;
+pub mod parent;
 pub mod random;
 pub mod run;
 pub mod secret;

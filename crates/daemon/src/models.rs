@@ -4,6 +4,7 @@
 //! Never here: whether a listed model can be served.
 
 use crate::config::{Models, nearest, with_nearest};
+use crate::documents;
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -148,7 +149,7 @@ fn read_file(file: &Path, text: &str, root: Option<&Path>) -> Result<Vec<ListedM
     let content: Value = if text.trim().is_empty() {
         Value::Null
     } else {
-        serde_saphyr::from_str(text).map_err(|error| wrong(error.to_string()))?
+        documents::parse(text).map_err(|error| wrong(error.to_string()))?
     };
     let sections = sections(stem, content).map_err(wrong)?;
     let mut listed = Vec::new();

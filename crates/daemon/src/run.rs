@@ -4,8 +4,9 @@ use crate::config::{self, Config};
 use crate::environment::Environment;
 use crate::models::{self, ListedModel};
 use crate::shutdown::{self, Shutdown};
-use crate::{telemetry, tls};
+use crate::{parent, telemetry, tls};
 use anyhow::Context as _;
+use rustix::process::Signal;
 use std::future::Future;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -23,9 +24,9 @@ pub struct CommonArgs {
     /// Print the effective configuration with secrets masked, and exit
     #[arg(long)]
     pub check_config: bool,
-    /// Die with the process that started this one
-    #[arg(long, hide = true)]
-    pub exit_with_parent: bool,
+    /// Die with the process that starts this one
+    #[arg(long, hide = true, value_name = "PID")]
+    pub exit_with_parent: Option<i32>,
 }
 
 /// What a daemon gets to work with.
@@ -69,8 +70,10 @@ where
     F: FnOnce(Context) -> Fut,
     Fut: Future<Output = anyhow::Result<()>>,
 {
-    if args.exit_with_parent {
-        exit_with_parent();
+    if let Some(parent) = args.exit_with_parent
+        && let Err(error) = parent::end_with(parent, Signal::KILL)
+    {
+        return fail(1, &error.into());
     }
     let loaded = match load(args.config.as_deref()) {
         Ok(loaded) => loaded,
@@ -146,19 +149,6 @@ pub fn print_ready(places: &[(&str, String)]) -> std::io::Result<()> {
     writeln!(out, "ready {}", places.join(" "))?;
     out.flush()
 }
-
-/// Asks the kernel to kill this process when its parent dies, so that `kill -9` of `genmill up` leaves no orphans.
-#[cfg(target_os = "linux")]
-pub fn exit_with_parent() {
-    let kill = Some(rustix::process::Signal::KILL);
-    if let Err(error) = rustix::process::set_parent_process_death_signal(kill) {
-        tracing::warn!(%error, "cannot tie this process to its parent");
-    }
-}
-
-/// Other systems have no such request; there an orphan has to be ended by hand.
-#[cfg(not(target_os = "linux"))]
-pub fn exit_with_parent() {}
 
 fn fail(code: u8, error: &anyhow::Error) -> ExitCode {
     // Telemetry may not have started yet, so this goes to standard error as it stands.
