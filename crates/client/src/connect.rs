@@ -1,0 +1,62 @@
+//! From a server's address to a connection.
+
+use crate::Error;
+use crate::error::root_cause;
+use std::time::Duration;
+use tonic::transport::{Channel, Endpoint};
+
+/// How long a connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often an open connection is probed, so that a watch on a vanished machine does not hang.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
+/// How long the answer to a probe may take.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The address with its scheme: `HOST:PORT` means `http://HOST:PORT`.
+pub(crate) fn with_scheme(server: &str) -> Result<String, Error> {
+    let bad = |problem| Err(Error::BadAddress { server: server.to_owned(), problem });
+    match server.split_once("://") {
+        _ if server.is_empty() => bad("it is empty; write http://HOST:PORT"),
+        Some(("http", rest)) if !rest.is_empty() => Ok(server.to_owned()),
+        Some(("https", _)) => bad("TLS is not supported by this client; end it in a proxy and write http://HOST:PORT"),
+        Some(_) => bad("write http://HOST:PORT"),
+        None => Ok(format!("http://{server}")),
+    }
+}
+
+/// Connects. The channel reconnects by itself later on.
+pub(crate) async fn connect(server: &str) -> Result<Channel, Error> {
+    let endpoint = Endpoint::from_shared(server.to_owned())
+        .map_err(|_| Error::BadAddress { server: server.to_owned(), problem: "write http://HOST:PORT" })?;
+    let endpoint = endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .http2_adaptive_window(true)
+        .user_agent(concat!("genmill/", env!("CARGO_PKG_VERSION")))
+        .map_err(|_| Error::Protocol { problem: "this client's own name is no HTTP header" })?;
+    let unreachable = |error: tonic::transport::Error| {
+        let source = root_cause(&error).into();
+        Error::Unreachable { server: server.to_owned(), source }
+    };
+    endpoint.connect().await.map_err(unreachable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(server: &str, expect: Option<&str>) {
+        assert_eq!(with_scheme(server).ok().as_deref(), expect, "{server}");
+    }
+
+    #[test]
+    fn an_address_may_leave_out_its_scheme() {
+        check("127.0.0.1:5", Some("http://127.0.0.1:5"));
+        check("http://a:5", Some("http://a:5"));
+        check("https://a:5", None);
+        check("redis://a:5", None);
+        check("http://", None);
+        check("", None);
+    }
+}

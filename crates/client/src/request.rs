@@ -1,0 +1,175 @@
+//! Builds requests. What they may hold is checked by the server alone.
+
+use crate::v1;
+use std::time::{Duration, SystemTime};
+
+/// Who speaks in a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Instructions to the model.
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+}
+
+impl From<Role> for v1::Role {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::System => Self::System,
+            Role::User => Self::User,
+            Role::Assistant => Self::Assistant,
+        }
+    }
+}
+
+/// A generation to ask for: a model, a prompt or messages, and how to sample. What is not set gets the server's default.
+///
+/// ```
+/// use genmill_client::{Request, v1};
+///
+/// let request = Request::new("vllm_x").system("Be brief.").user("What is 2 + 2?").max_tokens(5).label("set", "a");
+/// let message: v1::GenerationRequest = request.into();
+/// assert_eq!(message.max_tokens, Some(5));
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[must_use = "a request does nothing until it is submitted"]
+pub struct Request {
+    message: v1::GenerationRequest,
+}
+
+impl Request {
+    /// Asks `model`, named with its prefix: `vllm_NAME`, `hf_NAME`, `litellm_PROVIDER/MODEL`, …
+    pub fn new(model: impl Into<String>) -> Self {
+        Self { message: v1::GenerationRequest { model: model.into(), ..v1::GenerationRequest::default() } }
+    }
+
+    /// The input as plain text. Replaces messages.
+    pub fn prompt(self, prompt: impl Into<String>) -> Self {
+        self.input(v1::generation_request::Input::Prompt(prompt.into()))
+    }
+
+    /// Adds a message to the conversation. Replaces a prompt.
+    pub fn message(mut self, role: Role, content: impl Into<String>) -> Self {
+        let message = v1::ChatMessage { role: v1::Role::from(role).into(), content: content.into() };
+        if let Some(v1::generation_request::Input::Messages(chat)) = &mut self.message.input {
+            chat.messages.push(message);
+            return self;
+        }
+        self.input(v1::generation_request::Input::Messages(v1::ChatMessages { messages: vec![message] }))
+    }
+
+    /// Adds instructions to the model.
+    pub fn system(self, content: impl Into<String>) -> Self {
+        self.message(Role::System, content)
+    }
+
+    /// Adds what the person says.
+    pub fn user(self, content: impl Into<String>) -> Self {
+        self.message(Role::User, content)
+    }
+
+    /// Adds what the model has said.
+    pub fn assistant(self, content: impl Into<String>) -> Self {
+        self.message(Role::Assistant, content)
+    }
+
+    fn input(self, input: v1::generation_request::Input) -> Self {
+        self.with(|message| message.input = Some(input))
+    }
+
+    /// Upper bound of generated tokens.
+    pub fn max_tokens(self, tokens: u32) -> Self {
+        self.with(|message| message.max_tokens = Some(tokens))
+    }
+
+    /// Sampling temperature: 0 is greedy.
+    pub fn temperature(self, temperature: f64) -> Self {
+        self.with(|message| message.temperature = Some(temperature))
+    }
+
+    /// Only the most likely tokens that together reach this probability.
+    pub fn top_p(self, top_p: f64) -> Self {
+        self.with(|message| message.top_p = Some(top_p))
+    }
+
+    /// Only the `k` most likely tokens.
+    pub fn top_k(self, k: u32) -> Self {
+        self.with(|message| message.top_k = Some(k))
+    }
+
+    /// Seed of the random numbers: the same request with the same seed gives the same text.
+    pub fn seed(self, seed: u64) -> Self {
+        self.with(|message| message.seed = Some(seed))
+    }
+
+    /// Adds a string before which generation ends.
+    pub fn stop(self, stop: impl Into<String>) -> Self {
+        self.with(|message| message.stop.push(stop.into()))
+    }
+
+    /// Adds a label, kept with the job.
+    pub fn label(self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.with(|message| drop(message.labels.insert(key.into(), value.into())))
+    }
+
+    /// Who the job belongs to.
+    pub fn tenant(self, tenant: impl Into<String>) -> Self {
+        self.with(|message| message.tenant = tenant.into())
+    }
+
+    /// The experiment the job is part of.
+    pub fn experiment(self, experiment: impl Into<String>) -> Self {
+        self.with(|message| message.experiment = experiment.into())
+    }
+
+    /// Which jobs go first.
+    pub fn priority(self, priority: v1::Priority) -> Self {
+        self.with(|message| message.priority = priority.into())
+    }
+
+    /// Makes submission idempotent: submitted twice with the same id, it is one job.
+    pub fn request_id(self, id: impl Into<String>) -> Self {
+        self.with(|message| message.request_id = id.into())
+    }
+
+    /// Bound of one attempt.
+    pub fn timeout(self, timeout: Duration) -> Self {
+        let ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        self.with(|message| message.timeout_ms = Some(ms))
+    }
+
+    /// When the job expires.
+    pub fn deadline(self, at: SystemTime) -> Self {
+        self.with(|message| message.deadline = Some(at.into()))
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut v1::GenerationRequest)) -> Self {
+        change(&mut self.message);
+        self
+    }
+}
+
+impl From<Request> for v1::GenerationRequest {
+    fn from(request: Request) -> Self {
+        request.message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn input(request: Request) -> v1::generation_request::Input {
+        v1::GenerationRequest::from(request).input.unwrap()
+    }
+
+    #[test]
+    fn the_input_set_last_wins() {
+        let prompt = input(Request::new("vllm_x").user("a").prompt("b"));
+        assert_eq!(prompt, v1::generation_request::Input::Prompt("b".to_owned()));
+        let chat = input(Request::new("vllm_x").prompt("b").user("a").assistant("c"));
+        assert!(matches!(chat, v1::generation_request::Input::Messages(chat) if chat.messages.len() == 2));
+    }
+}
