@@ -1,0 +1,46 @@
+//! `genmill models`: what can be asked for.
+
+use crate::exit::Ending;
+use crate::table::{self, Column};
+use crate::{output, show};
+use genmill_client::{Client, v1};
+
+/// List the models, available or not
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only models of this backend, such as vllm or litellm
+    #[arg(long, value_name = "NAME")]
+    prefix: Option<String>,
+    /// Print each model as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
+    let mut models = Client::connect(server).await?.list_models().await?;
+    if let Some(prefix) = &args.prefix {
+        let start = format!("{}_", prefix.trim_end_matches('_'));
+        models.retain(|model| model.name.starts_with(&start));
+    }
+    if args.json {
+        for model in &models {
+            output::line(&genmill_wire::json::to_json("Model", model)?)?;
+        }
+    } else {
+        output::line(&table::render(COLUMNS, models.iter().map(row).collect()))?;
+    }
+    Ok(Ending::Done)
+}
+
+const COLUMNS: [Column; 4] =
+    [Column::Text("name"), Column::Text("available"), Column::Text("workers"), Column::Text("why not")];
+
+fn row(model: &v1::Model) -> [String; 4] {
+    let or_nothing = |text: String| if text.is_empty() { show::NOTHING.to_owned() } else { text };
+    [
+        model.name.clone(),
+        if model.available { "yes" } else { "no" }.to_owned(),
+        or_nothing(model.workers.join(" ")),
+        or_nothing(model.unavailable_reason.clone()),
+    ]
+}

@@ -1,0 +1,233 @@
+//! `genmill submit`: one job from the command line.
+
+use crate::exit::Ending;
+use crate::watch::print_text;
+use crate::when::{When, parse_when};
+use crate::{documents, messages, output, show};
+use anyhow::Context as _;
+use genmill_client::{Client, Position, v1};
+use std::path::PathBuf;
+
+/// Submit a job, wait for it, print its text
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    request: RequestArgs,
+    /// Print the text as it comes
+    #[arg(long, conflicts_with_all = ["no_wait", "json"])]
+    stream: bool,
+    /// Print the job's id and leave
+    #[arg(long)]
+    no_wait: bool,
+    /// Print the job as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Every field of a request.
+#[derive(Debug, clap::Args)]
+struct RequestArgs {
+    /// The model with its prefix, such as vllm_NAME or litellm_PROVIDER/MODEL; `genmill models` lists them
+    #[arg(long, value_name = "NAME")]
+    model: String,
+    /// The input as plain text
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(required_unless_present = "messages_file", conflicts_with = "messages_file")]
+    prompt: Option<String>,
+    /// The input as a conversation: a YAML or JSON list of {role: system|user|assistant, content}; - is standard input
+    #[arg(long, value_name = "FILE")]
+    messages_file: Option<PathBuf>,
+    /// Upper bound of generated tokens [default: the server's]
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// Sampling temperature, 0 (greedy) to 2 [default: the server's]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f64>,
+    /// Only the most likely tokens that together reach this probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f64>,
+    /// Only the K most likely tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Seed of the random numbers [default: drawn by the server and kept with the job]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Generation ends before this string; may be repeated
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// A label kept with the job; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+    labels: Vec<(String, String)>,
+    /// Who the job belongs to [default: default]
+    #[arg(long, value_name = "NAME")]
+    tenant: Option<String>,
+    /// The experiment the job is part of
+    #[arg(long, value_name = "NAME")]
+    experiment: Option<String>,
+    /// Which jobs go first
+    #[arg(long, value_enum)]
+    priority: Option<Priority>,
+    /// Makes submission idempotent: the same id and content is the same job
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+    /// Bound of one attempt, in milliseconds
+    #[arg(long, value_name = "MS")]
+    timeout_ms: Option<u64>,
+    /// The job expires when it has not finished by then: an RFC 3339 time, or a duration such as 10m
+    #[arg(long, value_name = "WHEN", value_parser = parse_when)]
+    deadline: Option<When>,
+}
+
+/// Which jobs go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Priority {
+    /// Somebody is waiting for the answer
+    Interactive,
+    /// The usual class
+    Normal,
+    /// Large runs that may take what is left
+    Bulk,
+}
+
+impl From<Priority> for v1::Priority {
+    fn from(priority: Priority) -> Self {
+        match priority {
+            Priority::Interactive => Self::Interactive,
+            Priority::Normal => Self::Normal,
+            Priority::Bulk => Self::Bulk,
+        }
+    }
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  genmill submit --model vllm_tictactoe-qwen2 --prompt 'Best move (1-9):' --temperature 0
+  genmill submit --model litellm_gpt-4 --messages-file chat.yaml --stream
+  genmill submit --model hf_gpt2 --prompt 'Once' --seed 7 --label set=a --no-wait
+  genmill submit --model hf_gpt2 --prompt 'Once' --json | jq -r .result.text";
+
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
+    let request = args.request.into_message(genmill_daemon::clock::now_unix_ms())?;
+    let client = Client::connect(server).await?;
+    let submitted = client.submit(request).await?.job;
+    if args.no_wait {
+        if args.json {
+            output::job_json(&submitted)?;
+        } else {
+            output::line(&submitted.id)?;
+        }
+        return Ok(Ending::Done);
+    }
+    if args.stream {
+        let job = print_text(&client, &submitted.id, Position::default()).await?;
+        return Ok(show::ending(job));
+    }
+    let job = crate::watch::wait(&client, &submitted.id).await?;
+    match &job.result {
+        _ if args.json => output::job_json(&job)?,
+        Some(result) => output::line(&result.text)?,
+        None => {}
+    }
+    Ok(show::ending(job))
+}
+
+impl RequestArgs {
+    fn into_message(self, now_unix_ms: u64) -> anyhow::Result<v1::GenerationRequest> {
+        Ok(v1::GenerationRequest {
+            input: Some(input(self.prompt, self.messages_file)?),
+            model: self.model,
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            seed: self.seed,
+            stop: self.stop,
+            labels: self.labels.into_iter().collect(),
+            tenant: self.tenant.unwrap_or_default(),
+            experiment: self.experiment.unwrap_or_default(),
+            priority: self.priority.map_or(v1::Priority::Unspecified, v1::Priority::from).into(),
+            request_id: self.request_id.unwrap_or_default(),
+            timeout_ms: self.timeout_ms,
+            deadline: self.deadline.map(|when| when.timestamp(now_unix_ms)),
+        })
+    }
+}
+
+fn input(prompt: Option<String>, file: Option<PathBuf>) -> anyhow::Result<v1::generation_request::Input> {
+    let Some(file) = file else {
+        return Ok(v1::generation_request::Input::Prompt(prompt.unwrap_or_default()));
+    };
+    let text = documents::read_text(&file)?;
+    let read = documents::parse(&text).with_context(|| format!("in {}", file.display()))?;
+    Ok(messages::input(read))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser as _;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        request: RequestArgs,
+    }
+
+    #[test]
+    fn every_field_has_a_flag() {
+        let line = "x --model vllm_x --prompt Hi --max-tokens 1 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 \
+                    --stop a --stop b --label k=v=w --label e= --tenant t --experiment e --priority bulk \
+                    --request-id r --timeout-ms 5 --deadline 1s";
+        let request = Line::try_parse_from(line.split_whitespace()).unwrap().request.into_message(4_000).unwrap();
+        let expect = v1::GenerationRequest {
+            model: "vllm_x".to_owned(),
+            input: Some(v1::generation_request::Input::Prompt("Hi".to_owned())),
+            max_tokens: Some(1),
+            temperature: Some(0.5),
+            top_p: Some(0.9),
+            top_k: Some(3),
+            seed: Some(7),
+            stop: vec!["a".to_owned(), "b".to_owned()],
+            labels: [("k".to_owned(), "v=w".to_owned()), ("e".to_owned(), String::new())].into(),
+            tenant: "t".to_owned(),
+            experiment: "e".to_owned(),
+            priority: v1::Priority::Bulk.into(),
+            request_id: "r".to_owned(),
+            timeout_ms: Some(5),
+            deadline: Some(prost_types::Timestamp { seconds: 5, nanos: 0 }),
+        };
+        assert_eq!(request, expect);
+    }
+
+    #[test]
+    fn a_prompt_may_begin_with_a_dash() {
+        let line = ["x", "--model", "vllm_x", "--prompt", "- a", "--stop", "--"];
+        let request = Line::try_parse_from(line).unwrap().request.into_message(0).unwrap();
+        assert_eq!(request.input, Some(v1::generation_request::Input::Prompt("- a".to_owned())));
+        assert_eq!(request.stop, ["--"]);
+    }
+
+    #[test]
+    fn messages_are_read_from_yaml_and_json() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = |text: &str| {
+            let file = folder.path().join("chat");
+            std::fs::write(&file, text).unwrap();
+            input(None, Some(file))
+        };
+        let yaml = read("- {role: system, content: Be brief.}\n- role: user\n  content: Hi\n").unwrap();
+        let json = read(r#"[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi"}]"#).unwrap();
+        assert_eq!(yaml, json);
+        let error = format!("{:#}", read("- {role: boss, content: Hi}").unwrap_err());
+        assert!(error.contains("[0].role") && error.contains("assistant"), "{error}");
+        let error = format!("{:#}", read("- {role: user, contents: Hi}").unwrap_err());
+        assert!(error.contains("did you mean `content`?"), "{error}");
+    }
+}
