@@ -1,0 +1,7 @@
+//! Joins the engine to the worker loop: which models are loaded, and how a job becomes a request of an engine.
+//!
+//! Never here: leases and retries (`genmill-worker`), tensors (`genmill-engine`).
+
+pub mod load;
+mod mailbox;
+pub mod perform;

@@ -1,0 +1,122 @@
+//! From the models that a configuration lists to running engines. A model that cannot be loaded is listed with the
+//! reason, so that a request for it is refused with that reason.
+
+use anyhow::Context as _;
+use genmill_core::model::{ModelName, Prefix};
+use genmill_core::money::Picodollars;
+use genmill_core::registration::{Availability, ServedModel};
+use genmill_daemon::config::Gpu;
+use genmill_daemon::models::ListedModel;
+use genmill_engine::{Engine, EngineOptions, LoadOptions, Model, ModelPaths};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// How engines are set up.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Compute threads of each engine.
+    pub load: LoadOptions,
+    /// The size of each engine.
+    pub engine: EngineOptions,
+    /// What an hour of an engine costs; `None`: unknown.
+    pub price_per_hour: Option<Picodollars>,
+}
+
+impl Settings {
+    /// Reads the configuration.
+    ///
+    /// # Errors
+    /// When `gpu.dollars_per_hour` is no amount of money.
+    pub fn new(gpu: &Gpu) -> anyhow::Result<Self> {
+        let sequences = usize::try_from(gpu.sequences_max).context("gpu.sequences_max is too large")?;
+        let price = gpu.dollars_per_hour.as_deref().map(Picodollars::parse_dollars).transpose();
+        Ok(Self {
+            load: LoadOptions { threads: gpu.threads },
+            engine: EngineOptions {
+                kv_tokens: gpu.kv_tokens,
+                max_sequences: sequences,
+                step_tokens: gpu.step_tokens.max(sequences),
+                max_waiting: sequences,
+            },
+            price_per_hour: price.context("gpu.dollars_per_hour")?,
+        })
+    }
+}
+
+/// A local model in the configuration.
+#[derive(Debug)]
+pub struct LocalModel {
+    /// What is registered of it.
+    pub served: ServedModel,
+    /// Its engine, when it could be loaded.
+    pub engine: Option<Arc<Engine>>,
+    /// How many sequences it runs at once.
+    pub sequences: u32,
+    /// What an hour of its engine costs.
+    pub price_per_hour: Option<Picodollars>,
+}
+
+/// Loads every local model that `listed` has. Blocks for as long as reading the weights takes.
+#[must_use]
+pub fn all(listed: &[ListedModel], settings: &Settings) -> Vec<LocalModel> {
+    let local = listed.iter().filter_map(|model| {
+        let prefix = Prefix::find(model.prefix).filter(|prefix| !prefix.is_remote())?;
+        match prefix.qualify(&model.name) {
+            Ok(name) => Some((name, model)),
+            Err(error) => {
+                tracing::error!(file = %model.file.display(), %error, "listed, but cannot be served");
+                None
+            }
+        }
+    });
+    local.map(|(name, model)| local_model(name, model, settings)).collect()
+}
+
+fn local_model(name: ModelName, listed: &ListedModel, settings: &Settings) -> LocalModel {
+    let begun = Instant::now();
+    let (availability, engine) = match start(listed, settings) {
+        Ok(engine) => {
+            tracing::info!(model = %name, fingerprint = %engine.card().fingerprint(), took = ?begun.elapsed(), "loaded");
+            (Availability::Ready, Some(Arc::new(engine)))
+        }
+        Err(error) => {
+            let reason = format!("{error:#}");
+            tracing::warn!(model = %name, reason, "listed, but cannot be served");
+            (Availability::Unavailable { reason }, None)
+        }
+    };
+    let context = engine.as_ref().and_then(|engine| u64::try_from(engine.card().context_tokens()).ok());
+    LocalModel {
+        served: ServedModel {
+            name,
+            availability,
+            description: listed.description.clone(),
+            context_tokens: context.or(listed.context_tokens),
+        },
+        engine,
+        sequences: u32::try_from(settings.engine.max_sequences).unwrap_or(u32::MAX),
+        price_per_hour: settings.price_per_hour,
+    }
+}
+
+fn start(listed: &ListedModel, settings: &Settings) -> anyhow::Result<Engine> {
+    let path = listed.path.as_ref().context("it has no model_path")?;
+    for path in [Some(path), listed.tokenizer.as_ref()].into_iter().flatten() {
+        if !path.resolved.exists() {
+            anyhow::bail!(path.missing());
+        }
+    }
+    if path.resolved.extension().is_some_and(|extension| extension == "gguf") || listed.prefix == "llamacpp" {
+        anyhow::bail!(
+            "this version of genmill-worker-gpu reads safetensors checkpoints, not GGUF files: list a safetensors \
+             copy of the model in vllm_models.yaml or hf_models.yaml"
+        );
+    }
+    let paths = ModelPaths {
+        model_path: path.resolved.clone(),
+        tokenizer_path: listed.tokenizer.as_ref().map(|tokenizer| tokenizer.resolved.clone()),
+    };
+    let model =
+        Model::load(&paths, &settings.load).with_context(|| format!("cannot load {}", path.resolved.display()))?;
+    Ok(Engine::start(model, settings.engine)?)
+}

@@ -1,0 +1,181 @@
+//! How a job becomes a request of an engine, and the engine's answer an outcome.
+
+use crate::load::LocalModel;
+use crate::mailbox::{Ended, Mailbox};
+use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Usage};
+use genmill_core::money::{Picodollars, price_of_engine_time};
+use genmill_core::registration::ServedModel;
+use genmill_core::request::{ChatMessage, Input};
+use genmill_engine::{Completion, Engine, Prompt, Request, RequestId, SubmitError};
+use genmill_worker::perform::{Offer, Perform, Progress, Task};
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// Runs jobs on the engines of loaded models.
+#[derive(Debug)]
+pub struct Performer {
+    models: Vec<LocalModel>,
+}
+
+impl Performer {
+    /// Serves `models`.
+    #[must_use]
+    pub fn new(models: Vec<LocalModel>) -> Self {
+        Self { models }
+    }
+}
+
+/// A request that an engine has; ends there when this is dropped.
+struct Running {
+    engine: Arc<Engine>,
+    id: RequestId,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.engine.cancel(self.id);
+    }
+}
+
+impl Perform for Performer {
+    fn offers(&self) -> Vec<Offer> {
+        let loaded = self.models.iter().filter(|model| model.engine.is_some());
+        loaded.map(|model| Offer { lane: model.served.name.lane(), capacity: model.sequences }).collect()
+    }
+
+    fn models(&self) -> Vec<ServedModel> {
+        self.models.iter().map(|model| model.served.clone()).collect()
+    }
+
+    async fn perform(&self, task: Task, progress: Progress, stop: CancellationToken) -> Performed {
+        let model = self.models.iter().find(|model| model.served.name == task.spec.model);
+        let Some((engine, price)) = model.and_then(|model| Some((model.engine.clone()?, model.price_per_hour))) else {
+            // A job of another worker's model in the same lane; that worker takes it.
+            return Performed { outcome: Outcome::HandedBack, cost: None };
+        };
+        let mailbox = Arc::new(Mailbox::default());
+        let running = match submit(&engine, request(&task), &mailbox).await {
+            Ok(id) => Running { engine, id },
+            Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)) },
+        };
+        let mut told = false;
+        loop {
+            let (text, ended) = tokio::select! {
+                taken = mailbox.take() => taken,
+                () = stop.cancelled(), if !told => {
+                    told = true;
+                    running.engine.cancel(running.id);
+                    continue;
+                }
+            };
+            progress.text(text).await;
+            if let Some(ended) = ended {
+                return performed(ended, price);
+            }
+        }
+    }
+}
+
+fn request(task: &Task) -> Request {
+    let spec = &task.spec;
+    let message = |message: &ChatMessage| genmill_engine::ChatMessage {
+        role: message.role.name().to_owned(),
+        content: message.content.clone(),
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "an engine samples in f32, and these are small numbers")]
+    let (temperature, top_p) = (spec.sampling.temperature as f32, spec.sampling.top_p.unwrap_or(1.0) as f32);
+    Request {
+        prompt: match &spec.input {
+            Input::Prompt(prompt) => Prompt::Text(prompt.clone()),
+            Input::Messages(messages) => Prompt::Chat(messages.iter().map(message).collect()),
+        },
+        max_tokens: usize::try_from(spec.sampling.max_tokens).unwrap_or(usize::MAX),
+        temperature,
+        // A share so small that it rounds to nothing still means the best token.
+        top_p: top_p.max(f32::MIN_POSITIVE),
+        top_k: spec.sampling.top_k.map_or(0, |k| usize::try_from(k).unwrap_or(usize::MAX)),
+        seed: spec.sampling.seed,
+        stop: spec.sampling.stop.clone(),
+        deadline: None,
+        now_unix_s: task.id.submitted_at().0 / 1_000,
+    }
+}
+
+/// Gives the request to the engine. Tokenising a long prompt takes a while, so it has a thread of its own.
+async fn submit(engine: &Arc<Engine>, request: Request, mailbox: &Arc<Mailbox>) -> Result<RequestId, Outcome> {
+    let (engine, mailbox) = (engine.clone(), mailbox.clone());
+    let submitting = tokio::task::spawn_blocking(move || submit_what_fits(&engine, request, &mailbox));
+    match submitting.await {
+        Ok(submitted) => submitted.map_err(|error| refused(&error)),
+        Err(_) => Err(Outcome::Failed(Failure::new(FailureClass::Internal, "tokenising the prompt broke off"))),
+    }
+}
+
+/// What exceeds the model's context is cut off the output, which then ends with the reason `length`: `max_tokens` is a
+/// bound, and most requests take its default without knowing the model. A prompt that fills the context is refused.
+fn submit_what_fits(engine: &Engine, mut request: Request, mailbox: &Arc<Mailbox>) -> Result<RequestId, SubmitError> {
+    match engine.submit(request.clone(), mailbox.sink()) {
+        Err(SubmitError::TooLong { prompt_tokens, context_tokens, .. }) if prompt_tokens < context_tokens => {
+            request.max_tokens = context_tokens - prompt_tokens;
+            engine.submit(request, mailbox.sink())
+        }
+        submitted => submitted,
+    }
+}
+
+fn refused(error: &SubmitError) -> Outcome {
+    match error {
+        SubmitError::Full { .. } | SubmitError::Stopped => Outcome::HandedBack,
+        SubmitError::Parameter { .. }
+        | SubmitError::Prompt { .. }
+        | SubmitError::TooLong { .. }
+        | SubmitError::NeverFits(_) => Outcome::Failed(Failure::new(FailureClass::Invalid, chain(error))),
+    }
+}
+
+fn performed(ended: Ended, price_per_hour: Option<Picodollars>) -> Performed {
+    let completion = match ended {
+        Ok(completion) => completion,
+        Err(error) => {
+            let failure = Failure::new(FailureClass::Internal, chain(&error));
+            return Performed { outcome: Outcome::Failed(failure), cost: None };
+        }
+    };
+    let engine_us = u64::try_from(completion.engine_time.as_micros()).unwrap_or(u64::MAX);
+    let cost = price_per_hour.map(|per_hour| price_of_engine_time(engine_us, per_hour));
+    let outcome = match completion.reason {
+        genmill_engine::FinishReason::Stop => Outcome::Generated(generation(completion, FinishReason::Stop)),
+        genmill_engine::FinishReason::Length => Outcome::Generated(generation(completion, FinishReason::Length)),
+        genmill_engine::FinishReason::Deadline => Outcome::DeadlinePassed,
+        genmill_engine::FinishReason::Cancelled => Outcome::HandedBack,
+    };
+    Performed { outcome, cost }
+}
+
+fn generation(completion: Completion, finish_reason: FinishReason) -> Generation {
+    let count = |tokens: usize| u64::try_from(tokens).unwrap_or(u64::MAX);
+    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    Generation {
+        finish_reason,
+        usage: Some(Usage {
+            prompt_tokens: count(completion.prompt_tokens),
+            cached_prompt_tokens: 0,
+            completion_tokens: count(completion.completion_tokens),
+        }),
+        first_token_ms: completion.first_token.map(ms),
+        text: completion.text,
+    }
+}
+
+/// An error with what caused it.
+fn chain(error: &dyn Error) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        message = format!("{message}: {error}");
+        source = error.source();
+    }
+    message
+}
