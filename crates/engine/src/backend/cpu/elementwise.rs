@@ -1,0 +1,133 @@
+//! Kernels over single rows: norms, rotation, activations.
+//!
+//! Never here: threads, or anything that looks at more than one row. Each kernel is a structure
+//! that pulp calls with the chosen instructions; a closure would not reliably be compiled for
+//! them.
+
+use pulp::NullaryFnOnce;
+
+use crate::config::Activation;
+use crate::math;
+
+/// Root mean square norm of a row.
+pub(super) struct RmsNorm<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) weight: &'a [f32],
+    pub(super) epsilon: f32,
+    pub(super) out: &'a mut [f32],
+}
+
+impl NullaryFnOnce for RmsNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { x, weight, epsilon, out } = self;
+        let scale = 1.0 / (math::sum(x, |x, sum| x.mul_add(x, sum)) / length(x) + epsilon).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
+    }
+}
+
+/// Layer norm of a row.
+pub(super) struct LayerNorm<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) weight: &'a [f32],
+    pub(super) bias: &'a [f32],
+    pub(super) epsilon: f32,
+    pub(super) out: &'a mut [f32],
+}
+
+impl NullaryFnOnce for LayerNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { x, weight, bias, epsilon, out } = self;
+        let mean = math::sum(x, |x, sum| x + sum) / length(x);
+        let square = |x: f32, sum: f32| (x - mean).mul_add(x - mean, sum);
+        let scale = 1.0 / (math::sum(x, square) / length(x) + epsilon).sqrt();
+        for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *out = ((x - mean) * scale).mul_add(*weight, *bias);
+        }
+    }
+}
+
+/// Rotates each head of a row: its first half with its second, by the angles whose cosines and
+/// sines are given.
+pub(super) struct Rotate<'a> {
+    pub(super) heads: &'a mut [f32],
+    pub(super) angles: &'a [f32],
+}
+
+impl NullaryFnOnce for Rotate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let (cosines, sines) = self.angles.split_at(self.angles.len() / 2);
+        for head in self.heads.chunks_exact_mut(self.angles.len()) {
+            let (first, second) = head.split_at_mut(cosines.len());
+            for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(cosines.iter().zip(sines)) {
+                let (x, y) = (*a, *b);
+                *a = x.mul_add(*cos, -(y * sin));
+                *b = y.mul_add(*cos, x * sin);
+            }
+        }
+    }
+}
+
+/// Applies the activation to a row.
+pub(super) struct Activate<'a> {
+    pub(super) activation: Activation,
+    pub(super) x: &'a [f32],
+    pub(super) out: &'a mut [f32],
+}
+
+impl NullaryFnOnce for Activate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { activation, x, out } = self;
+        match activation {
+            Activation::Silu => map(math::silu, x, out),
+            Activation::GeluTanh => map(math::gelu_tanh, x, out),
+            Activation::GeluErf => map(math::gelu_erf, x, out),
+            Activation::Relu => map(math::relu, x, out),
+        }
+    }
+}
+
+/// Applies the activation to a row's gates and multiplies with its ups.
+pub(super) struct ActivateGated<'a> {
+    pub(super) gates: Activate<'a>,
+    pub(super) up: &'a [f32],
+}
+
+impl NullaryFnOnce for ActivateGated<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Activate { activation, x, out } = self.gates;
+        Activate { activation, x, out: &mut *out }.call();
+        for (out, up) in out.iter_mut().zip(self.up) {
+            *out *= up;
+        }
+    }
+}
+
+#[inline(always)]
+fn map(f: impl Fn(f32) -> f32, x: &[f32], out: &mut [f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = f(*x);
+    }
+}
+
+#[inline(always)]
+#[expect(clippy::cast_precision_loss, reason = "widths are far below 2^24")]
+fn length(x: &[f32]) -> f32 {
+    x.len() as f32
+}

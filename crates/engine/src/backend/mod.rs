@@ -1,0 +1,187 @@
+//! The kernels a decoder is made of, as a trait; buffers are opaque, so a device may hold them.
+//!
+//! Never here: which kernels make a model (that is the decoder), scheduling, sampling.
+//!
+//! Every backend keeps this promise: a row's result depends on that row's input alone, never on
+//! how many rows are computed with it, on their order, or on how the work is split. The CPU does
+//! it by giving each output element one fixed chain of operations, and by tiling around chains,
+//! never through them.
+
+pub mod cpu;
+
+use std::ops::Range;
+
+use crate::config::Activation;
+
+/// Row-major values on their way to a backend.
+#[derive(Debug)]
+pub struct Dense {
+    /// Rows of the matrix, that is outputs of a projection or tokens of an embedding.
+    pub outputs: usize,
+    /// Values per row.
+    pub inputs: usize,
+    /// `outputs * inputs` values.
+    pub values: Vec<f32>,
+}
+
+/// What happens with a kernel's result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// It replaces what was there.
+    Set,
+    /// It is added to what was there.
+    Add,
+}
+
+/// The heads of one layer's attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub queries: usize,
+    /// Key and value heads.
+    pub keys: usize,
+    /// Width of a head.
+    pub width: usize,
+    /// What scores are multiplied with.
+    pub scale: f32,
+}
+
+impl Heads {
+    /// Width of a row of fused queries, keys and values, in this order.
+    #[must_use]
+    pub fn qkv_width(&self) -> usize {
+        (self.queries + 2 * self.keys) * self.width
+    }
+}
+
+/// The rows of one step: consecutive tokens of some sequences, one row per token.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The token of each row.
+    pub ids: Vec<u32>,
+    /// The position of each row in its sequence.
+    pub positions: Vec<u32>,
+    /// For each row, the part of `tables` that is its sequence's block table.
+    pub row_tables: Vec<Range<usize>>,
+    /// The block tables of all sequences: entry `i` of one holds its tokens
+    /// `i * BLOCK_TOKENS ..`.
+    pub tables: Vec<u32>,
+    /// The rows whose logits are wanted, ascending.
+    pub outputs: Vec<u32>,
+}
+
+impl Batch {
+    /// Forgets all rows and keeps the memory.
+    pub fn clear(&mut self) {
+        self.ids.clear();
+        self.positions.clear();
+        self.row_tables.clear();
+        self.tables.clear();
+        self.outputs.clear();
+    }
+
+    /// Adds the next tokens of a sequence, the first at position `start`; `blocks` is its table.
+    pub fn push(&mut self, ids: &[u32], start: usize, blocks: &[u32]) {
+        let table = self.tables.len()..self.tables.len() + blocks.len();
+        self.tables.extend_from_slice(blocks);
+        for (offset, id) in ids.iter().enumerate() {
+            self.ids.push(*id);
+            // Positions are below the context length, which config.json keeps below 2^28.
+            self.positions.push(u32::try_from(start + offset).unwrap_or(u32::MAX));
+            self.row_tables.push(table.clone());
+        }
+    }
+
+    /// Asks for the logits of the row added last.
+    pub fn want_logits(&mut self) {
+        self.outputs.push(u32::try_from(self.ids.len() - 1).unwrap_or(u32::MAX));
+    }
+
+    /// How many rows there are.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// The kernels. An input `x` is a buffer and how many of its rows are in use; buffers may be
+/// longer.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// Activations, norm weights, biases: float32 values.
+    type Buffer: Send + Sync;
+    /// The weights of a projection or an embedding.
+    type Matrix: Send + Sync;
+    /// Keys and values of all layers, in blocks of [`crate::kv::BLOCK_TOKENS`] tokens.
+    type Cache: Send + Sync;
+
+    /// The backend's name, for the fingerprint.
+    fn name(&self) -> &'static str;
+
+    /// What else decides the bits, such as the device's type, for the fingerprint.
+    fn level(&self) -> String;
+
+    /// The instruction set or device in use, for people.
+    fn instructions(&self) -> String;
+
+    /// Takes weights over.
+    fn matrix(&self, dense: Dense) -> Self::Matrix;
+
+    /// Takes values over.
+    fn upload(&self, values: Vec<f32>) -> Self::Buffer;
+
+    /// A buffer of zeros.
+    fn zeros(&self, length: usize) -> Self::Buffer;
+
+    /// The first `length` values of a buffer.
+    fn read<'a>(&'a self, buffer: &'a Self::Buffer, length: usize) -> &'a [f32];
+
+    /// An empty cache of so many blocks.
+    fn cache(&self, layers: usize, blocks: usize, heads: &Heads) -> Self::Cache;
+
+    /// Runs a step of about so many multiply-adds: the place to bring worker threads in.
+    fn enter<R: Send>(&self, work: usize, step: impl FnOnce() -> R + Send) -> R;
+
+    /// Rows `ids` of a table of `width` columns.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32], out: &mut Self::Buffer, write: Write);
+
+    /// `out = x W^T + bias`.
+    fn product(
+        &self,
+        matrix: &Self::Matrix,
+        bias: Option<&Self::Buffer>,
+        x: (&Self::Buffer, usize),
+        out: &mut Self::Buffer,
+        write: Write,
+    );
+
+    /// `x / sqrt(mean(x^2) + epsilon) * weight` for each row.
+    fn rms_norm(&self, x: (&Self::Buffer, usize), weight: &Self::Buffer, epsilon: f32, out: &mut Self::Buffer);
+
+    /// `(x - mean) / sqrt(variance + epsilon) * weight + bias` for each row.
+    fn layer_norm(
+        &self,
+        x: (&Self::Buffer, usize),
+        weight_and_bias: (&Self::Buffer, &Self::Buffer),
+        epsilon: f32,
+        out: &mut Self::Buffer,
+    );
+
+    /// Rotates queries and keys of a fused buffer in place; `table` holds, for each position,
+    /// `width / 2` cosines and as many sines.
+    fn rotate(&self, qkv: &mut Self::Buffer, batch: &Batch, heads: &Heads, table: &Self::Buffer);
+
+    /// Writes the keys and values of a fused buffer to their places in the cache.
+    fn store(&self, cache: &mut Self::Cache, layer: usize, qkv: &Self::Buffer, rows: (&Batch, &Heads));
+
+    /// Causal attention of each row's queries over its sequence's keys and values.
+    fn attend(&self, layer: (&Self::Cache, usize), qkv: &Self::Buffer, rows: (&Batch, &Heads), out: &mut Self::Buffer);
+
+    /// `activation(x)` for rows of `width`.
+    fn activate(&self, activation: Activation, x: (&Self::Buffer, usize), width: usize, out: &mut Self::Buffer);
+
+    /// `activation(gate) * up` for rows that hold `width` gates, then `width` ups.
+    fn activate_gated(&self, activation: Activation, x: (&Self::Buffer, usize), width: usize, out: &mut Self::Buffer);
+
+    /// Copies the chosen rows of `width` to the front of `out`.
+    fn pick(&self, x: &Self::Buffer, rows: &[u32], width: usize, out: &mut Self::Buffer);
+}

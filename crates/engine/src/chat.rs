@@ -1,0 +1,292 @@
+//! Chat templates: messages to the text of a prompt, as transformers renders them.
+//!
+//! Never here: tokens. The clock is an argument: a template that prints the date prints the one
+//! it is given, so a retry of the same request gets the same prompt.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+
+use crate::error::LoadError;
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChatMessage {
+    /// Mostly `system`, `user` or `assistant`; the template decides what it knows.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+/// A message is a map in a template, with its keys in the order that transformers has.
+impl Object for ChatMessage {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        match key.as_str()? {
+            "role" => Some(Value::from(&self.role)),
+            "content" => Some(Value::from(&self.content)),
+            _ => None,
+        }
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Str(&["role", "content"])
+    }
+}
+
+/// A compiled chat template with the names of the special tokens.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: Vec<(String, String)>,
+}
+
+const NAME: &str = "chat";
+
+impl ChatTemplate {
+    /// Compiles a template; `special_tokens` are variables such as `bos_token`, and `path` is for
+    /// messages.
+    ///
+    /// # Errors
+    /// When it does not compile.
+    pub fn compile(path: &Path, source: &str, special_tokens: Vec<(String, String)>) -> Result<Self, LoadError> {
+        let wrong = |source| LoadError::Template { path: path.to_owned(), source };
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(wrong)?);
+        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_filter("tojson", to_json);
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(wrong)?;
+        Ok(Self { environment, special_tokens })
+    }
+
+    /// The prompt for the assistant's next turn. `now_unix_s` is what `strftime_now` shows, in
+    /// UTC.
+    ///
+    /// # Errors
+    /// When the template raises an exception or cannot handle these messages.
+    pub fn render(&self, messages: &[ChatMessage], now_unix_s: u64) -> Result<String, Error> {
+        let messages: Vec<Value> = messages.iter().cloned().map(Value::from_object).collect();
+        let now = Value::from_function(move |format: &str| strftime(now_unix_s, format));
+        let special = self.special_tokens.iter().map(|(name, token)| (name.as_str(), token));
+        let context = context! {
+            messages => messages,
+            add_generation_prompt => true,
+            tools => Value::from(()),
+            documents => Value::from(()),
+            strftime_now => now,
+            ..Value::from_pairs(special)
+        };
+        self.environment.get_template(NAME)?.render(context)
+    }
+}
+
+/// transformers marks the assistant's part with `{% generation %}`, which does not change the
+/// text; a condition that holds has the same white space rules.
+fn without_generation_tags(source: &str) -> String {
+    let mut text = source.to_owned();
+    for (dash, other) in [("", ""), ("-", ""), ("", "-"), ("-", "-")] {
+        let tag = |name: &str| format!("{{%{dash} {name} {other}%}}");
+        text = text.replace(&tag("generation"), &tag("if true"));
+        text = text.replace(&tag("endgeneration"), &tag("endif"));
+    }
+    text
+}
+
+fn raise_exception(message: &str) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()))
+}
+
+/// `json.dumps` of Python with its default separators: unlike the filter of Jinja, it escapes
+/// neither HTML nor other alphabets.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    // Accepted as transformers does; text stays as it is and keys are in order anyway.
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    let _: Option<bool> = options.get("sort_keys")?;
+    options.assert_all_used()?;
+    let mut out = String::new();
+    write_json(value, indent, 0, &mut out)?;
+    Ok(Value::from_safe_string(out))
+}
+
+fn write_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) -> Result<(), Error> {
+    let (open, close) = match value.kind() {
+        ValueKind::String => {
+            out.push_str(&quoted(value.as_str().unwrap_or_default()));
+            return Ok(());
+        }
+        ValueKind::Undefined | ValueKind::None => {
+            out.push_str("null");
+            return Ok(());
+        }
+        ValueKind::Bool => {
+            out.push_str(if value.is_true() { "true" } else { "false" });
+            return Ok(());
+        }
+        ValueKind::Seq | ValueKind::Iterable => ('[', ']'),
+        ValueKind::Map => ('{', '}'),
+        _ => {
+            out.push_str(&value.to_string());
+            return Ok(());
+        }
+    };
+    out.push(open);
+    let mut empty = true;
+    for item in value.try_iter()? {
+        if !empty {
+            out.push_str(if indent.is_some() { "," } else { ", " });
+        }
+        empty = false;
+        new_line(indent, depth + 1, out);
+        if open == '{' {
+            out.push_str(&quoted(&item.to_string()));
+            out.push_str(": ");
+            write_json(&value.get_item(&item)?, indent, depth + 1, out)?;
+        } else {
+            write_json(&item, indent, depth + 1, out)?;
+        }
+    }
+    if !empty {
+        new_line(indent, depth, out);
+    }
+    out.push(close);
+    Ok(())
+}
+
+fn new_line(indent: Option<usize>, depth: usize, out: &mut String) {
+    if let Some(width) = indent {
+        out.push('\n');
+        out.extend(std::iter::repeat_n(' ', width * depth));
+    }
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+const MONTHS: [&str; 12] = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+];
+const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+
+/// `datetime.strftime` of Python in UTC, for the codes that templates use.
+fn strftime(now_unix_s: u64, format: &str) -> Result<String, Error> {
+    let mut out = String::new();
+    let mut letters = format.chars();
+    while let Some(letter) = letters.next() {
+        if letter != '%' {
+            out.push(letter);
+            continue;
+        }
+        let code = match letters.next() {
+            Some('-') => format!("-{}", letters.next().unwrap_or(' ')),
+            other => other.unwrap_or(' ').to_string(),
+        };
+        let part = time_part(now_unix_s, &code).ok_or_else(|| {
+            let message = format!("strftime_now does not know %{code}");
+            Error::new(ErrorKind::InvalidOperation, message)
+        })?;
+        out.push_str(&part);
+    }
+    Ok(out)
+}
+
+/// What one code of `strftime` stands for.
+fn time_part(now_unix_s: u64, code: &str) -> Option<String> {
+    let (days, seconds) = (now_unix_s / 86_400, now_unix_s % 86_400);
+    let (year, month, day) = date(days);
+    let month_name = name(&MONTHS, month - 1);
+    let day_name = name(&DAYS, days % 7);
+    let hour = seconds / 3600;
+    Some(match code {
+        "Y" => year.to_string(),
+        "y" => format!("{:02}", year % 100),
+        "m" => format!("{month:02}"),
+        "-m" => month.to_string(),
+        "B" => month_name.to_owned(),
+        "b" => month_name[..3].to_owned(),
+        "d" => format!("{day:02}"),
+        "-d" => day.to_string(),
+        "A" => day_name.to_owned(),
+        "a" => day_name[..3].to_owned(),
+        "H" => format!("{hour:02}"),
+        "I" => format!("{:02}", (hour + 11) % 12 + 1),
+        "p" => if hour < 12 { "AM" } else { "PM" }.to_owned(),
+        "M" => format!("{:02}", seconds / 60 % 60),
+        "S" => format!("{:02}", seconds % 60),
+        "%" => "%".to_owned(),
+        _ => return None,
+    })
+}
+
+fn name<'a>(names: &[&'a str], index: u64) -> &'a str {
+    usize::try_from(index).ok().and_then(|index| names.get(index)).copied().unwrap_or("unknown")
+}
+
+/// Year, month and day of a day since 1970 ("civil_from_days", H. Hinnant, chrono-compatible
+/// low-level date algorithms).
+fn date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(template: &str, expected: &str) {
+        let tokens = vec![("bos_token".to_owned(), "<s>".to_owned())];
+        let template = ChatTemplate::compile(Path::new("t"), template, tokens).unwrap();
+        let say = |role: &str, content: &str| ChatMessage { role: role.to_owned(), content: content.to_owned() };
+        let messages = [say("system", " Be <brief> & kind. "), say("user", "Où ?")];
+        assert_eq!(template.render(&messages, 1_732_147_445).unwrap(), expected);
+    }
+
+    #[test]
+    fn templates_see_what_transformers_shows_them() {
+        check("{{ bos_token }}{% if tools is none %}none{% endif %}", "<s>none");
+        check("{{ messages[0].content.strip() }}", "Be <brief> & kind.");
+        check("{{ messages[0]['content'] | trim | upper }}", "BE <BRIEF> & KIND.");
+        check("{{ messages[1].content | tojson }}", "\"Où ?\"");
+        check("{{ messages[1] | tojson }}", "{\"role\": \"user\", \"content\": \"Où ?\"}");
+        check("{{ [1, true, none, 'a<b'] | tojson }}", "[1, true, null, \"a<b\"]");
+        check("{{ [1, []] | tojson(indent=2) }}", "[\n  1,\n  []\n]");
+        check("{{ strftime_now('%d %b %Y %H:%M:%S %A %-d %p') }}", "21 Nov 2024 00:04:05 Thursday 21 AM");
+        check(
+            "{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}\n",
+            "system\nuser\n",
+        );
+        check("{% generation %}x{%- endgeneration -%} y", "xy");
+        check("{{ messages[0].tool_calls is defined }}{{ undefined_name }}", "False");
+    }
+
+    #[test]
+    fn an_exception_of_the_template_is_an_error() {
+        let template = ChatTemplate::compile(Path::new("t"), "{{ raise_exception('only users') }}", vec![]);
+        let error = template.unwrap().render(&[], 0).unwrap_err();
+        assert!(error.to_string().contains("only users"));
+        assert!(ChatTemplate::compile(Path::new("t"), "{% if %}", vec![]).is_err());
+    }
+}

@@ -1,0 +1,435 @@
+//! The engine: one thread that owns the device and runs steps while there is work.
+//!
+//! Never here: arithmetic, jobs, async. The loop is `schedule.next -> forward -> sample ->
+//! schedule.commit`; requests come in through a bounded channel, events go out through each
+//! request's own sink. A request that goes wrong fails alone.
+
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::chat::ChatMessage;
+use crate::decoder::Room;
+use crate::kv::BLOCK_TOKENS;
+use crate::model::{Model, ModelCard, PromptError};
+use crate::sampler::{NotFinite, Sampling};
+use crate::schedule::{Limits, NeverFits, Schedule};
+
+/// The size of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// The pool of keys and values, in tokens; rounded down to whole blocks of 16.
+    pub kv_tokens: usize,
+    /// Most sequences at a time.
+    pub max_sequences: usize,
+    /// Most tokens in a step; at least `max_sequences`.
+    pub step_tokens: usize,
+    /// Most requests that wait for a place.
+    pub max_waiting: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { kv_tokens: 16_384, max_sequences: 32, step_tokens: 256, max_waiting: 256 }
+    }
+}
+
+/// Why an engine cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An option makes no sense.
+    #[error("{option} {reason}")]
+    Option {
+        /// The name in [`EngineOptions`].
+        option: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The system refused the thread.
+    #[error("cannot start the engine's thread")]
+    Thread {
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Names a request of one engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub(crate) u64);
+
+impl RequestId {
+    /// For schedules without an engine.
+    #[must_use]
+    pub fn new(number: u64) -> Self {
+        Self(number)
+    }
+}
+
+/// What to continue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prompt {
+    /// Text, tokenised with the special tokens of the tokenizer's post-processor.
+    Text(String),
+    /// Messages, rendered by the model's chat template.
+    Chat(Vec<ChatMessage>),
+}
+
+/// One generation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Most tokens to generate, at least 1.
+    pub max_tokens: usize,
+    /// Divides the logits; 0 always takes the best token.
+    pub temperature: f32,
+    /// Considers the best tokens that together have this probability, in (0, 1]; 1 is off.
+    pub top_p: f32,
+    /// Considers so many of the best tokens; 0 is off.
+    pub top_k: usize,
+    /// The key of the random numbers.
+    pub seed: u64,
+    /// Texts before which the output ends.
+    pub stop: Vec<String>,
+    /// When to give up.
+    pub deadline: Option<Instant>,
+    /// The time a chat template sees, in seconds since 1970; the time of submission, so that a
+    /// retry renders the same prompt.
+    pub now_unix_s: u64,
+}
+
+/// Why a request is refused; it never reached the engine's thread.
+#[derive(Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// A parameter is out of range.
+    #[error("{parameter} {reason}")]
+    Parameter {
+        /// The name in [`Request`].
+        parameter: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The prompt cannot be run.
+    #[error("the prompt cannot be used")]
+    Prompt {
+        /// Why.
+        #[source]
+        source: PromptError,
+    },
+    /// Prompt and output exceed what the model can see.
+    #[error(
+        "{prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the model's context of \
+         {context_tokens}"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens to generate.
+        max_tokens: usize,
+        /// The context.
+        context_tokens: usize,
+    },
+    /// Prompt and output exceed the whole pool.
+    #[error(transparent)]
+    NeverFits(#[from] NeverFits),
+    /// Too many requests wait.
+    #[error("{waiting} requests wait already")]
+    Full {
+        /// How many.
+        waiting: usize,
+    },
+    /// The engine was shut down.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// What happens to a request, in this order: `Started`, any number of `Text`, then exactly one
+/// `Finished` or `Failed`. One that never starts has only the last.
+#[derive(Debug)]
+pub enum Event {
+    /// It was admitted.
+    Started,
+    /// The next piece of text; never empty, never part of a character.
+    Text {
+        /// The piece.
+        delta: String,
+    },
+    /// It ended.
+    Finished(Completion),
+    /// It could not go on.
+    Failed(RequestError),
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end token or a stop string.
+    Stop,
+    /// `max_tokens`.
+    Length,
+    /// [`Engine::cancel`] or a shutdown.
+    Cancelled,
+    /// The request's deadline.
+    Deadline,
+}
+
+/// A finished request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// All deltas joined.
+    pub text: String,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated, an end token included.
+    pub completion_tokens: usize,
+    /// From submission to admission (or to the end, without one).
+    pub queued: Duration,
+    /// From submission to the first token.
+    pub first_token: Option<Duration>,
+    /// From submission to the end.
+    pub total: Duration,
+    /// The request's part of the engine's time: of each step, its part of the step's tokens.
+    pub engine_time: Duration,
+}
+
+/// Why a request could not go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// The model gave something that is not a number.
+    #[error("the model's output at token {position} is not a number")]
+    NotFinite {
+        /// The position in the sequence.
+        position: usize,
+        /// Which logit.
+        #[source]
+        source: NotFinite,
+    },
+    /// A step failed as a whole.
+    #[error("the engine failed in a step: {message}")]
+    Step {
+        /// What the panic said.
+        message: String,
+    },
+}
+
+/// Takes a request's events, on the engine's thread: it must not block, and must not call the
+/// engine (a cancellation could wait for the very thread it runs on).
+pub type Sink = Box<dyn FnMut(Event) + Send>;
+
+/// How much more an engine can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Free {
+    /// Sequences that would start at once.
+    pub sequences: usize,
+    /// Tokens not reserved by any request, running or waiting.
+    pub kv_tokens: usize,
+}
+
+/// A running engine. Dropping it cancels what runs and waits for the thread.
+#[derive(Debug)]
+pub struct Engine {
+    card: Arc<ModelCard>,
+    options: EngineOptions,
+    commands: SyncSender<run::Command>,
+    load: Arc<Load>,
+    next_id: AtomicU64,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What was accepted and has not ended; counted up by `submit`, down by the thread.
+#[derive(Debug, Default)]
+struct Load {
+    sequences: AtomicUsize,
+    kv_tokens: AtomicUsize,
+}
+
+impl Engine {
+    /// Takes a model over, makes room and starts the thread.
+    ///
+    /// # Errors
+    /// When an option makes no sense or the system refuses the thread.
+    pub fn start(model: Model, options: EngineOptions) -> Result<Self, StartError> {
+        let blocks = checked_blocks(&options)?;
+        let (card, mut forward) = model.into_parts();
+        forward.reserve(Room { rows: options.step_tokens, outputs: options.max_sequences, blocks: blocks as usize });
+        // Every accepted request has a place in the channel, so `submit` never blocks; the same
+        // room again is for cancellations, which may wait for a step to end.
+        let (commands, receiver) = sync_channel(2 * (options.max_sequences + options.max_waiting));
+        let load = Arc::new(Load::default());
+        let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
+        let runner = run::Runner::new(forward, Schedule::new(blocks), limits, Arc::clone(&load));
+        let thread = std::thread::Builder::new()
+            .name("genmill-engine".to_owned())
+            .spawn(move || runner.run(&receiver))
+            .map_err(|source| StartError::Thread { source })?;
+        let next_id = AtomicU64::new(1);
+        Ok(Self { card, options, commands, load, next_id, thread: Some(thread) })
+    }
+
+    /// What the model says of itself, and its words.
+    #[must_use]
+    pub fn card(&self) -> &Arc<ModelCard> {
+        &self.card
+    }
+
+    /// Checks a request, tokenises its prompt on the caller's thread and queues it; events go to
+    /// `sink` on the engine's thread.
+    ///
+    /// # Errors
+    /// When it is malformed, can never fit, or too many wait. Then `sink` is never called.
+    pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId, SubmitError> {
+        let submitted = Instant::now();
+        check_parameters(&request)?;
+        let prompt = self
+            .card
+            .prompt_tokens(&request.prompt, request.now_unix_s)
+            .map_err(|source| SubmitError::Prompt { source })?;
+        let needed = self.check_length(prompt.len(), request.max_tokens)?;
+        self.take_place(needed)?;
+        let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let ticket = run::Ticket {
+            id,
+            end_tokens: self.card.end_tokens(&request.prompt),
+            stream: self.card.stream(),
+            sampling: Sampling {
+                temperature: request.temperature,
+                top_k: request.top_k,
+                top_p: request.top_p,
+                seed: request.seed,
+                sample: 0,
+            },
+            prompt,
+            max_tokens: request.max_tokens,
+            stop: request.stop,
+            deadline: request.deadline,
+            needed,
+            submitted,
+            sink,
+        };
+        match self.commands.try_send(run::Command::Submit(Box::new(ticket))) {
+            Ok(()) => Ok(id),
+            Err(error) => {
+                self.load.give_place(needed);
+                Err(match error {
+                    TrySendError::Full(_) => SubmitError::Full { waiting: self.options.max_waiting },
+                    TrySendError::Disconnected(_) => SubmitError::Stopped,
+                })
+            }
+        }
+    }
+
+    /// Ends a request at the next step; one that has ended already is left alone. May wait for a
+    /// step to end when very many commands are on their way.
+    pub fn cancel(&self, id: RequestId) {
+        // A stopped engine has cancelled everything already.
+        drop(self.commands.send(run::Command::Cancel(id)));
+    }
+
+    /// How much more the engine can take now.
+    #[must_use]
+    pub fn free(&self) -> Free {
+        let pool = self.options.kv_tokens / BLOCK_TOKENS * BLOCK_TOKENS;
+        let sequences = self.load.sequences.load(Ordering::Acquire);
+        let kv_tokens = self.load.kv_tokens.load(Ordering::Acquire);
+        Free {
+            sequences: self.options.max_sequences.saturating_sub(sequences),
+            kv_tokens: pool.saturating_sub(kv_tokens),
+        }
+    }
+
+    /// Cancels everything and waits until the thread has ended. To let requests finish first, wait
+    /// for their last events.
+    pub fn shutdown(self) {
+        drop(self);
+    }
+
+    fn check_length(&self, prompt_tokens: usize, max_tokens: usize) -> Result<usize, SubmitError> {
+        let context_tokens = self.card.context_tokens();
+        let length = prompt_tokens.saturating_add(max_tokens);
+        if length > context_tokens {
+            return Err(SubmitError::TooLong { prompt_tokens, max_tokens, context_tokens });
+        }
+        let total = self.options.kv_tokens / BLOCK_TOKENS * BLOCK_TOKENS;
+        let needed = length.next_multiple_of(BLOCK_TOKENS);
+        if needed > total {
+            return Err(NeverFits { needed: length, total }.into());
+        }
+        Ok(needed)
+    }
+
+    fn take_place(&self, needed: usize) -> Result<(), SubmitError> {
+        let most = self.options.max_sequences + self.options.max_waiting;
+        self.load
+            .sequences
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| (count < most).then_some(count + 1))
+            .map_err(|_| SubmitError::Full { waiting: self.options.max_waiting })?;
+        self.load.kv_tokens.fetch_add(needed, Ordering::AcqRel);
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        drop(self.commands.send(run::Command::Stop));
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the engine's thread ended by a panic");
+        }
+    }
+}
+
+impl Load {
+    fn give_place(&self, needed: usize) {
+        self.sequences.fetch_sub(1, Ordering::AcqRel);
+        self.kv_tokens.fetch_sub(needed, Ordering::AcqRel);
+    }
+}
+
+fn checked_blocks(options: &EngineOptions) -> Result<u32, StartError> {
+    let wrong = |option, reason: &str| StartError::Option { option, reason: reason.to_owned() };
+    if options.max_sequences == 0 {
+        return Err(wrong("max_sequences", "is 0"));
+    }
+    if options.step_tokens < options.max_sequences {
+        return Err(StartError::Option {
+            option: "step_tokens",
+            reason: format!(
+                "is {}, below max_sequences {}: not every sequence could advance in a step",
+                options.step_tokens, options.max_sequences
+            ),
+        });
+    }
+    match u32::try_from(options.kv_tokens / BLOCK_TOKENS) {
+        Ok(0) => Err(wrong("kv_tokens", "is less than one block of 16")),
+        Ok(blocks) => Ok(blocks),
+        Err(_) => Err(wrong("kv_tokens", "is more than 2^36")),
+    }
+}
+
+fn check_parameters(request: &Request) -> Result<(), SubmitError> {
+    let wrong = |parameter, reason: String| Err(SubmitError::Parameter { parameter, reason });
+    let Request { max_tokens, temperature, top_p, stop, .. } = request;
+    if *max_tokens == 0 {
+        return wrong("max_tokens", "is 0; it must be at least 1".to_owned());
+    }
+    if !(temperature.is_finite() && *temperature >= 0.0) {
+        return wrong("temperature", format!("is {temperature}; it must be 0 or more"));
+    }
+    if !(*top_p > 0.0 && *top_p <= 1.0) {
+        return wrong("top_p", format!("is {top_p}; it must be above 0 and at most 1"));
+    }
+    if stop.iter().any(String::is_empty) {
+        return wrong("stop", "has an empty string".to_owned());
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! What a sick model does to the engine: it harms the requests it touches and no others.
+
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+
+use super::*;
+use crate::backend::Batch;
+use crate::decoder::Forward;
+use crate::model::{LoadOptions, ModelPaths};
+
+/// Prefers token 10, except after token 56 ("X"), where it is ill.
+struct Sick {
+    illness: Illness,
+    logits: Vec<f32>,
+}
+
+#[derive(Clone, Copy)]
+enum Illness {
+    Nan,
+    Panic,
+}
+
+const VOCABULARY: usize = 640;
+
+impl Forward for Sick {
+    fn reserve(&mut self, _: Room) {}
+
+    fn forward(&mut self, batch: &Batch) -> &[f32] {
+        self.logits = vec![0.0; batch.outputs.len() * VOCABULARY];
+        for (logits, row) in self.logits.chunks_mut(VOCABULARY).zip(&batch.outputs) {
+            logits[10] = 1.0;
+            if batch.ids[*row as usize] == 56 {
+                match self.illness {
+                    Illness::Nan => logits[333] = f32::NAN,
+                    Illness::Panic => panic!("a kernel failed"),
+                }
+            }
+        }
+        &self.logits
+    }
+
+    fn vocabulary(&self) -> usize {
+        VOCABULARY
+    }
+}
+
+fn engine(illness: Illness) -> Engine {
+    let model_path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpt2");
+    let paths = ModelPaths { model_path, tokenizer_path: None };
+    let model = Model::load(&paths, &LoadOptions { threads: 1 }).unwrap();
+    let sick = Box::new(Sick { illness, logits: Vec::new() });
+    Engine::start(model.with_forward(sick), EngineOptions::default()).unwrap()
+}
+
+fn submit(engine: &Engine, prompt: &str) -> Receiver<Event> {
+    let (sender, events) = channel();
+    let request = Request {
+        prompt: Prompt::Text(prompt.to_owned()),
+        max_tokens: 100,
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        seed: 0,
+        stop: Vec::new(),
+        deadline: None,
+        now_unix_s: 0,
+    };
+    engine.submit(request, Box::new(move |event| drop(sender.send(event)))).unwrap();
+    events
+}
+
+fn last(events: &Receiver<Event>) -> Event {
+    events.iter().last().unwrap()
+}
+
+#[test]
+fn a_nan_fails_its_own_request_alone() {
+    let engine = engine(Illness::Nan);
+    let (well, ill) = (submit(&engine, "O"), submit(&engine, "X"));
+    match last(&ill) {
+        Event::Failed(RequestError::NotFinite { position: 1, source }) => {
+            assert_eq!(source.token, 333);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(last(&well), Event::Finished(done) if done.completion_tokens == 100));
+    assert_eq!(engine.free().kv_tokens, EngineOptions::default().kv_tokens);
+}
+
+#[test]
+fn a_panic_in_a_step_leaves_the_engine_running() {
+    let engine = engine(Illness::Panic);
+    match last(&submit(&engine, "X")) {
+        Event::Failed(RequestError::Step { message }) => assert_eq!(message, "a kernel failed"),
+        other => panic!("{other:?}"),
+    }
+    assert!(matches!(last(&submit(&engine, "O")), Event::Finished(_)));
+    assert_eq!(engine.free().kv_tokens, EngineOptions::default().kv_tokens);
+}

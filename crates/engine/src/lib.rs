@@ -1,0 +1,32 @@
+//! The inference engine: tokens, KV blocks, weights, kernels and continuous batching.
+//!
+//! Never here: jobs, Redis, HTTP, money, async. A [`Model`] is loaded from a Hugging Face folder,
+//! an [`Engine`] owns it on one thread, requests go in through [`Engine::submit`] and events come
+//! out through the sink given with each request.
+//!
+//! The contract: with a seed, or at temperature 0, the tokens of a request are bit for bit the
+//! same alone, in any batch, and under any chunking of its prompt. [`backend`] says how.
+
+pub mod architectures;
+pub mod backend;
+pub mod chat;
+pub mod config;
+mod decoder;
+pub mod engine;
+mod error;
+pub mod kv;
+mod linear;
+mod math;
+pub mod model;
+pub mod sampler;
+pub mod schedule;
+pub mod text;
+mod weights;
+
+pub use chat::ChatMessage;
+pub use engine::{
+    Completion, Engine, EngineOptions, Event, FinishReason, Free, Prompt, Request, RequestError, RequestId, Sink,
+    StartError, SubmitError,
+};
+pub use error::LoadError;
+pub use model::{Fingerprint, LoadOptions, Model, ModelCard, ModelPaths, PromptError};

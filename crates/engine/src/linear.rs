@@ -1,0 +1,68 @@
+//! The one projection: weights and bias of one or several joined parts.
+//!
+//! Never here: arithmetic (that is the backend's) or names (those are the architecture's).
+
+use crate::architectures::{Orientation, Part};
+use crate::backend::{Backend, Dense, Write};
+use crate::error::LoadError;
+use crate::weights::Weights;
+
+/// `y = x W^T + b`.
+pub(crate) struct Linear<B: Backend> {
+    matrix: B::Matrix,
+    bias: Option<B::Buffer>,
+}
+
+impl<B: Backend> Linear<B> {
+    /// Loads a projection from `inputs` to the joined `outputs`. A part stored whole has all of
+    /// them, a split one has one name for each.
+    pub(crate) fn load(
+        backend: &B,
+        weights: &mut Weights,
+        (prefix, part, orientation): (&str, &Part, Orientation),
+        inputs: usize,
+        outputs: &[usize],
+    ) -> Result<Self, LoadError> {
+        let whole = [outputs.iter().sum()];
+        let sizes = if part.names.len() == 1 { &whole } else { outputs };
+        let mut values = Vec::new();
+        let mut bias = Vec::new();
+        for (name, size) in part.names.iter().zip(sizes) {
+            let name = format!("{prefix}{name}");
+            let rows = weights.projection(&format!("{name}.weight"), *size, inputs, orientation)?;
+            // The first part moves in without a copy.
+            if values.is_empty() {
+                values = rows;
+            } else {
+                values.extend(rows);
+            }
+            if part.bias {
+                bias.extend(weights.vector(&format!("{name}.bias"), &[*size])?);
+            }
+        }
+        let matrix = backend.matrix(Dense { outputs: whole[0], inputs, values });
+        Ok(Self { matrix, bias: part.bias.then(|| backend.upload(bias)) })
+    }
+
+    /// Loads a table without bias: an embedding, or the projection to logits.
+    pub(crate) fn table(
+        backend: &B,
+        weights: &mut Weights,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<Self, LoadError> {
+        let values = weights.vector(name, &[outputs, inputs])?;
+        Ok(Self { matrix: backend.matrix(Dense { outputs, inputs, values }), bias: None })
+    }
+
+    /// `out = x W^T + b`, or `out += x W^T + b`.
+    pub(crate) fn forward(&self, backend: &B, x: (&B::Buffer, usize), out: &mut B::Buffer, write: Write) {
+        backend.product(&self.matrix, self.bias.as_ref(), x, out, write);
+    }
+
+    /// Rows of the weights themselves.
+    pub(crate) fn embed(&self, backend: &B, ids: &[u32], out: &mut B::Buffer, write: Write) {
+        backend.embed(&self.matrix, ids, out, write);
+    }
+}

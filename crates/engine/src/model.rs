@@ -1,0 +1,336 @@
+//! A model: a folder in Hugging Face layout, loaded and ready for an engine.
+//!
+//! Never here: steps, requests. The tokenizer, the chat template and what the model says of itself
+//! are its card, which many threads may read while the engine's thread owns the weights.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
+use crate::chat::{ChatMessage, ChatTemplate};
+use crate::config::{Config, Fields};
+use crate::decoder::{Decoder, Forward};
+use crate::engine::Prompt;
+use crate::error::LoadError;
+use crate::text::{EncodeError, Special, TokenStream, Words};
+use crate::weights::Weights;
+
+/// Where a model lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelPaths {
+    /// The folder with config.json and the safetensors files.
+    pub model_path: PathBuf,
+    /// A folder with tokenizer.json (and tokenizer_config.json), or that file itself; the model's
+    /// folder when absent.
+    pub tokenizer_path: Option<PathBuf>,
+}
+
+/// How to load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Compute threads; 0 takes as many as the machine has.
+    pub threads: usize,
+}
+
+/// What decides the bits of a model's output. Workers with equal fingerprints give equal tokens
+/// for equal requests with a seed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// SHA-256 of weights, config, tokenizer and chat template, in hexadecimal.
+    pub model: String,
+    /// The type that the arithmetic is done in.
+    pub dtype: &'static str,
+    /// The backend's name.
+    pub backend: &'static str,
+    /// What else decides the bits: the way of rounding (fused multiply-add) or the device's type.
+    pub level: String,
+    /// The engine's version.
+    pub version: &'static str,
+}
+
+impl std::fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { model, dtype, backend, level, version } = self;
+        write!(f, "{model}/{dtype}/{backend}/{level}/{version}")
+    }
+}
+
+/// Why a prompt cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum PromptError {
+    /// The model has no chat template.
+    #[error(
+        "the model has no chat template, so it cannot take messages; send a prompt, or add a \
+         chat_template.jinja to its folder"
+    )]
+    NoChatTemplate,
+    /// The template refused the messages.
+    #[error("the chat template cannot render these messages")]
+    Template {
+        /// What it said.
+        #[source]
+        source: minijinja::Error,
+    },
+    /// The tokenizer refused the text.
+    #[error("cannot turn the prompt into tokens")]
+    Encode {
+        /// What it said.
+        #[source]
+        source: EncodeError,
+    },
+    /// There is nothing to continue.
+    #[error("the prompt has no tokens, and the model has no begin token to start from")]
+    Empty,
+    /// The tokenizer does not belong to this model.
+    #[error("the tokenizer gave token {id}, but the model knows only {vocabulary}: they do not belong together")]
+    UnknownToken {
+        /// The token.
+        id: u32,
+        /// How many tokens the model knows.
+        vocabulary: usize,
+    },
+}
+
+/// A loaded model, to be given to [`crate::Engine::start`].
+pub struct Model {
+    card: Arc<ModelCard>,
+    forward: Box<dyn Forward>,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("card", &self.card).finish_non_exhaustive()
+    }
+}
+
+/// What a model says of itself, and its words.
+#[derive(Debug)]
+pub struct ModelCard {
+    context_tokens: usize,
+    vocabulary: usize,
+    fingerprint: Fingerprint,
+    instructions: String,
+    words: Words,
+    chat: Option<ChatTemplate>,
+    begin_token: Option<u32>,
+    end_tokens: Vec<u32>,
+    /// The tokenizer's own end token, which ends an assistant's turn.
+    turn_end: Option<u32>,
+}
+
+impl Model {
+    /// Loads a model onto the CPU: all weights, converted to float32.
+    ///
+    /// # Errors
+    /// Whatever is missing, malformed or unsupported, naming file and tensor or field.
+    pub fn load(paths: &ModelPaths, options: &LoadOptions) -> Result<Self, LoadError> {
+        let config = Config::read(&paths.model_path)?;
+        let mut weights = Weights::open(&paths.model_path)?;
+        weights.hash_bytes(&read(&paths.model_path.join("config.json"))?);
+        let front = Front::read(paths, &mut weights)?;
+        let decoder = Decoder::load(Cpu::new(options.threads)?, config.clone(), &mut weights)?;
+        let fingerprint = Fingerprint {
+            model: weights.finish(),
+            dtype: "float32",
+            backend: decoder.backend().name(),
+            level: decoder.backend().level(),
+            version: env!("CARGO_PKG_VERSION"),
+        };
+        let instructions = decoder.backend().instructions();
+        let card = front.card(config, fingerprint, instructions);
+        Ok(Self { card: Arc::new(card), forward: Box::new(decoder) })
+    }
+
+    /// What the model says of itself, and its words.
+    #[must_use]
+    pub fn card(&self) -> &Arc<ModelCard> {
+        &self.card
+    }
+
+    pub(crate) fn into_parts(self) -> (Arc<ModelCard>, Box<dyn Forward>) {
+        (self.card, self.forward)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_forward(self, forward: Box<dyn Forward>) -> Self {
+        Self { forward, ..self }
+    }
+}
+
+impl ModelCard {
+    /// Longest sequence, prompt and output together, in tokens.
+    #[must_use]
+    pub fn context_tokens(&self) -> usize {
+        self.context_tokens
+    }
+
+    /// What decides the bits of the output.
+    #[must_use]
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
+    }
+
+    /// The instruction set or device in use, for people; it does not change the output.
+    #[must_use]
+    pub fn instructions(&self) -> &str {
+        &self.instructions
+    }
+
+    /// Whether the model takes messages.
+    #[must_use]
+    pub fn has_chat_template(&self) -> bool {
+        self.chat.is_some()
+    }
+
+    /// The text of a chat with the assistant's turn opened; `now_unix_s` is what a template that
+    /// prints the date shows.
+    ///
+    /// # Errors
+    /// When there is no template, or it refuses these messages.
+    pub fn render_chat(&self, messages: &[ChatMessage], now_unix_s: u64) -> Result<String, PromptError> {
+        let template = self.chat.as_ref().ok_or(PromptError::NoChatTemplate)?;
+        template.render(messages, now_unix_s).map_err(|source| PromptError::Template { source })
+    }
+
+    /// The tokens of a text.
+    ///
+    /// # Errors
+    /// When the tokenizer refuses it.
+    pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, PromptError> {
+        self.words.encode(text, special).map_err(|source| PromptError::Encode { source })
+    }
+
+    /// The tokens that a request's prompt begins with: raw text with the special tokens of the
+    /// tokenizer's post-processor, a chat as its template wrote it. At least one token, each
+    /// known to the model.
+    ///
+    /// # Errors
+    /// When there is no such thing, see [`PromptError`].
+    pub fn prompt_tokens(&self, prompt: &Prompt, now_unix_s: u64) -> Result<Vec<u32>, PromptError> {
+        let mut ids = match prompt {
+            Prompt::Text(text) => self.encode(text, Special::Add)?,
+            Prompt::Chat(messages) => self.encode(&self.render_chat(messages, now_unix_s)?, Special::Leave)?,
+        };
+        if ids.is_empty() {
+            ids.push(self.begin_token.ok_or(PromptError::Empty)?);
+        }
+        match ids.iter().find(|id| **id as usize >= self.vocabulary) {
+            Some(id) => Err(PromptError::UnknownToken { id: *id, vocabulary: self.vocabulary }),
+            None => Ok(ids),
+        }
+    }
+
+    /// The tokens that end the answer to such a prompt. A chat's turn also ends at the
+    /// tokenizer's end token, which instruction-tuned models use and sometimes do not list.
+    #[must_use]
+    pub fn end_tokens(&self, prompt: &Prompt) -> Vec<u32> {
+        let mut ends = self.end_tokens.clone();
+        if matches!(prompt, Prompt::Chat(_)) {
+            ends.extend(self.turn_end);
+        }
+        ends
+    }
+
+    /// A stream that decodes tokens as they come.
+    #[must_use]
+    pub fn stream(&self) -> TokenStream {
+        self.words.stream()
+    }
+}
+
+/// The tokenizer's files.
+struct Front {
+    words: Words,
+    chat: Option<ChatTemplate>,
+    turn_end: Option<u32>,
+}
+
+impl Front {
+    fn read(paths: &ModelPaths, weights: &mut Weights) -> Result<Self, LoadError> {
+        let path = paths.tokenizer_path.as_ref().unwrap_or(&paths.model_path);
+        let (folder, file) = match path.extension() {
+            Some(end) if end == "json" => (path.parent().unwrap_or(path), path.clone()),
+            _ => (path.as_path(), path.join("tokenizer.json")),
+        };
+        let bytes = read(&file)?;
+        weights.hash_bytes(&bytes);
+        let words = Words::load(&file, &bytes)?;
+        let settings = match folder.join("tokenizer_config.json") {
+            path if path.exists() => Some(Fields::read(path)?),
+            _ => None,
+        };
+        let special_tokens = settings.as_ref().map(special_tokens).unwrap_or_default();
+        let turn_end =
+            special_tokens.iter().find(|(name, _)| name == "eos_token").and_then(|(_, token)| words.token(token));
+        let chat = match chat_source(folder, settings.as_ref())? {
+            Some((path, source)) => {
+                weights.hash_bytes(source.as_bytes());
+                Some(ChatTemplate::compile(&path, &source, special_tokens)?)
+            }
+            None => None,
+        };
+        Ok(Self { words, chat, turn_end })
+    }
+
+    fn card(self, config: Config, fingerprint: Fingerprint, instructions: String) -> ModelCard {
+        let mut end_tokens = config.end_tokens;
+        if end_tokens.is_empty() {
+            end_tokens.extend(self.turn_end);
+        }
+        ModelCard {
+            context_tokens: config.context,
+            vocabulary: config.vocabulary,
+            fingerprint,
+            instructions,
+            words: self.words,
+            chat: self.chat,
+            begin_token: config.begin_token,
+            end_tokens,
+            turn_end: self.turn_end,
+        }
+    }
+}
+
+/// Variables such as `bos_token` with their texts; a token is a string or an object with one.
+fn special_tokens(settings: &Fields) -> Vec<(String, String)> {
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+        .into_iter()
+        .filter_map(|name| {
+            let value = settings.get(name)?;
+            let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+            Some((name.to_owned(), text.to_owned()))
+        })
+        .collect()
+}
+
+/// The chat template and the file it stands in: chat_template.jinja, else tokenizer_config.json
+/// with one template or a list of named ones, of which "default" holds.
+fn chat_source(folder: &Path, settings: Option<&Fields>) -> Result<Option<(PathBuf, String)>, LoadError> {
+    let path = folder.join("chat_template.jinja");
+    if path.exists() {
+        let source = std::fs::read_to_string(&path).map_err(|source| LoadError::Read { path: path.clone(), source })?;
+        return Ok(Some((path, source)));
+    }
+    let Some((settings, value)) = settings.and_then(|settings| Some((settings, settings.get("chat_template")?))) else {
+        return Ok(None);
+    };
+    let source = match value {
+        Value::Array(named) => named
+            .iter()
+            .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
+            .and_then(|entry| entry.get("template")?.as_str()),
+        _ => value.as_str(),
+    };
+    match source {
+        Some(source) => Ok(Some((settings.path().to_owned(), source.to_owned()))),
+        None => Err(settings
+            .wrong("chat_template", "is neither a template nor a list of named templates with one called default")),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
+    std::fs::read(path).map_err(|source| LoadError::Read { path: path.to_owned(), source })
+}

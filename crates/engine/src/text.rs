@@ -1,0 +1,400 @@
+//! Between text and tokens: encoding, decoding as a stream, stop strings.
+//!
+//! Never here: chat templates, logits. The pieces that a stream gives out, joined, are the text:
+//! what the tokenizer would decode from all tokens at once, cut before a stop string.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokenizers::{DecoderWrapper, Tokenizer};
+
+use crate::error::LoadError;
+
+/// A tokenizer as tokenizer.json describes it.
+#[derive(Clone, Debug)]
+pub struct Words {
+    tokenizer: Arc<Tokenizer>,
+    /// Whether tokens are byte strings in the alphabet of GPT-2, which decode one by one.
+    byte_level: bool,
+}
+
+/// The tokenizer could not encode a text.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot tokenise the prompt")]
+pub struct EncodeError {
+    /// What the tokenizers library said.
+    #[source]
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// Whether the tokenizer's post-processor adds its special tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Special {
+    /// For raw prompts.
+    Add,
+    /// For rendered chats, whose template writes them.
+    Leave,
+}
+
+impl Words {
+    /// Loads a tokenizer from the bytes of its file; `path` is for messages.
+    ///
+    /// # Errors
+    /// When the bytes are no tokenizer.
+    pub fn load(path: &Path, bytes: &[u8]) -> Result<Self, LoadError> {
+        let wrong = |source| LoadError::Tokenizer { path: path.to_owned(), source };
+        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(wrong)?;
+        // A prompt is never cut or filled up behind its sender's back; transformers does neither
+        // unless asked.
+        tokenizer.with_truncation(None).map_err(wrong)?;
+        tokenizer.with_padding(None);
+        let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        Ok(Self { tokenizer: Arc::new(tokenizer), byte_level })
+    }
+
+    /// The tokens of a text.
+    ///
+    /// # Errors
+    /// When the tokenizer has no token for some part of it.
+    pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, EncodeError> {
+        self.tokenizer
+            .encode_fast(text, special == Special::Add)
+            .map(|encoding| encoding.get_ids().to_owned())
+            .map_err(|source| EncodeError { source })
+    }
+
+    /// The token of exactly that name.
+    #[must_use]
+    pub fn token(&self, name: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(name)
+    }
+
+    /// A stream that decodes tokens as they come.
+    #[must_use]
+    pub fn stream(&self) -> TokenStream {
+        let mode = if self.byte_level { Mode::Bytes(Utf8Stream::default()) } else { Mode::Window(Window::default()) };
+        TokenStream { words: self.clone(), mode }
+    }
+
+    /// The bytes of one token of a byte-level tokenizer; nothing for special or unknown tokens.
+    /// As the tokenizers library has it, a token with a character outside of the alphabet stands
+    /// for itself.
+    fn bytes(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.tokenizer.id_to_token(id) else { return Vec::new() };
+        if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
+            return Vec::new();
+        }
+        let bytes: Option<Vec<u8>> = token.chars().map(byte_of).collect();
+        bytes.unwrap_or_else(|| token.into_bytes())
+    }
+
+    fn decode(&self, ids: &[u32]) -> String {
+        // The decoders that tokenizer.json can name do not fail.
+        self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+}
+
+/// The byte that a character of GPT-2's alphabet stands for: printable bytes are themselves, the
+/// others follow from U+0100 on, in order (`bytes_to_unicode` of GPT-2's encoder.py).
+fn byte_of(letter: char) -> Option<u8> {
+    let code = u32::from(letter);
+    match code {
+        0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => u8::try_from(code).ok(),
+        0x100..=0x120 => u8::try_from(code - 0x100).ok(),
+        0x121..=0x142 => u8::try_from(code - 0x121 + 0x7F).ok(),
+        0x143 => Some(0xAD),
+        _ => None,
+    }
+}
+
+/// Decodes tokens as they come. The pieces never split a character; bytes that never become one
+/// come out as U+FFFD.
+#[derive(Debug)]
+pub struct TokenStream {
+    words: Words,
+    mode: Mode,
+}
+
+#[derive(Debug)]
+enum Mode {
+    Bytes(Utf8Stream),
+    Window(Window),
+}
+
+impl TokenStream {
+    /// The text that this token completes, perhaps none.
+    pub fn push(&mut self, id: u32) -> String {
+        match &mut self.mode {
+            Mode::Bytes(stream) => stream.push(&self.words.bytes(id)),
+            Mode::Window(window) => window.push(&self.words, id),
+        }
+    }
+
+    /// The text still held back at the end.
+    pub fn finish(&mut self) -> String {
+        match &mut self.mode {
+            Mode::Bytes(stream) => stream.finish(),
+            Mode::Window(window) => window.finish(&self.words),
+        }
+    }
+}
+
+/// Bytes to characters, as `String::from_utf8_lossy` would convert all of them at once.
+#[derive(Debug, Default)]
+struct Utf8Stream {
+    /// The beginning of a character, at most 3 bytes.
+    open: Vec<u8>,
+}
+
+impl Utf8Stream {
+    fn push(&mut self, bytes: &[u8]) -> String {
+        self.open.extend_from_slice(bytes);
+        let mut text = String::new();
+        let mut taken = 0;
+        for chunk in self.open.utf8_chunks() {
+            text.push_str(chunk.valid());
+            taken += chunk.valid().len();
+            let invalid = chunk.invalid();
+            if taken + invalid.len() == self.open.len() && may_go_on(invalid) {
+                break;
+            }
+            if !invalid.is_empty() {
+                text.push(char::REPLACEMENT_CHARACTER);
+                taken += invalid.len();
+            }
+        }
+        self.open.drain(..taken);
+        text
+    }
+
+    fn finish(&mut self) -> String {
+        let rest = String::from_utf8_lossy(&self.open).into_owned();
+        self.open.clear();
+        rest
+    }
+}
+
+/// Whether these bytes are the beginning of a character.
+fn may_go_on(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
+}
+
+/// Decoding for tokenizers whose tokens depend on their neighbours (a leading space is dropped,
+/// bytes are joined): a window of tokens is decoded, and what it adds to the text of those already
+/// given out is the next piece.
+#[derive(Debug, Default)]
+struct Window {
+    ids: Vec<u32>,
+    /// How many of `ids` were given out; they stay as the neighbours of what follows.
+    given: usize,
+}
+
+/// A window that holds so many tokens without a whole character is given out as it is: no
+/// character has that many bytes.
+const WINDOW_TOKENS_MAX: usize = 32;
+
+impl Window {
+    fn push(&mut self, words: &Words, id: u32) -> String {
+        self.ids.push(id);
+        let open = self.ids.len() - self.given;
+        let text = words.decode(&self.ids);
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && open < WINDOW_TOKENS_MAX {
+            return String::new();
+        }
+        self.give(words, &text)
+    }
+
+    fn finish(&mut self, words: &Words) -> String {
+        let text = words.decode(&self.ids);
+        self.give(words, &text)
+    }
+
+    fn give(&mut self, words: &Words, text: &str) -> String {
+        let before = words.decode(&self.ids[..self.given]);
+        let piece = match text.strip_prefix(before.as_str()) {
+            Some(piece) => piece.to_owned(),
+            // The new tokens changed how those before them decode, and these are given out.
+            None => words.decode(&self.ids[self.given..]),
+        };
+        // Tokens without text (a dropped space, a special token) leave the neighbours as they are.
+        if !piece.is_empty() || self.ids.len() - self.given >= WINDOW_TOKENS_MAX {
+            self.ids.drain(..self.given);
+            self.given = self.ids.len();
+        }
+        piece
+    }
+}
+
+/// Cuts a text before the first stop string, whichever is complete first. Text that may be the
+/// beginning of one is held back until it is known.
+#[derive(Debug)]
+pub struct StopStrings {
+    stops: Vec<String>,
+    held: String,
+}
+
+/// What a piece of text became.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// The text that is certain.
+    Open(String),
+    /// The last text: a stop string followed it.
+    Stopped(String),
+}
+
+impl StopStrings {
+    /// Stops at any of these; empty ones are ignored.
+    #[must_use]
+    pub fn new(mut stops: Vec<String>) -> Self {
+        stops.retain(|stop| !stop.is_empty());
+        Self { stops, held: String::new() }
+    }
+
+    /// Takes the next piece of text.
+    pub fn push(&mut self, piece: &str) -> Cut {
+        self.held.push_str(piece);
+        let found = self.stops.iter().filter_map(|stop| {
+            let start = self.held.find(stop)?;
+            Some((start + stop.len(), start))
+        });
+        if let Some((_, start)) = found.min() {
+            self.held.truncate(start);
+            return Cut::Stopped(std::mem::take(&mut self.held));
+        }
+        let open = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
+        let rest = self.held.split_off(self.held.len() - open);
+        Cut::Open(std::mem::replace(&mut self.held, rest))
+    }
+
+    /// The text held back at the end: no stop string came of it.
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+/// The length in bytes of the longest end of `text` that is a beginning of `stop`.
+fn overlap(text: &str, stop: &str) -> usize {
+    stop.char_indices().map(|(length, _)| length).rfind(|length| text.ends_with(&stop[..*length])).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_in_any_pieces_give_the_lossy_text() {
+        let samples: &[&[u8]] = &[
+            "grüße 你好 🚀".as_bytes(),
+            b"\xE4\xBD\xE4\xBD\xA0\xFF\xF0\x9F\x9A",
+            b"\xF0\x80\x80a\xC3",
+            b"\xED\xA0\x80\x80",
+        ];
+        for bytes in samples {
+            for size in 1..=bytes.len() {
+                let mut stream = Utf8Stream::default();
+                let mut text: String = bytes.chunks(size).map(|part| stream.push(part)).collect();
+                text += &stream.finish();
+                assert_eq!(text, String::from_utf8_lossy(bytes), "pieces of {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_alphabet_of_gpt2_covers_every_byte_once() {
+        let mut bytes: Vec<u8> = (0..0x200).filter_map(char::from_u32).filter_map(byte_of).collect();
+        bytes.sort_unstable();
+        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
+        assert_eq!((byte_of('Ġ'), byte_of('Ċ')), (Some(b' '), Some(b'\n')));
+    }
+
+    /// A tokenizer in the way of SentencePiece: a leading space is dropped, bytes are joined.
+    fn sentence_pieces() -> Words {
+        let tokens = ["▁This", "▁is", "▁", "a", "<0xE4>", "<0xBD>", "<0xA0>", "<s>"];
+        let vocabulary: serde_json::Map<_, _> =
+            tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [{
+                "id": 7, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            }],
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": true},
+        });
+        Words::load(Path::new("t"), json.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn tokens_that_depend_on_their_neighbours_stream_to_the_same_text() {
+        let words = sentence_pieces();
+        let whole: &[(&[u32], &str)] = &[
+            (&[0, 1, 1, 3], "This is isa"),
+            (&[7, 0, 7, 1], "This is"),
+            (&[2, 1, 2, 3], " is a"),
+            (&[0, 4, 5, 6, 1], "This你 is"),
+            (&[0, 4, 5, 3], "This\u{FFFD}\u{FFFD}a"),
+            (&[0, 4, 5], "This\u{FFFD}\u{FFFD}"),
+        ];
+        for (ids, expected) in whole {
+            let mut stream = words.stream();
+            let mut text: String = ids.iter().map(|id| stream.push(*id)).collect();
+            text += &stream.finish();
+            assert_eq!((text.as_str(), words.decode(ids).as_str()), (*expected, *expected));
+        }
+    }
+
+    #[test]
+    fn bytes_that_never_become_a_character_are_not_held_for_ever() {
+        let words = sentence_pieces();
+        let mut stream = words.stream();
+        let text: String = (0..100).map(|_| stream.push(5)).collect();
+        assert!(text.chars().count() > 60 && text.chars().all(|letter| letter == '\u{FFFD}'));
+        assert_eq!((text + &stream.finish()).chars().count(), 100);
+    }
+
+    /// Pieces of any size give the same text.
+    fn check_stops(stops: &[&str], text: &str, expected: &str) {
+        let letters: Vec<char> = text.chars().collect();
+        for size in 1..=letters.len() {
+            let mut stream = StopStrings::new(stops.iter().map(ToString::to_string).collect());
+            let mut out = String::new();
+            let stopped = letters.chunks(size).any(|part| match stream.push(&part.iter().collect::<String>()) {
+                Cut::Open(piece) => {
+                    out += &piece;
+                    false
+                }
+                Cut::Stopped(piece) => {
+                    out += &piece;
+                    true
+                }
+            });
+            out += &stream.finish();
+            assert_eq!((out.as_str(), stopped), (expected, expected != text), "size {size}");
+        }
+    }
+
+    #[test]
+    fn a_stop_string_across_borders_is_cut() {
+        check_stops(&["END"], "one EN two END three", "one EN two ");
+        check_stops(&["aab"], "aaab", "a");
+        check_stops(&["\n\n"], "a\nb\n\nc", "a\nb");
+        check_stops(&["你好"], "so 你你好", "so 你");
+    }
+
+    #[test]
+    fn the_stop_string_that_ends_first_counts() {
+        check_stops(&["abcd", "c"], "xabcd", "xab");
+        check_stops(&["bc", "abc"], "xabc", "x");
+    }
+
+    #[test]
+    fn a_beginning_of_a_stop_string_is_given_out_at_the_end() {
+        check_stops(&["END"], "the EN", "the EN");
+        check_stops(&[""], "text", "text");
+    }
+}

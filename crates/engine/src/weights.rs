@@ -1,0 +1,223 @@
+//! The one weight source: safetensors files, single or sharded, as float32 values.
+//!
+//! Never here: what the weights are for. Tensors are read one at a time with plain reads, not
+//! mapped: a file that changes or shrinks while it is read gives an error, never a fault, and no
+//! more than one tensor is held twice.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::TensorInfo;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::architectures::Orientation;
+use crate::config::Fields;
+use crate::error::LoadError;
+
+/// An opened checkpoint.
+pub(crate) struct Weights {
+    folder: PathBuf,
+    shards: Vec<Shard>,
+    /// Tensor name to shard and place in it.
+    tensors: BTreeMap<String, (usize, TensorInfo)>,
+    hash: Sha256,
+}
+
+/// One safetensors file.
+struct Shard {
+    path: PathBuf,
+    file: File,
+    /// Where the tensors begin, in bytes from the start of the file.
+    data_start: u64,
+}
+
+/// A header longer than this is a broken or hostile file, as in the safetensors library.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+impl Weights {
+    /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names, and
+    /// reads their headers.
+    pub(crate) fn open(folder: &Path) -> Result<Self, LoadError> {
+        let mut weights =
+            Self { folder: folder.to_owned(), shards: Vec::new(), tensors: BTreeMap::new(), hash: Sha256::new() };
+        for path in files(folder)? {
+            weights.add(path)?;
+        }
+        Ok(weights)
+    }
+
+    /// Whether a tensor of that name exists.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// A tensor as float32 values in row-major order; it must have that shape.
+    pub(crate) fn vector(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, LoadError> {
+        self.convert(name, shape, |tensor| tensor.flatten_all()?.to_vec1())
+    }
+
+    /// A projection as float32 values, `outputs` rows of `inputs`, however it is stored.
+    pub(crate) fn projection(
+        &mut self,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+        orientation: Orientation,
+    ) -> Result<Vec<f32>, LoadError> {
+        match orientation {
+            Orientation::OutIn => self.vector(name, &[outputs, inputs]),
+            Orientation::InOut => {
+                self.convert(name, &[inputs, outputs], |tensor| tensor.t()?.contiguous()?.flatten_all()?.to_vec1())
+            }
+        }
+    }
+
+    /// Adds other files that decide the output (config, tokenizer) to the hash.
+    pub(crate) fn hash_bytes(&mut self, bytes: &[u8]) {
+        self.hash.update(u64::try_from(bytes.len()).unwrap_or(u64::MAX).to_le_bytes());
+        self.hash.update(bytes);
+    }
+
+    /// The hash of everything read, in hexadecimal; the same for single and sharded files.
+    pub(crate) fn finish(self) -> String {
+        self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<(), LoadError> {
+        let mut file = File::open(&path).map_err(|source| LoadError::Read { path: path.clone(), source })?;
+        let (header, data_start, data_bytes) = header(&path, &mut file)?;
+        for (name, value) in header {
+            if name == "__metadata__" {
+                continue;
+            }
+            let place = place(&path, &name, value, data_bytes)?;
+            self.tensors.insert(name, (self.shards.len(), place));
+        }
+        self.shards.push(Shard { path, file, data_start });
+        Ok(())
+    }
+
+    fn convert(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        layout: impl FnOnce(Tensor) -> candle_core::Result<Vec<f32>>,
+    ) -> Result<Vec<f32>, LoadError> {
+        let Some((shard, place)) = self.tensors.get(name) else {
+            return Err(LoadError::MissingTensor { path: self.folder.clone(), tensor: name.to_owned() });
+        };
+        let shard = &mut self.shards[*shard];
+        if place.shape != shape {
+            return Err(LoadError::Shape {
+                path: shard.path.clone(),
+                tensor: name.to_owned(),
+                found: place.shape.clone(),
+                expected: shape.to_owned(),
+            });
+        }
+        let bytes = shard.read(place)?;
+        self.hash.update(name.as_bytes());
+        self.hash.update(format!("{:?}{shape:?}", place.dtype));
+        self.hash.update(&bytes);
+        let values = || {
+            let dtype = DType::try_from(place.dtype)?;
+            let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?;
+            layout(tensor.to_dtype(DType::F32)?)
+        };
+        values().map_err(|source| LoadError::Convert {
+            path: shard.path.clone(),
+            tensor: name.to_owned(),
+            dtype: format!("{:?}", place.dtype),
+            source: Box::new(source),
+        })
+    }
+}
+
+impl Shard {
+    fn read(&mut self, place: &TensorInfo) -> Result<Vec<u8>, LoadError> {
+        let (start, end) = place.data_offsets;
+        let mut bytes = vec![0; end - start];
+        let from = self.data_start + u64::try_from(start).unwrap_or(u64::MAX);
+        self.file
+            .seek(SeekFrom::Start(from))
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(|source| LoadError::Read { path: self.path.clone(), source })?;
+        Ok(bytes)
+    }
+}
+
+/// The weight files of a folder, in a fixed order.
+fn files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    let single = folder.join("model.safetensors");
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    let index = folder.join("model.safetensors.index.json");
+    if !index.exists() {
+        return Err(LoadError::NoWeights { path: folder.to_owned() });
+    }
+    let fields = Fields::read(index)?;
+    let Some(map) = fields.get("weight_map").and_then(Value::as_object) else {
+        return Err(fields.wrong("weight_map", "is not an object"));
+    };
+    let mut names: Vec<&str> = Vec::new();
+    for value in map.values() {
+        // Only plain names: an index must not reach outside of its folder.
+        match value.as_str().filter(|name| !name.contains(['/', '\\']) && *name != "..") {
+            Some(name) => names.push(name),
+            None => return Err(fields.wrong("weight_map", format!("has {value}, not a file name"))),
+        }
+    }
+    names.sort_unstable();
+    names.dedup();
+    Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// The header of a safetensors file: its entries, where the data begins and how long it is.
+fn header(path: &Path, file: &mut File) -> Result<(serde_json::Map<String, Value>, u64, u64), LoadError> {
+    let read = |source| LoadError::Read { path: path.to_owned(), source };
+    let broken = |reason: String| LoadError::Checkpoint { path: path.to_owned(), reason };
+    let length = file.metadata().map_err(read)?.len();
+    let mut prefix = [0; 8];
+    if length < 8 {
+        return Err(broken(format!("has {length} bytes, too few for a safetensors file")));
+    }
+    file.read_exact(&mut prefix).map_err(read)?;
+    let header_bytes = u64::from_le_bytes(prefix);
+    if header_bytes > HEADER_BYTES_MAX || header_bytes > length - 8 {
+        return Err(broken(format!("states a header of {header_bytes} bytes in a file of {length}")));
+    }
+    let mut text = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
+    file.read_exact(&mut text).map_err(read)?;
+    let entries = serde_json::from_slice(&text).map_err(|source| LoadError::Json { path: path.to_owned(), source })?;
+    Ok((entries, 8 + header_bytes, length - 8 - header_bytes))
+}
+
+/// One entry of a header, checked against the file's length and its own shape.
+fn place(path: &Path, name: &str, value: Value, data_bytes: u64) -> Result<TensorInfo, LoadError> {
+    let broken = |reason: String| LoadError::Checkpoint { path: path.to_owned(), reason };
+    let place: TensorInfo = serde_json::from_value(value)
+        .map_err(|source| broken(format!("tensor {name} has a malformed entry ({source})")))?;
+    let (start, end) = place.data_offsets;
+    let fits = start <= end && u64::try_from(end).is_ok_and(|end| end <= data_bytes);
+    if !fits {
+        return Err(broken(format!(
+            "tensor {name} ends at byte {end} of the data, but the file holds only {data_bytes}: \
+             it is truncated or damaged"
+        )));
+    }
+    let bits = place.shape.iter().try_fold(place.dtype.bitsize(), |bits, size| bits.checked_mul(*size));
+    if bits != (end - start).checked_mul(8) {
+        return Err(broken(format!(
+            "tensor {name} of shape {:?} and type {:?} has {} bytes",
+            place.shape,
+            place.dtype,
+            end - start
+        )));
+    }
+    Ok(place)
+}

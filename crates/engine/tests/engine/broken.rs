@@ -1,0 +1,191 @@
+//! Broken and hostile checkpoints: always an error that names file and tensor or field.
+
+use std::fs;
+use std::path::Path;
+
+use genmill_engine::{LoadOptions, Model, ModelPaths};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{fixture, load};
+
+/// A copy of a fixture, to be broken.
+fn copy(name: &str) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    for entry in fs::read_dir(fixture(name)).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    folder
+}
+
+fn error(folder: &Path) -> String {
+    let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
+    Model::load(&paths, &LoadOptions { threads: 1 }).unwrap_err().to_string()
+}
+
+/// Sets one field of config.json (null removes nothing: it is null) and expects this error.
+fn check_config(name: &str, field: &str, value: Value, expected: &str) {
+    let folder = copy(name);
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config[field] = value;
+    fs::write(&path, config.to_string()).unwrap();
+    let error = error(folder.path());
+    assert!(error.contains(expected), "{error}");
+}
+
+#[test]
+fn an_unknown_architecture_lists_the_known_ones() {
+    let name = json!(["BertForMaskedLM"]);
+    check_config("qwen2", "architectures", name, "BertForMaskedLM is not known; known are: Qwen2");
+}
+
+#[test]
+fn the_type_of_a_model_decides_where_no_architecture_stands() {
+    let change = |model_type: Value| {
+        let folder = copy("qwen2");
+        let path = folder.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["architectures"] = Value::Null;
+        config["model_type"] = model_type;
+        fs::write(&path, config.to_string()).unwrap();
+        folder
+    };
+    assert_eq!(load(change(json!("qwen2")).path()).card().context_tokens(), 512);
+    assert!(error(change(json!("bert")).path()).contains("architecture bert is not known"));
+    assert!(error(change(json!(null)).path()).contains("architectures names no class"));
+}
+
+#[test]
+fn what_is_not_supported_is_named() {
+    check_config("qwen2", "use_sliding_window", json!(true), "use_sliding_window is true");
+    check_config("qwen2", "hidden_act", json!("quick_gelu"), "hidden_act is quick_gelu; supported");
+    check_config("qwen2", "quantization_config", json!({"bits": 4}), "quantization_config is set");
+    check_config("gpt2", "add_cross_attention", json!(true), "add_cross_attention is true");
+    let yarn = json!({"type": "yarn", "factor": 4.0});
+    check_config("qwen2", "rope_scaling", yarn, "rope_scaling has type yarn; supported are");
+    let windows = json!(["sliding_attention", "full_attention"]);
+    check_config("qwen2", "layer_types", windows, "layer_types has \"sliding_attention\"");
+}
+
+#[test]
+fn wrong_numbers_are_named() {
+    check_config("qwen2", "num_hidden_layers", json!(0), "num_hidden_layers is 0");
+    check_config("qwen2", "hidden_size", json!("64"), "hidden_size is \"64\"");
+    check_config("qwen2", "hidden_size", json!(1_u64 << 60), "hidden_size is");
+    check_config("qwen2", "num_key_value_heads", json!(3), "num_key_value_heads is 3");
+    check_config("qwen2", "head_dim", json!(15), "head_dim is 15");
+    check_config("gpt2", "n_head", json!(5), "n_head is 5");
+    check_config("qwen2", "rms_norm_eps", json!(-1), "rms_norm_eps is -1");
+}
+
+#[test]
+fn an_end_token_that_is_none_is_named() {
+    let folder = copy("qwen2");
+    let path = folder.path().join("generation_config.json");
+    fs::write(path, json!({"eos_token_id": ["x"]}).to_string()).unwrap();
+    let error = error(folder.path());
+    assert!(error.contains("generation_config.json: eos_token_id is [\"x\"]"), "{error}");
+}
+
+#[test]
+fn a_shape_that_does_not_fit_names_the_tensor() {
+    let expected = "tensor model.embed_tokens.weight has shape [640, 64], config.json asks for [641, 64]";
+    check_config("qwen2", "vocab_size", json!(641), expected);
+    check_config("qwen2", "num_hidden_layers", json!(3), "model.layers.2.self_attn.q_proj.weight is missing");
+    check_config("gpt2", "n_inner", json!(100), "transformer.h.0.mlp.c_fc.weight has shape");
+    check_config("qwen2", "tie_word_embeddings", json!(false), "tensor lm_head.weight is missing");
+}
+
+#[test]
+fn missing_files_are_named() {
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let folder = copy("qwen2");
+        fs::remove_file(folder.path().join(name)).unwrap();
+        assert!(error(folder.path()).contains(name));
+    }
+    let folder = copy("qwen2-untied");
+    fs::remove_file(folder.path().join("model-00002-of-00004.safetensors")).unwrap();
+    assert!(error(folder.path()).contains("model-00002-of-00004.safetensors"));
+}
+
+#[test]
+fn files_that_are_not_json_are_named() {
+    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        let folder = copy("qwen2");
+        fs::write(folder.path().join(name), "{\"a\": ").unwrap();
+        assert!(error(folder.path()).contains(name));
+    }
+    let folder = copy("qwen2-untied");
+    let index = folder.path().join("model.safetensors.index.json");
+    fs::write(index, json!({"weight_map": {"a": "../../etc/passwd"}}).to_string()).unwrap();
+    assert!(error(folder.path()).contains("weight_map has \"../../etc/passwd\""));
+}
+
+#[test]
+fn a_truncated_file_is_an_error() {
+    let folder = copy("qwen2");
+    let path = folder.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    for length in [0, 7, 8, 100, 2000, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(&path, &bytes[..length]).unwrap();
+        assert!(error(folder.path()).contains("model.safetensors"), "{length} bytes");
+    }
+}
+
+#[test]
+fn an_entry_that_lies_is_an_error() {
+    for (entry, expected) in [
+        (json!({"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}), "has 12 bytes"),
+        (json!({"dtype": "F32", "shape": [1_u64 << 40, 1_u64 << 40], "data_offsets": [0, 16]}), "has 16 bytes"),
+        (json!({"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}), "truncated or damaged"),
+        (json!({"dtype": "F32", "shape": [4], "data_offsets": [0, 1_u64 << 40]}), "truncated or damaged"),
+        (json!({"dtype": "F99", "shape": [4], "data_offsets": [0, 16]}), "malformed entry"),
+        (json!([1]), "malformed entry"),
+    ] {
+        let folder = copy("qwen2");
+        let header = json!({ "x": entry }).to_string();
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend([0; 16]);
+        fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+        let error = error(folder.path());
+        assert!(error.contains("tensor x") && error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_broken_template_is_an_error() {
+    let folder = copy("qwen2");
+    fs::write(folder.path().join("chat_template.jinja"), "{% if %}").unwrap();
+    assert!(error(folder.path()).contains("chat_template.jinja: the chat template does not compile"));
+}
+
+#[test]
+fn fingerprints_tell_models_apart() {
+    let fingerprint = |folder: &Path| load(folder).card().fingerprint().clone();
+    let one = fingerprint(&fixture("qwen2"));
+    assert_eq!(one, fingerprint(copy("qwen2").path()));
+    assert_ne!(one, fingerprint(&fixture("qwen2-untied")));
+    let folder = copy("qwen2");
+    fs::write(folder.path().join("chat_template.jinja"), "other").unwrap();
+    assert_ne!(one, fingerprint(folder.path()));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Flipped bytes in a header give an error or another model, never a panic.
+    #[test]
+    fn damaged_headers_never_panic(at in 0_usize..3000, value in any::<u8>()) {
+        let folder = copy("qwen2");
+        let path = folder.path().join("model.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[at] = value;
+        fs::write(&path, bytes).unwrap();
+        let paths = ModelPaths { model_path: folder.path().to_owned(), tokenizer_path: None };
+        drop(Model::load(&paths, &LoadOptions { threads: 1 }));
+    }
+}

@@ -1,0 +1,102 @@
+//! The engine from outside: texts of the fixtures, independence of the batch, the life of a
+//! request, broken checkpoints; and random runs of schedule and sampler.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a helper of tests fails loudly")]
+
+mod batch;
+mod broken;
+mod reference;
+mod requests;
+mod sampler;
+mod schedule;
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use genmill_engine::{
+    Completion, Engine, EngineOptions, Event, LoadOptions, Model, ModelPaths, Prompt, Request, RequestError, RequestId,
+    SubmitError,
+};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn load(folder: &Path) -> Model {
+    let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
+    Model::load(&paths, &LoadOptions { threads: 2 }).unwrap()
+}
+
+/// A small engine on a fixture.
+fn engine(name: &str, step_tokens: usize) -> Engine {
+    let options = EngineOptions { kv_tokens: 8192, max_sequences: 32, step_tokens, max_waiting: 64 };
+    Engine::start(load(&fixture(name)), options).unwrap()
+}
+
+/// A greedy request.
+fn greedy(prompt: &str, max_tokens: usize) -> Request {
+    Request {
+        prompt: Prompt::Text(prompt.to_owned()),
+        max_tokens,
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        seed: 0,
+        stop: Vec::new(),
+        deadline: None,
+        now_unix_s: 0,
+    }
+}
+
+/// A submitted request's events.
+struct Job {
+    id: RequestId,
+    events: Receiver<Event>,
+}
+
+/// What became of a request.
+#[derive(Debug)]
+struct Outcome {
+    deltas: Vec<String>,
+    started: bool,
+    end: Result<Completion, RequestError>,
+}
+
+fn submit(engine: &Engine, request: Request) -> Result<Job, SubmitError> {
+    let (sender, events) = channel();
+    // A test that has seen enough may be gone.
+    let id = engine.submit(request, Box::new(move |event| drop(sender.send(event))))?;
+    Ok(Job { id, events })
+}
+
+impl Job {
+    fn next(&self) -> Event {
+        self.events.recv_timeout(Duration::from_secs(60)).unwrap()
+    }
+
+    /// Waits for the end and checks that the deltas are the text.
+    fn outcome(self) -> Outcome {
+        let mut outcome = Outcome { deltas: Vec::new(), started: false, end: Err(step_error("no end")) };
+        loop {
+            match self.next() {
+                Event::Started => outcome.started = true,
+                Event::Text { delta } => outcome.deltas.push(delta),
+                Event::Finished(completion) => {
+                    assert_eq!(outcome.deltas.concat(), completion.text);
+                    assert!(self.events.recv().is_err(), "an event after the last");
+                    return Outcome { end: Ok(completion), ..outcome };
+                }
+                Event::Failed(error) => return Outcome { end: Err(error), ..outcome },
+            }
+        }
+    }
+
+    fn completion(self) -> Completion {
+        self.outcome().end.unwrap()
+    }
+}
+
+fn step_error(message: &str) -> RequestError {
+    RequestError::Step { message: message.to_owned() }
+}
