@@ -167,7 +167,7 @@ async fn what_nobody_can_serve_is_refused_at_submission_with_what_to_do() {
     refused(&client, ask("vllm_gone"), Reason::ModelUnavailable, "no/such/folder does not exist: set MODELS_DIR").await;
     refused(&client, request("x").temperature(9.0), Reason::InvalidRequest, "temperature").await;
     refused(&client, Request::new(MODEL), Reason::InvalidRequest, "prompt").await;
-    refused(&client, request(&"x".repeat(3 << 20)), Reason::TooLarge, "2097152").await;
+    refused(&client, request(&"x".repeat(3 << 20)), Reason::TooLarge, "1572864").await;
     assert!(client.is_available(MODEL).await.unwrap());
     let model = client.model("vllm_gone").await.unwrap();
     assert!(!model.available);

@@ -165,8 +165,8 @@ impl Invalid {
     }
 }
 
-/// The most text a request may carry, in bytes. A whole request must also fit into a gRPC message of 4 MiB.
-pub const TEXT_BYTES_MAX: usize = 2 * 1024 * 1024;
+/// The most text a request or a result may carry, in bytes: a job with both must fit into a gRPC message of 4 MiB.
+pub const TEXT_BYTES_MAX: usize = 3 * 512 * 1024;
 
 impl Request {
     /// Checks every rule that needs nothing but the request and the time.

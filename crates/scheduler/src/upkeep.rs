@@ -6,7 +6,7 @@ use genmill_core::judge::Policy;
 use genmill_daemon::health::Readiness;
 use genmill_queue::{Queue, QueueError};
 use std::time::Duration;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 /// How often every lane is looked after.
@@ -15,29 +15,45 @@ const EVERY: Duration = Duration::from_millis(250);
 /// How often a task is repeated at once for one lane while it finds a full batch.
 const REPEATS_MAX: u32 = 50;
 
+/// How long leases are left alone after Redis was away: workers could not renew them meanwhile, and will at their next
+/// heartbeat.
+const RECLAIM_GRACE: Duration = Duration::from_secs(10);
+
 /// An upkeep task: does its work for one lane and says how many jobs it handled.
 type Task = for<'a> fn(&'a Queue, LaneNumber, &'a Policy) -> BoxFuture<'a, Result<u32, QueueError>>;
 
-/// Every upkeep task, in the order in which they run.
-const TASKS: &[(&str, Task)] = &[
-    ("expire", |queue, lane, _| Box::pin(queue.expire(lane))),
-    ("reclaim", |queue, lane, policy| Box::pin(queue.reclaim(lane, policy))),
-    ("promote", |queue, lane, _| Box::pin(queue.promote(lane))),
+/// Every upkeep task, and whether it judges workers by their leases.
+const TASKS: &[(&str, Judges, Task)] = &[
+    ("expire", Judges::Jobs, |queue, lane, _| Box::pin(queue.expire(lane))),
+    ("reclaim", Judges::Workers, |queue, lane, policy| Box::pin(queue.reclaim(lane, policy))),
+    ("promote", Judges::Jobs, |queue, lane, _| Box::pin(queue.promote(lane))),
 ];
+
+/// What a task goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Judges {
+    /// Times of jobs.
+    Jobs,
+    /// Heartbeats of workers, which fail while Redis is away.
+    Workers,
+}
 
 /// Looks after all lanes until `stop`; while Redis does not answer, the scheduler is not ready.
 pub(crate) async fn run(queue: Queue, policy: Policy, readiness: Readiness, stop: CancellationToken) {
     let mut tick = interval(EVERY);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
+    let mut leases_wait_until = Instant::now();
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = tick.tick() => {}
         }
-        match round(&queue, &policy).await {
+        let leases_count = !failing && Instant::now() >= leases_wait_until;
+        match round(&queue, &policy, |judges| leases_count || judges == Judges::Jobs).await {
             Ok(()) => {
                 if failing {
+                    leases_wait_until = Instant::now() + RECLAIM_GRACE;
                     tracing::info!("upkeep works again");
                     readiness.ready();
                 }
@@ -54,9 +70,9 @@ pub(crate) async fn run(queue: Queue, policy: Policy, readiness: Readiness, stop
     }
 }
 
-async fn round(queue: &Queue, policy: &Policy) -> Result<(), QueueError> {
+async fn round(queue: &Queue, policy: &Policy, wanted: impl Fn(Judges) -> bool) -> Result<(), QueueError> {
     for (lane, _) in queue.all_lanes().await? {
-        for (name, task) in TASKS {
+        for (name, _, task) in TASKS.iter().filter(|(_, judges, _)| wanted(*judges)) {
             for _ in 0..REPEATS_MAX {
                 let handled = task(queue, lane, policy).await?;
                 if handled == 0 {

@@ -2,8 +2,9 @@
 //! the text of one request.
 
 use genmill_engine::{Completion, Event, RequestError, Sink};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
 
 /// How a request ended.
 pub(crate) type Ended = Result<Completion, RequestError>;
@@ -18,41 +19,104 @@ struct Letters {
 #[derive(Default)]
 pub(crate) struct Mailbox {
     letters: Mutex<Letters>,
-    arrived: Notify,
+    first_text: Notify,
+    end: Notify,
 }
 
 impl Mailbox {
+    fn lock(&self) -> MutexGuard<'_, Letters> {
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Where the engine leaves its events.
     pub(crate) fn sink(self: &Arc<Self>) -> Sink {
         let mailbox = self.clone();
         Box::new(move |event| mailbox.put(event))
     }
 
+    /// Wakes the waiting task for the first text since it was there and for the end only: a wake-up costs more than a
+    /// token of a small model.
     fn put(&self, event: Event) {
-        {
-            let mut letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
-            match event {
-                Event::Started => return,
-                Event::Text { delta } => letters.text.push_str(&delta),
-                Event::Finished(completion) => letters.ended = Some(Ok(completion)),
-                Event::Failed(error) => letters.ended = Some(Err(error)),
+        let mut letters = self.lock();
+        let wake = match event {
+            Event::Started => return,
+            Event::Text { delta } => {
+                let first = letters.text.is_empty();
+                letters.text.push_str(&delta);
+                first.then_some(&self.first_text)
             }
+            Event::Finished(completion) => {
+                letters.ended = Some(Ok(completion));
+                Some(&self.end)
+            }
+            Event::Failed(error) => {
+                letters.ended = Some(Err(error));
+                Some(&self.end)
+            }
+        };
+        drop(letters);
+        if let Some(wake) = wake {
+            wake.notify_one();
         }
-        self.arrived.notify_one();
     }
 
-    /// Waits until something is there and takes it: new text, and the end when it has come. May be dropped at any
-    /// point.
-    pub(crate) async fn take(&self) -> (String, Option<Ended>) {
+    /// Waits for the end, or for text but then at least until `not_before`, and takes what is there. May be dropped at
+    /// any point.
+    pub(crate) async fn take(&self, not_before: Instant) -> (String, Option<Ended>) {
         loop {
-            let arrived = self.arrived.notified();
-            {
-                let mut letters = self.letters.lock().unwrap_or_else(PoisonError::into_inner);
-                if !letters.text.is_empty() || letters.ended.is_some() {
+            let waiting = {
+                let mut letters = self.lock();
+                let due = !letters.text.is_empty() && Instant::now() >= not_before;
+                if due || letters.ended.is_some() {
                     return (std::mem::take(&mut letters.text), letters.ended.take());
                 }
+                !letters.text.is_empty()
+            };
+            tokio::select! {
+                () = self.end.notified() => {}
+                () = self.first_text.notified(), if !waiting => {}
+                () = sleep_until(not_before), if waiting => {}
             }
-            arrived.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn text(delta: &str) -> Event {
+        Event::Text { delta: delta.to_owned() }
+    }
+
+    #[tokio::test]
+    async fn text_is_taken_at_once_or_from_the_given_time_on() {
+        let mailbox = Arc::new(Mailbox::default());
+        let mut sink = mailbox.sink();
+        sink(text("a"));
+        assert_eq!(mailbox.take(Instant::now()).await.0, "a");
+        tokio::time::pause();
+        let later = Instant::now() + Duration::from_millis(10);
+        let taking = mailbox.take(later);
+        sink(text("b"));
+        sink(text("c"));
+        assert_eq!(taking.await.0, "bc");
+        assert!(Instant::now() >= later);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_does_not_wait() {
+        let mailbox = Arc::new(Mailbox::default());
+        let mut sink = mailbox.sink();
+        let begun = Instant::now();
+        let (taken, ()) = tokio::join!(mailbox.take(begun + Duration::from_secs(3600)), async {
+            sink(text("a"));
+            tokio::task::yield_now().await;
+            sink(Event::Failed(RequestError::Step { message: "x".to_owned() }));
+        });
+        assert_eq!(taken.0, "a");
+        assert!(taken.1.unwrap().is_err());
+        assert_eq!(Instant::now(), begun);
     }
 }

@@ -11,7 +11,11 @@ use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+/// Text is taken from the engine this often at most; the loop passes it on at that pace anyway.
+const TEXT_EVERY: Duration = Duration::from_millis(20);
 
 /// Runs jobs on the engines of loaded models.
 #[derive(Debug)]
@@ -61,9 +65,10 @@ impl Perform for Performer {
             Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)) },
         };
         let mut told = false;
+        let mut not_before = Instant::now();
         loop {
             let (text, ended) = tokio::select! {
-                taken = mailbox.take() => taken,
+                taken = mailbox.take(not_before) => taken,
                 () = stop.cancelled(), if !told => {
                     told = true;
                     running.engine.cancel(running.id);
@@ -71,6 +76,7 @@ impl Perform for Performer {
                 }
             };
             progress.text(text).await;
+            not_before = Instant::now() + TEXT_EVERY;
             if let Some(ended) = ended {
                 return performed(ended, price);
             }

@@ -4,6 +4,7 @@ use crate::perform::{Perform, Progress, Task};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::ids::WorkerId;
 use genmill_core::judge::{Policy, judge};
+use genmill_core::request::TEXT_BYTES_MAX;
 use genmill_queue::{Finish, Held, Kept, Lease, Piece, Queue};
 use std::future::Future;
 use std::pin::pin;
@@ -109,6 +110,11 @@ async fn until(deadline: Option<Instant>) {
 fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Performed {
     let cost = performed.as_ref().and_then(|performed| performed.cost);
     let outcome = match (performed.map(|performed| performed.outcome), stop) {
+        (Some(Outcome::Generated(generation)), _) if generation.text.len() > TEXT_BYTES_MAX => {
+            let bytes = generation.text.len();
+            let message = format!("the text has {bytes} bytes; at most {TEXT_BYTES_MAX} are kept: lower max_tokens");
+            Outcome::Failed(Failure::new(FailureClass::Invalid, message))
+        }
         (Some(Outcome::Generated(generation)), _) => Outcome::Generated(generation),
         (Some(outcome), None) => outcome,
         (_, Some(Stop::Cancelled)) => Outcome::Cancelled,

@@ -48,6 +48,10 @@ pub async fn serve<P: Perform>(context: Context, kind: Kind, performer: Arc<P>) 
             ..Policy::default()
         },
     };
+    if performer.models().is_empty() {
+        let (folder, prefixes) = (config.models.dir.display(), options.prefixes.join(", "));
+        tracing::warn!(%folder, prefixes, "no model is listed for this worker: nothing to do until it is started again");
+    }
     tracing::info!(worker = %options.worker, %http, "serving");
     let ready = move || {
         readiness.ready();
