@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 /// How long a daemon may take to say that it is ready. Generous: test machines are shared.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
-/// The folder of the built binaries: that of the running test, or its parent.
+/// The folder of the built binaries: that of the running program; a test lies one deeper, in `deps`.
 fn binaries() -> anyhow::Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let folder = test.parent().and_then(Path::parent).context("a test lies in target/PROFILE/deps")?;
+    let program = std::env::current_exe()?;
+    let folder = program.parent().context("a program lies in a folder")?;
+    let folder = if folder.ends_with("deps") { folder.parent().context("deps lies in a folder")? } else { folder };
     Ok(folder.to_owned())
 }
 
@@ -48,6 +49,10 @@ impl Start {
         }
         let mut command = Command::new(path);
         command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::piped());
+        // Settings and keys of whoever runs the tests must not change what they find.
+        command
+            .env_clear()
+            .envs(["PATH", "HOME", "TMPDIR"].iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         Ok(Self { command, name: name.to_owned() })
     }
 

@@ -7,6 +7,7 @@ use genmill_client::v1::watch_job_response::Event;
 use genmill_client::{Client, Error, Outcome, Reason, Request, Until, v1};
 use genmill_standin::{Options, Standin};
 use genmill_tests::daemons::{Daemon, Start};
+use genmill_tests::redis_server::RedisServer;
 use rustix::process::Signal;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -276,6 +277,26 @@ async fn a_bulk_run_is_submitted_once_however_often_it_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_small_items_may_be_sent_one_frame_each() {
+    let place = Place::new().await;
+    let mill = place.up();
+    let mut raw =
+        v1::job_service_client::JobServiceClient::connect(format!("http://{}", mill.place("grpc"))).await.unwrap();
+    // A refused item costs no provider's time, and its acknowledgement is awaited like any other.
+    let item = |n: u32| v1::SubmitJobsRequest { request: Some(Request::new("vllm_gone").prompt(n.to_string()).into()) };
+    // Yielding between items sends each in a frame of its own, as other languages' clients do.
+    let items = tokio_stream::iter(0..10_000_u32).then(move |n| async move {
+        tokio::task::yield_now().await;
+        item(n)
+    });
+    let answers: Vec<_> = raw.submit_jobs(items).await.unwrap().into_inner().collect().await;
+    assert_eq!(answers.len(), 10_000);
+    for (index, answer) in (0..).zip(answers) {
+        assert_eq!(answer.unwrap().index, index);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn running_jobs_are_cancelled_within_a_heartbeat_and_waiting_ones_at_once() {
     let place = Place::new().await;
     let mill = place.up();
@@ -430,4 +451,30 @@ async fn a_wrong_configuration_is_refused_with_the_nearest_key() {
         let shown = String::from_utf8(output.stdout).unwrap();
         assert!(shown.contains("[providers.openai]") && !shown.contains("hunter2"), "{shown}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_ends_in_time_even_when_redis_is_gone() {
+    let place = Place::new().await;
+    let redis = RedisServer::start().unwrap();
+    let scheduler = place
+        .start("genmill-scheduler")
+        .env("GENMILL__REDIS__URL", &redis.url())
+        .env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0")
+        .until_ready()
+        .unwrap();
+    let mut worker = place
+        .start("genmill-worker-api")
+        .env("GENMILL__REDIS__URL", &redis.url())
+        .env("GENMILL__WORKER__DRAIN_TIMEOUT_MS", "200")
+        .until_ready()
+        .unwrap();
+    let client = client(&scheduler).await;
+    client.submit(request("!sleep=60000").experiment("gone")).await.unwrap();
+    while running_of(&client, "gone").await.unwrap() < 1 {
+        tokio::task::yield_now().await;
+    }
+    drop(redis);
+    worker.signal(Signal::TERM).unwrap();
+    assert!(worker.wait(STOP_WITHIN).unwrap().success());
 }

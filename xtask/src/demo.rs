@@ -3,6 +3,7 @@
 use crate::redis;
 use crate::tool::{cargo, root, run, say};
 use anyhow::{Context as _, bail};
+use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -52,7 +53,16 @@ impl Mill {
         std::fs::create_dir_all(data).with_context(|| format!("cannot make {}", data.display()))?;
         let log = data.join("mill.log");
         say(&format!("starting a mill (its log: {})", log.display()));
-        let mut process = Command::new(genmill)
+        let mut command = Command::new(genmill);
+        // Settings of whoever runs the demo must not change it.
+        let theirs = |name: &OsString| {
+            let name = name.to_string_lossy();
+            name.starts_with("GENMILL") || ["MODELS_DIR", "MAX_TOKENS", "TEMPERATURE"].contains(&&*name)
+        };
+        for name in std::env::vars_os().map(|(name, _)| name).filter(theirs) {
+            command.env_remove(name);
+        }
+        let mut process = command
             .args(["up", "--listen", "127.0.0.1:0", "--config", "examples/tictactoe/genmill.toml"])
             .args(["--models", "examples/tictactoe/models", "--data-dir"])
             .arg(data)

@@ -54,6 +54,19 @@ impl Prefix {
         self.routing != Routing::Model
     }
 
+    /// The one way to write a model's name: without the provider that a bare name means.
+    fn canonical(&self, rest: &str) -> String {
+        let bare = match &self.routing {
+            Routing::Provider { default } => {
+                rest.strip_prefix(default).and_then(|rest| rest.strip_prefix('/')).unwrap_or(rest)
+            }
+            Routing::Model | Routing::Only { .. } => rest,
+        };
+        // Without its provider a model with a slash would name another one.
+        let rest = if bare.contains('/') { rest } else { bare };
+        format!("{}_{rest}", self.name)
+    }
+
     /// The name of the configuration section and file that lists this backend's models.
     #[must_use]
     pub fn section(&self) -> String {
@@ -119,7 +132,7 @@ impl ModelName {
         };
         match problem {
             Some(problem) => Err(BadModelName::Malformed { name: short, problem }),
-            None => Ok(Self(name.to_owned())),
+            None => Ok(Self(prefix.canonical(rest))),
         }
     }
 
@@ -222,6 +235,15 @@ mod tests {
         check("litellm_groq/llama3-8b-8192", "litellm:groq", "llama3-8b-8192");
         check("litellm_together_ai/meta-llama/Llama-3", "litellm:together_ai", "meta-llama/Llama-3");
         check("openrouter_openai/gpt-4o", "openrouter:openrouter", "openai/gpt-4o");
+    }
+
+    #[test]
+    fn a_bare_name_and_one_with_the_default_provider_are_one_model() {
+        let name = |name| ModelName::parse(name).unwrap();
+        assert_eq!(name("litellm_openai/gpt-4"), name("litellm_gpt-4"));
+        assert_eq!(name("litellm_openai/org/x").lane().route, "openai");
+        assert_eq!(name("litellm_openai/org/x").backend_name(), "org/x");
+        assert_ne!(name("vllm_openai/gpt-4"), name("vllm_gpt-4"));
     }
 
     #[test]

@@ -290,8 +290,33 @@ fn check(config: &Config) -> Result<(), ConfigError> {
     if config.worker.heartbeat_ms == 0 || config.worker.heartbeat_ms > config.worker.lease_ms / 3 {
         return wrong("worker.heartbeat_ms", "must be above 0 and at most a third of worker.lease_ms");
     }
-    if config.scheduler.max_tokens == 0 {
-        return wrong("scheduler.max_tokens (MAX_TOKENS)", "must be at least 1");
+    if !(1..=1_000_000).contains(&config.scheduler.max_tokens) {
+        return wrong("scheduler.max_tokens (MAX_TOKENS)", "must be 1 to 1,000,000");
+    }
+    let listens = [
+        ("scheduler.listen", &config.scheduler.listen),
+        ("scheduler.http_listen", &config.scheduler.http_listen),
+        ("worker.http_listen", &config.worker.http_listen),
+    ];
+    for (place, listen) in listens {
+        let port = listen.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
+        if !matches!(port, Some(Ok(_))) {
+            return wrong(place, &format!("`{listen}` is not of the form HOST:PORT"));
+        }
+    }
+    let schemes = ["redis://", "rediss://", "unix://"];
+    if let Some(url) = config.redis.url.as_deref().filter(|url| !schemes.iter().any(|scheme| url.starts_with(scheme))) {
+        let problem = format!("`{}` is not of the form redis://HOST:PORT or rediss://HOST:PORT", mask_url(url));
+        return wrong("redis.url", &problem);
+    }
+    for (name, provider) in &config.providers {
+        let is_http = |url: &&String| url.starts_with("http://") || url.starts_with("https://");
+        if provider.base_url.as_ref().is_some_and(|url| !is_http(&url)) {
+            return wrong(&format!("providers.{name}.base_url"), "must begin with http:// or https://");
+        }
+    }
+    if let Err(error) = crate::telemetry::filter(&config.telemetry) {
+        return wrong("telemetry.log", &error.to_string());
     }
     if !(0.0..=2.0).contains(&config.scheduler.temperature) {
         return wrong("scheduler.temperature (TEMPERATURE)", "must be 0 to 2");
@@ -388,6 +413,12 @@ mod tests {
         refused("[scheduler", &[], "genmill.toml");
         refused("", &[("TEMPERATURE", "9")], "TEMPERATURE");
         refused("[worker]\nheartbeat_ms = 10000", &[], "worker.heartbeat_ms");
+        refused("[scheduler]\nlisten = \"nonsense\"", &[], "HOST:PORT");
+        refused("[scheduler]\nlisten = \"a:99999\"", &[], "HOST:PORT");
+        refused("[redis]\nurl = \"nonsense\"", &[], "redis.url");
+        refused("[telemetry]\nlog = \"[[\"", &[], "telemetry.log");
+        refused("", &[("MAX_TOKENS", "5000000")], "MAX_TOKENS");
+        refused("[providers.x]\nbase_url = \"nonsense\"", &[], "providers.x.base_url");
     }
 
     #[test]

@@ -9,13 +9,42 @@ pub struct Environment {
     variables: BTreeMap<String, String>,
 }
 
-/// Why `.env` could not be read.
+/// Why `.env` could not be read. Never tells what stands in it: that may be a key.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot read {path}")]
-pub struct BadDotEnv {
-    path: String,
-    #[source]
-    source: dotenvy::Error,
+pub enum BadDotEnv {
+    /// The file cannot be read.
+    #[error("cannot read {path}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A line is malformed.
+    #[error("{path}, line {line}: is not of the form NAME=value, or a quote is not closed")]
+    Malformed {
+        /// The file.
+        path: String,
+        /// The first line that cannot be read, from 1.
+        line: usize,
+    },
+}
+
+impl BadDotEnv {
+    fn new(path: &Path, text: &str, error: dotenvy::Error) -> Self {
+        let path = path.display().to_string();
+        match error {
+            dotenvy::Error::Io(source) => Self::Unreadable { path, source },
+            // The library tells the line's text; its number is found by looking for it.
+            dotenvy::Error::LineParse(content, _) => {
+                let first = content.lines().next().unwrap_or_default();
+                let line = text.lines().position(|line| line.contains(first)).map_or(1, |index| index + 1);
+                Self::Malformed { path, line }
+            }
+            _ => Self::Malformed { path, line: 1 },
+        }
+    }
 }
 
 impl Environment {
@@ -27,9 +56,10 @@ impl Environment {
         let mut variables = BTreeMap::new();
         let path = folder.join(".env");
         if path.is_file() {
-            let fail = |source| BadDotEnv { path: path.display().to_string(), source };
-            for variable in dotenvy::from_path_iter(&path).map_err(fail)? {
-                let (name, value) = variable.map_err(fail)?;
+            let text = std::fs::read_to_string(&path)
+                .map_err(|source| BadDotEnv::Unreadable { path: path.display().to_string(), source })?;
+            for variable in dotenvy::from_read_iter(text.as_bytes()) {
+                let (name, value) = variable.map_err(|error| BadDotEnv::new(&path, &text, error))?;
                 variables.insert(name, value);
             }
         }
@@ -62,5 +92,26 @@ impl FromIterator<(String, String)> for Environment {
 impl std::fmt::Debug for Environment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_set().entries(self.variables.keys()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_malformed_line_is_named_but_never_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(".env"), "A=1\nOPENAI_API_KEY=\"sk-secret\nB=2\n").unwrap();
+        let error = Environment::read(folder.path()).unwrap_err();
+        let shown = format!("{error} {error:?}");
+        assert!(shown.contains(".env, line 2"), "{shown}");
+        assert!(!shown.contains("sk-secret"), "{shown}");
+    }
+
+    #[test]
+    fn an_empty_variable_counts_as_unset() {
+        let environment: Environment = [("A".to_owned(), String::new())].into_iter().collect();
+        assert_eq!(environment.get("A"), None);
     }
 }

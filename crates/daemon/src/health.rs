@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use std::net::SocketAddr;
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 /// Whether a daemon can do its work, and if not, why. Clones share one state.
@@ -32,7 +33,7 @@ impl Readiness {
     }
 }
 
-/// Why the endpoints cannot be served.
+/// Why an address cannot be served.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {listen}")]
 pub struct CannotListen {
@@ -43,14 +44,23 @@ pub struct CannotListen {
     pub source: std::io::Error,
 }
 
+/// Listens on `HOST:PORT`; returns the listener and the address that was bound.
+///
+/// # Errors
+/// [`CannotListen`] when the address is taken or none.
+pub async fn bind(listen: &str) -> Result<(TcpListener, SocketAddr), CannotListen> {
+    let fail = |source| CannotListen { listen: listen.to_owned(), source };
+    let listener = TcpListener::bind(listen).await.map_err(fail)?;
+    let address = listener.local_addr().map_err(fail)?;
+    Ok((listener, address))
+}
+
 /// Serves both endpoints on `listen` until shutdown; returns the address that was bound.
 ///
 /// # Errors
 /// [`CannotListen`] when the address is taken or none.
 pub async fn serve(listen: &str, readiness: Readiness, shutdown: &Shutdown) -> Result<SocketAddr, CannotListen> {
-    let fail = |source| CannotListen { listen: listen.to_owned(), source };
-    let listener = tokio::net::TcpListener::bind(listen).await.map_err(fail)?;
-    let address = listener.local_addr().map_err(fail)?;
+    let (listener, address) = bind(listen).await?;
     let routes =
         Router::new().route("/healthz", get(async || "ok\n")).route("/readyz", get(readyz)).with_state(readiness);
     let token = shutdown.token();

@@ -7,6 +7,7 @@ use crate::config::{Models, nearest, with_nearest};
 use crate::documents;
 use serde::Deserialize;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Every section, and the backend prefix whose models it lists.
@@ -88,14 +89,7 @@ pub enum ModelsError {
 #[serde(deny_unknown_fields)]
 struct Section {
     #[serde(default)]
-    models: Option<Vec<Entry>>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Entry {
-    Name(String),
-    Fields(serde_json::Map<String, Value>),
+    models: Option<Vec<Value>>,
 }
 
 /// All that an entry may say. Which of it a backend takes is told by [`allowed`].
@@ -140,7 +134,22 @@ pub fn read(models: &Models) -> Result<Vec<ListedModel>, ModelsError> {
         let text = std::fs::read_to_string(&file).map_err(|error| unreadable(&file, error))?;
         listed.extend(read_file(&file, &text, models.root.as_deref())?);
     }
+    refuse_duplicates(&listed)?;
     Ok(listed)
+}
+
+/// A local model that is listed twice would be two models of one name.
+fn refuse_duplicates(listed: &[ListedModel]) -> Result<(), ModelsError> {
+    let mut seen = BTreeSet::new();
+    for model in listed {
+        let section = format!("{}_", model.prefix);
+        let name = model.name.strip_prefix(&section).unwrap_or(&model.name);
+        if model.path.is_some() && !seen.insert((model.prefix, name)) {
+            let problem = format!("the model `{}` is listed twice in {}_models", model.name, model.prefix);
+            return Err(ModelsError::Wrong { path: model.file.display().to_string(), problem });
+        }
+    }
+    Ok(())
 }
 
 fn read_file(file: &Path, text: &str, root: Option<&Path>) -> Result<Vec<ListedModel>, ModelsError> {
@@ -199,19 +208,20 @@ fn unknown_key(key: &str, known: &[&str]) -> String {
     }
 }
 
-fn fields(prefix: &str, entry: Entry) -> Result<Fields, String> {
+fn fields(prefix: &str, entry: Value) -> Result<Fields, String> {
     let fields = match entry {
-        Entry::Name(_) if prefix == "vllm" || prefix == "llamacpp" => {
+        Value::String(_) if prefix == "vllm" || prefix == "llamacpp" => {
             return Err("must be a mapping with `name` and `model_path`".to_owned());
         }
-        Entry::Name(name) => Fields { name, ..Fields::default() },
-        Entry::Fields(object) => {
+        Value::String(name) => Fields { name, ..Fields::default() },
+        Value::Object(object) => {
             let allowed = allowed(prefix);
             if let Some(key) = object.keys().find(|key| !allowed.contains(&key.as_str())) {
                 return Err(unknown_key(key, allowed));
             }
             serde_json::from_value(Value::Object(object)).map_err(|error| error.to_string())?
         }
+        other => return Err(format!("`{other}` is neither a name nor a mapping with `name`")),
     };
     let needs_path = prefix == "vllm" || prefix == "llamacpp";
     match () {
@@ -244,6 +254,7 @@ mod tests {
     fn names(stem: &str, text: &str) -> Result<Vec<String>, String> {
         let file = PathBuf::from(format!("/configs/{stem}"));
         let listed = read_file(&file, text, None).map_err(|error| error.to_string())?;
+        refuse_duplicates(&listed).map_err(|error| error.to_string())?;
         Ok(listed.into_iter().map(|model| format!("{}:{}", model.prefix, model.name)).collect())
     }
 
@@ -299,6 +310,8 @@ mod tests {
         refused("vllm_models.yaml", "models: [{name: x, model_paht: /x}]", "did you mean `model_path`?");
         refused("vllm_models.yaml", "models: [{name: x}]", "entry 1: `model_path` must be set");
         refused("litellm_models.yaml", "- gpt-4", "`models`");
+        refused("litellm_models.yaml", "models: [5]", "entry 1: `5` is neither a name");
+        refused("hf_models.yaml", "models: [a, {name: hf_a, model_path: /x}]", "listed twice");
         refused("litellm_models.yaml", "models: [", "litellm_models.yaml");
     }
 

@@ -2,6 +2,7 @@
 
 use crate::config::{self, Config};
 use crate::environment::Environment;
+use crate::health::CannotListen;
 use crate::models::{self, ListedModel};
 use crate::shutdown::{self, Shutdown};
 use crate::{parent, telemetry, tls};
@@ -11,6 +12,8 @@ use std::future::Future;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
 /// The exit code of a daemon whose configuration is wrong: starting it again cannot help.
 pub const EXIT_WRONG_CONFIG: u8 = 2;
@@ -64,8 +67,15 @@ pub fn load(file: Option<&Path>) -> anyhow::Result<Loaded> {
     Ok(Loaded { config, models, environment })
 }
 
-/// Runs a daemon to its end: `main` until it returns, or a signal begins the shutdown, which `main` must then obey.
-pub fn daemon<F, Fut>(args: &CommonArgs, main: F) -> ExitCode
+/// What a daemon must tell of its configuration before it runs: lines for `--check-config`, such as what it makes of the
+/// models that are listed.
+///
+/// It fails when the daemon cannot run with this configuration.
+pub type Check = fn(&Loaded) -> anyhow::Result<Vec<String>>;
+
+/// Runs a daemon to its end: `main` until it returns, or a signal begins the shutdown, which `main` must then obey. A
+/// second signal ends it at once.
+pub fn daemon<F, Fut>(args: &CommonArgs, check: Check, main: F) -> ExitCode
 where
     F: FnOnce(Context) -> Fut,
     Fut: Future<Output = anyhow::Result<()>>,
@@ -75,12 +85,16 @@ where
     {
         return fail(1, &error.into());
     }
-    let loaded = match load(args.config.as_deref()) {
-        Ok(loaded) => loaded,
+    let checked = load(args.config.as_deref()).and_then(|loaded| {
+        let told = check(&loaded)?;
+        Ok((loaded, told))
+    });
+    let (loaded, told) = match checked {
+        Ok(checked) => checked,
         Err(error) => return fail(EXIT_WRONG_CONFIG, &error),
     };
     if args.check_config {
-        return match print_config(&loaded) {
+        return match print_config(&loaded, &told) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(1, &error),
         };
@@ -91,9 +105,13 @@ where
     tls::install();
     match block_on(loaded, main) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<CannotListen>() => fail(EXIT_WRONG_CONFIG, &error),
         Err(error) => fail(1, &error),
     }
 }
+
+/// How long tasks that block may go on after everything else has ended.
+const BLOCKING_GRACE: Duration = Duration::from_secs(1);
 
 fn block_on<F, Fut>(loaded: Loaded, main: F) -> anyhow::Result<()>
 where
@@ -101,41 +119,63 @@ where
     Fut: Future<Output = anyhow::Result<()>>,
 {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let Loaded { config, models, environment } = loaded;
         let shutdown = Shutdown::default();
-        listen_for_signals(&shutdown);
-        let ended = main(Context { config, models, environment, shutdown: shutdown.clone() }).await;
-        shutdown.finish().await;
-        ended
-    })
-}
-
-fn listen_for_signals(shutdown: &Shutdown) {
-    let begun = shutdown.clone();
-    shutdown.spawn(async move {
-        let token = begun.token();
+        let hurry = CancellationToken::new();
+        listen_for_signals(&shutdown, hurry.clone());
+        let running = async {
+            let ended = main(Context { config, models, environment, shutdown: shutdown.clone() }).await;
+            shutdown.finish().await;
+            ended
+        };
         tokio::select! {
-            () = token.cancelled() => {}
-            signal = shutdown::signal() => match signal {
-                Ok(signal) => {
-                    tracing::info!(signal, "draining");
-                    begun.begin();
-                }
-                Err(error) => tracing::error!(%error, "cannot listen for signals; end this process with SIGKILL"),
-            },
+            ended = running => ended,
+            () = hurry.cancelled() => Err(anyhow::anyhow!("ended by a second signal, before everything was put away")),
         }
     });
+    runtime.shutdown_timeout(BLOCKING_GRACE);
+    ended
 }
 
-fn print_config(loaded: &Loaded) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", config::show(&loaded.config)?)?;
-    writeln!(out, "# models listed in {}:", loaded.config.models.dir.display())?;
+/// The first signal begins the shutdown, the second ends it.
+fn listen_for_signals(shutdown: &Shutdown, hurry: CancellationToken) {
+    let begun = shutdown.clone();
+    // Not tracked: it waits for a second signal for as long as the shutdown takes, and ends with the runtime.
+    #[expect(clippy::disallowed_methods, reason = "shutdown must not wait for the one who may cut it short")]
+    drop(tokio::spawn(async move {
+        for call in [Shutdown::begin, |_: &Shutdown| ()] {
+            match shutdown::signal().await {
+                Ok(signal) => tracing::info!(signal, "draining; a second signal ends this at once"),
+                Err(error) => {
+                    return tracing::error!(%error, "cannot listen for signals; end this process with SIGKILL");
+                }
+            }
+            if begun.token().is_cancelled() {
+                hurry.cancel();
+            }
+            call(&begun);
+        }
+    }));
+}
+
+/// The effective configuration for a person: secrets masked, models listed, and what the daemon makes of it.
+///
+/// # Errors
+/// When it cannot be written as TOML, which is a defect.
+pub fn show(loaded: &Loaded, told: &[String]) -> anyhow::Result<String> {
+    let mut lines = vec![config::show(&loaded.config)?];
+    lines.push(format!("# models listed in {}:", loaded.config.models.dir.display()));
     for model in &loaded.models {
         let path = model.path.as_ref().map(|path| format!(" at {}", path.resolved.display())).unwrap_or_default();
-        writeln!(out, "#   {} ({}){path}", model.name, model.file.display())?;
+        lines.push(format!("#   {} ({}){path}", model.name, model.file.display()));
     }
+    lines.extend(told.iter().map(|line| format!("# {line}")));
+    Ok(lines.join("\n"))
+}
+
+fn print_config(loaded: &Loaded, told: &[String]) -> anyhow::Result<()> {
+    writeln!(std::io::stdout().lock(), "{}", show(loaded, told)?)?;
     Ok(())
 }
 

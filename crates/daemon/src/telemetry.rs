@@ -5,10 +5,19 @@ use tracing_subscriber::EnvFilter;
 
 /// Why logging could not start.
 #[derive(Debug, thiserror::Error)]
-#[error("telemetry.log `{filter}` is not a log filter (write info, debug, or info,genmill_queue=debug): {problem}")]
+#[error("`{filter}` is not a log filter (write info, debug, or info,genmill_queue=debug): {problem}")]
 pub struct BadFilter {
     filter: String,
     problem: String,
+}
+
+/// Reads the filter.
+///
+/// # Errors
+/// [`BadFilter`] when it is none.
+pub fn filter(telemetry: &Telemetry) -> Result<EnvFilter, BadFilter> {
+    let fail = |problem: String| BadFilter { filter: telemetry.log.clone(), problem };
+    EnvFilter::builder().parse(&telemetry.log).map_err(|error| fail(error.to_string()))
 }
 
 /// Starts logging for the rest of the process. A second call changes nothing.
@@ -16,9 +25,7 @@ pub struct BadFilter {
 /// # Errors
 /// [`BadFilter`] when the filter cannot be read.
 pub fn start(telemetry: &Telemetry) -> Result<(), BadFilter> {
-    let fail = |problem: String| BadFilter { filter: telemetry.log.clone(), problem };
-    let filter = EnvFilter::builder().parse(&telemetry.log).map_err(|error| fail(error.to_string()))?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter(telemetry)?).with_writer(std::io::stderr);
     let started = match telemetry.format {
         LogFormat::Text => {
             let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());

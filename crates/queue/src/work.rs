@@ -3,7 +3,7 @@
 use crate::error::QueueError;
 use crate::payload::{corrupt, decode, encode};
 use crate::queue::Queue;
-use genmill_core::attempt::AttemptEnd;
+use genmill_core::attempt::{AttemptEnd, Failure, FailureClass};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::Verdict;
@@ -108,16 +108,22 @@ impl Queue {
             .invoke_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("claiming jobs", source))?;
-        let lease = |(id, epoch, spec, failures, started): Claimed| {
-            Ok(Lease {
-                id: JobId::from_bytes(&id).ok_or_else(|| corrupt("stream", "an entry names no job"))?,
-                epoch: Epoch(epoch),
-                spec: decode("spec", &spec)?,
-                failures,
-                started_at: UnixMs(started),
-            })
-        };
-        claimed.into_iter().map(lease).collect()
+        let mut leases = Vec::with_capacity(claimed.len());
+        for (id, epoch, spec, failures, started) in claimed {
+            let id = JobId::from_bytes(&id).ok_or_else(|| corrupt("stream", "an entry names no job"))?;
+            let held = Held { id, epoch: Epoch(epoch) };
+            let started_at = UnixMs(started);
+            match decode("spec", &spec) {
+                Ok(spec) => leases.push(Lease { id, epoch: held.epoch, spec, failures, started_at }),
+                // One damaged record must not cost the jobs beside it their leases.
+                Err(error) => {
+                    let failure = Failure::new(FailureClass::Internal, error.to_string());
+                    let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)) };
+                    self.finish_attempt(held, started_at, worker, &finish).await?;
+                }
+            }
+        }
+        Ok(leases)
     }
 
     /// Renews the leases that `worker` holds in `lane`, and says how many jobs it can run there.
@@ -175,6 +181,17 @@ impl Queue {
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
     pub async fn finish(&self, lease: &Lease, worker: &WorkerId, finish: &Finish) -> Result<Kept, QueueError> {
+        let held = Held { id: lease.id, epoch: lease.epoch };
+        self.finish_attempt(held, lease.started_at, worker, finish).await
+    }
+
+    async fn finish_attempt(
+        &self,
+        held: Held,
+        started_at: UnixMs,
+        worker: &WorkerId,
+        finish: &Finish,
+    ) -> Result<Kept, QueueError> {
         let verdict = &finish.verdict;
         let state =
             transition(State::Running, verdict.event()).map_err(|illegal| corrupt("verdict", illegal.to_string()))?;
@@ -187,9 +204,9 @@ impl Queue {
         };
         let delay_ms = if let Verdict::Retry { delay_ms, .. } = verdict { *delay_ms } else { 0 };
         let mut connection = self.connection.clone();
-        let mut call = self.scripts.finish.key(self.keys.lane(lease.id.lane()));
-        call.arg(lease.id.as_bytes())
-            .arg(lease.epoch.0)
+        let mut call = self.scripts.finish.key(self.keys.lane(held.id.lane()));
+        call.arg(held.id.as_bytes())
+            .arg(held.epoch.0)
             .arg(worker.as_str())
             .arg(state.name())
             .arg(name_of(&verdict.attempt_end())?)
@@ -199,7 +216,7 @@ impl Queue {
             .arg(result)
             .arg(delay_ms)
             .arg(name_of(&AttemptEnd::Fenced)?)
-            .arg(lease.started_at.0);
+            .arg(started_at.0);
         let kept: u8 = call
             .invoke_async(&mut connection)
             .await

@@ -17,9 +17,7 @@ use genmill_core::judge::Policy;
 use genmill_daemon::health::{self, Readiness};
 use genmill_daemon::run::{Context, print_ready};
 use genmill_queue::{Options, Queue};
-use std::net::SocketAddr;
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
 
 /// Serves until shutdown begins, then lets open calls end.
@@ -46,7 +44,8 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
         ..Defaults::default()
     };
     let mill = Mill::new(queue, hub, defaults, shutdown.clone());
-    let (listener, grpc) = listen(&config.scheduler.listen).await?;
+    let (listener, grpc) = health::bind(&config.scheduler.listen).await?;
+    let listener = TcpIncoming::from(listener).with_nodelay(Some(true));
     let http = health::serve(&config.scheduler.http_listen, readiness.clone(), &shutdown).await?;
     readiness.ready();
     print_ready(&[("grpc", grpc.to_string()), ("http", http.to_string())])?;
@@ -63,12 +62,4 @@ pub async fn run(context: Context) -> anyhow::Result<()> {
             Ok(())
         }
     }
-}
-
-async fn listen(address: &str) -> anyhow::Result<(TcpIncoming, SocketAddr)> {
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot listen on {address} (set scheduler.listen, or --listen)"))?;
-    let bound = listener.local_addr()?;
-    Ok((TcpIncoming::from(listener).with_nodelay(Some(true)), bound))
 }

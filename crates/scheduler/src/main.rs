@@ -22,10 +22,14 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    daemon(&args.common, async move |mut context| {
-        if let Some(listen) = args.listen {
-            context.config.scheduler.listen = listen;
-        }
-        genmill_scheduler::run(context).await
-    })
+    daemon(
+        &args.common,
+        |_| Ok(Vec::new()),
+        async move |mut context| {
+            if let Some(listen) = args.listen {
+                context.config.scheduler.listen = listen;
+            }
+            genmill_scheduler::run(context).await
+        },
+    )
 }

@@ -74,10 +74,16 @@ async fn round(queue: &Queue, policy: &Policy, wanted: impl Fn(Judges) -> bool) 
     for (lane, _) in queue.all_lanes().await? {
         for (name, _, task) in TASKS.iter().filter(|(_, judges, _)| wanted(*judges)) {
             for _ in 0..REPEATS_MAX {
-                let handled = task(queue, lane, policy).await?;
-                if handled == 0 {
-                    break;
-                }
+                let handled = match task(queue, lane, policy).await {
+                    Err(error) if error.is_passing() => return Err(error),
+                    // One damaged lane must not keep the others from being looked after.
+                    Err(error) => {
+                        tracing::error!(%error, lane = lane.0, task = name, "upkeep failed");
+                        break;
+                    }
+                    Ok(0) => break,
+                    Ok(handled) => handled,
+                };
                 tracing::debug!(lane = lane.0, task = name, jobs = handled, "upkeep");
             }
         }

@@ -72,10 +72,15 @@ fn priority(pb: i32) -> Result<Priority, Refusal> {
     }
 }
 
+/// 9999-12-31T23:59:59Z, the last second that a google.protobuf.Timestamp may name.
+const SECONDS_MAX: u64 = 253_402_300_799;
+
 fn unix_ms(field: &'static str, at: &prost_types::Timestamp) -> Result<UnixMs, Refusal> {
-    let seconds = u64::try_from(at.seconds).map_err(|_| invalid(field, "must be a time after 1970"))?;
-    let nanos = u64::try_from(at.nanos).map_err(|_| invalid(field, "nanos must not be negative"))?;
-    Ok(UnixMs(seconds.saturating_mul(1_000).saturating_add(nanos / 1_000_000)))
+    let seconds = u64::try_from(at.seconds).ok().filter(|seconds| *seconds <= SECONDS_MAX);
+    let seconds = seconds.ok_or_else(|| invalid(field, "must be a time from 1970 to 9999"))?;
+    let nanos = u64::try_from(at.nanos).ok().filter(|nanos| *nanos < 1_000_000_000);
+    let nanos = nanos.ok_or_else(|| invalid(field, "nanos must be 0 to 999,999,999"))?;
+    Ok(UnixMs(seconds * 1_000 + nanos / 1_000_000))
 }
 
 fn tenant(name: &str) -> Result<Option<Tenant>, Refusal> {

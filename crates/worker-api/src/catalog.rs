@@ -74,6 +74,18 @@ fn did_you_mean(nearest: Option<&str>) -> String {
 }
 
 impl Catalog {
+    /// A line for a person: where a model would be called, or what is missing.
+    #[must_use]
+    pub fn describe(&self, model: &ServedModel) -> String {
+        let name = &model.name;
+        match (&model.availability, self.endpoints.get(&name.lane())) {
+            (Availability::Ready, Some(endpoint)) => format!("{name} is called at {}", endpoint.base_url),
+            (Availability::KeyMissing { variable }, _) => format!("{name} cannot be called: set {variable}"),
+            (Availability::Unavailable { reason }, _) => format!("{name} cannot be called: {reason}"),
+            (Availability::Ready, None) => format!("{name} has no endpoint"),
+        }
+    }
+
     /// Joins the listed models with what is known of their providers.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use genmill_core::model::PREFIXES;
 use genmill_core::registration::Availability;
-use genmill_daemon::run::{CommonArgs, Context, daemon};
+use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
 use genmill_worker_api::catalog::Catalog;
 use genmill_worker_api::http::Http;
@@ -29,7 +29,14 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    daemon(&Args::parse().common, run)
+    daemon(&Args::parse().common, check, run)
+}
+
+/// What is made of the listed models: where each would be called, and what is missing.
+fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
+    let table = Table::embedded().context("cannot read the table of providers")?;
+    let catalog = Catalog::new(&loaded.models, &table, &loaded.config.providers, &loaded.environment)?;
+    Ok(catalog.models.iter().map(|model| catalog.describe(model)).collect())
 }
 
 async fn run(context: Context) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use clap::Parser;
 use genmill_core::model::PREFIXES;
-use genmill_daemon::run::{CommonArgs, Context, daemon};
+use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
 use genmill_worker_gpu::load;
 use genmill_worker_gpu::perform::Performer;
@@ -24,14 +24,24 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    daemon(&Args::parse().common, run)
+    daemon(&Args::parse().common, check, run)
+}
+
+fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
+    load::Settings::new(&loaded.config.gpu)?;
+    Ok(Vec::new())
 }
 
 async fn run(context: Context) -> anyhow::Result<()> {
     let settings = load::Settings::new(&context.config.gpu)?;
     let listed = context.models.clone();
     let loading = tokio::task::spawn_blocking(move || load::all(&listed, &settings));
-    let models = loading.await.context("loading models broke off")?;
+    let stop = context.shutdown.token();
+    let models = tokio::select! {
+        loaded = loading => loaded.context("loading models broke off")?,
+        // Nothing is leased yet, so nothing is left behind.
+        () = stop.cancelled() => return Ok(()),
+    };
     let prefixes = PREFIXES.iter().filter(|prefix| !prefix.is_remote()).map(|prefix| prefix.name.to_owned());
     let kind = Kind { name: "gpu", prefixes: prefixes.collect() };
     serve(context, kind, Arc::new(Performer::new(models))).await

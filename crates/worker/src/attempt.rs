@@ -83,13 +83,18 @@ async fn until_stopped(
 ) -> (Option<Performed>, Option<Stop>) {
     let mut work = pin!(work);
     let mut passing = pin!(passing);
-    let deadline = lease.spec.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+    let now = Instant::now();
+    let timeout = lease.spec.timeout_ms.map(|ms| now + Duration::from_millis(ms));
+    // By the clock of Redis, in which both are told.
+    let left_ms = lease.spec.deadline.map(|deadline| deadline.ms_since(lease.started_at));
+    let deadline = left_ms.map(|ms| now + Duration::from_millis(ms));
     let mut text_open = true;
     let stop = loop {
         tokio::select! {
             performed = &mut work => return (Some(performed), None),
             () = &mut passing, if text_open => text_open = false,
-            () = until(deadline) => break Stop::TimedOut,
+            () = until(timeout) => break Stop::TimedOut,
+            () = until(deadline) => break Stop::DeadlinePassed,
             // The sender lives as long as the loop that would tell; without it nobody can.
             Ok(why) = told.wait_for(Option::is_some) => if let Some(why) = *why { break why },
         }

@@ -4,7 +4,7 @@ use crate::attempt::{Bench, Stop, attempt, finish};
 use crate::perform::{Offer, Perform};
 use futures_util::future::join_all;
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
-use genmill_core::ids::{JobId, LaneNumber, WorkerId};
+use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::judge::Policy;
 use genmill_core::registration::Registration;
 use genmill_core::time::UnixMs;
@@ -19,6 +19,12 @@ use tokio_util::sync::CancellationToken;
 
 /// A claim is made this often even without a hint, in case one was lost.
 const CLAIM_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a drain tries to say what it hands back, when Redis does not answer.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(8);
+
+/// How long leaving may take.
+const LEAVE_WITHIN: Duration = Duration::from_secs(3);
 
 /// How a worker behaves.
 #[derive(Clone, Debug)]
@@ -99,6 +105,9 @@ impl<P: Perform> Loop<P> {
         let mut claim = interval(CLAIM_EVERY);
         claim.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            if stop.is_cancelled() {
+                return;
+            }
             self.claim_where_hungry().await;
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -208,13 +217,14 @@ impl<P: Perform> Loop<P> {
             let beats = bench.queue.heartbeat(*number, &bench.worker, lane.offer.capacity, lease_ms, &held).await;
             (held, beats)
         }));
-        let by_job: HashMap<JobId, &Running> =
-            self.running.values().map(|running| (running.lease.id, running)).collect();
+        // By lease, not by job: after an outage one worker may hold two leases of a job, of which only one is lost.
+        let by_lease: HashMap<(JobId, Epoch), &Running> =
+            self.running.values().map(|running| ((running.lease.id, running.lease.epoch), running)).collect();
         for (held, beats) in beats.await {
             match beats {
                 Ok(beats) => {
                     for (held, beat) in held.iter().zip(beats) {
-                        if let (Some(running), Some(stop)) = (by_job.get(&held.id), stop_for(beat)) {
+                        if let (Some(running), Some(stop)) = (by_lease.get(&(held.id, held.epoch)), stop_for(beat)) {
                             running.tell.send_replace(Some(stop));
                         }
                     }
@@ -232,9 +242,15 @@ impl<P: Perform> Loop<P> {
         tracing::info!(jobs = self.running.len(), "draining: waiting for running jobs");
         let deadline = Instant::now() + Duration::from_millis(self.options.drain_timeout_ms);
         let mut beat = interval(Duration::from_millis(self.options.heartbeat_ms));
+        let given_up = deadline + GIVE_UP_AFTER;
         let mut told = false;
         while !self.running.is_empty() {
             tokio::select! {
+                () = tokio::time::sleep_until(given_up) => {
+                    tracing::error!(jobs = self.running.len(), "redis does not answer: the leases must run out");
+                    self.attempts.abort_all();
+                    return;
+                }
                 () = tokio::time::sleep_until(deadline), if !told => {
                     told = true;
                     tracing::info!(jobs = self.running.len(), "draining: handing back what is not done");
@@ -250,11 +266,16 @@ impl<P: Perform> Loop<P> {
 
     async fn leave(&self) {
         let bench = &self.bench;
-        let left = join_all(self.lanes.keys().map(|number| bench.queue.leave(*number, &bench.worker))).await;
-        let failed = left.into_iter().filter_map(Result::err).next();
-        let failed = failed.or(bench.queue.deregister(&bench.worker).await.err());
-        if let Some(error) = failed {
-            tracing::warn!(%error, "left without saying so; the registration runs out by itself");
+        let leaving = async {
+            for left in join_all(self.lanes.keys().map(|number| bench.queue.leave(*number, &bench.worker))).await {
+                left?;
+            }
+            bench.queue.deregister(&bench.worker).await
+        };
+        match tokio::time::timeout(LEAVE_WITHIN, leaving).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "left without saying so; the registration runs out by itself"),
+            Err(_) => tracing::warn!("left without saying so; the registration runs out by itself"),
         }
     }
 }

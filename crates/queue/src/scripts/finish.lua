@@ -6,7 +6,7 @@
 -- Returns 1 when kept, 0 when the lease was lost.
 local id, epoch, worker, state = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local now = now_ms()
-local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'le', 'lf', 'en', 'sa')
+local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'le', 'en')
 local attempt = {
   epoch = tonumber(epoch), worker = worker, started = tonumber(ARGV[12]), ended = now,
   ['end'] = ARGV[5], cost = ARGV[6], class = ARGV[7], message = ARGV[8],
@@ -15,14 +15,13 @@ if not job[1] then return 0 end
 if job[1] ~= RUNNING or job[2] ~= epoch or job[3] ~= worker then
   -- Either this very call was made before, or the lease went to somebody else.
   if job[4] == epoch and redis.call('HGET', job_key(id), 'lw') == worker then return 1 end
-  if job[5] ~= epoch then
+  if redis.call('HSETNX', job_key(id), 'f' .. epoch, 1) == 1 then
     attempt['end'] = ARGV[11]
     book(id, attempt)
-    redis.call('HSET', job_key(id), 'lf', epoch)
   end
   return 0
 end
-release(id, job[6])
+release(id, job[5])
 book(id, attempt)
 redis.call('HSET', job_key(id), 'le', epoch, 'lw', worker)
 if ARGV[7] ~= '' then redis.call('HINCRBY', job_key(id), 'fc', 1) end

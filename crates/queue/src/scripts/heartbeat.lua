@@ -27,7 +27,11 @@ local slots, total = redis.call('HGETALL', key('slots')), 0
 for at = 1, #slots, 2 do
   local size, ends = string.match(slots[at + 1], '(%d+):(%d+)')
   if tonumber(ends) <= now then
-    redis.call('HDEL', key('slots'), slots[at])
+    -- A worker that died: its consumer goes once its leases have been taken back.
+    if #redis.call('XPENDING', key('stream'), GROUP, '-', '+', 1, slots[at]) == 0 then
+      redis.call('XGROUP', 'DELCONSUMER', key('stream'), GROUP, slots[at])
+      redis.call('HDEL', key('slots'), slots[at])
+    end
   else
     total = total + tonumber(size)
   end

@@ -22,6 +22,12 @@ use tonic::transport::Server;
 use tonic::transport::server::Router;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
+/// What a connection may have on its way to us, in bytes.
+const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+
+/// What one stream of it may have.
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+
 /// A stream of answers.
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -38,6 +44,10 @@ pub(crate) async fn router(mill: Mill) -> anyhow::Result<Router> {
     let jobs = JobServiceServer::new(mill.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let models = ModelServiceServer::new(mill).max_decoding_message_size(MESSAGE_BYTES_MAX);
     Ok(Server::builder()
+        // A client may send many small frames at once. The transport counts unread small frames against half of the
+        // connection's window, so that window is large; one stream's is not, so that no caller fills memory.
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         // Most tools still ask for the older name.

@@ -47,7 +47,11 @@ impl Cursor {
         for part in text.split(',').filter(|part| !part.is_empty()) {
             let (lane, position) = part.split_once('@').ok_or_else(bad)?;
             let (ms, sequence) = position.split_once('-').ok_or_else(bad)?;
-            if ms.parse::<u64>().is_err() || sequence.parse::<u64>().is_err() {
+            // Digits only, and below the largest number: nothing comes after that.
+            let is_number = |text: &str| {
+                text.bytes().all(|b| b.is_ascii_digit()) && text.parse::<u64>().is_ok_and(|number| number < u64::MAX)
+            };
+            if !is_number(ms) || !is_number(sequence) {
                 return Err(bad());
             }
             positions.insert(LaneNumber(lane.parse().map_err(|_| bad())?), position.to_owned());
@@ -189,7 +193,7 @@ mod tests {
         for text in ["", "1@5-0", "1@5-0,7@12-3"] {
             assert_eq!(Cursor::parse(text).unwrap().to_string(), text);
         }
-        for text in ["x", "1@", "1@5", "70000@5-0", "1@a-b", "1@-"] {
+        for text in ["x", "1@", "1@5", "70000@5-0", "1@a-b", "1@-", "1@+5-0", "1@18446744073709551615-0"] {
             assert!(Cursor::parse(text).is_err(), "{text}");
         }
     }
