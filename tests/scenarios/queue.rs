@@ -14,7 +14,7 @@ use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
     Beat, Booked, Enqueued, Finish, Held, Kept, Lease, ListQuery, NewJob, Options, Piece, Queue, QueueError, RequestId,
-    Tally,
+    Reservation, Tally,
 };
 use genmill_tests::redis_server::RedisServer;
 use std::collections::BTreeMap;
@@ -359,7 +359,9 @@ async fn a_request_id_stands_for_one_job() {
     let other = bench.submit(|_| ()).await;
     let tenant = Tenant::default();
     let reserve = async |tenant: &Tenant, id, content: u8| {
-        bench.queue.reserve_request_id(tenant, "r", id, &[content; 16]).await.unwrap()
+        let content = [content; 16];
+        let reservation = Reservation { tenant, request_id: "r", id, content: &content };
+        bench.queue.reserve_request_ids(&[reservation]).await.unwrap()[0]
     };
     assert_eq!(reserve(&tenant, id, 1).await, RequestId::Fresh);
     assert_eq!(reserve(&tenant, other, 1).await, RequestId::Same(id));

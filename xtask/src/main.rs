@@ -1,8 +1,9 @@
-//! Developer commands: `cargo xtask demo | test | ci`. Runs on a machine that has a Rust toolchain, a C compiler and a
+//! Developer commands: `cargo xtask demo | test | bench | ci`. Runs on a machine that has a Rust toolchain, a C compiler and a
 //! package manager, and installs what else is needed.
 //!
 //! Never here: anything that the product itself needs at run time.
 
+mod bench;
 mod demo;
 mod redis;
 mod tests;
@@ -29,6 +30,11 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Measure the queue, through gRPC with a worker that does nothing, and print a table
+    Bench {
+        /// What is measured
+        what: bench::What,
+    },
     /// What CI runs: formatting, lints with warnings as errors, all tests
     Ci,
 }
@@ -37,6 +43,7 @@ fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Demo => demo::run_demo(),
         Command::Test { rest } => tests::test(&rest),
+        Command::Bench { what } => bench::run_bench(what),
         Command::Ci => tests::ci(),
     };
     match done {

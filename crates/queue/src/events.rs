@@ -8,7 +8,7 @@ use crate::queue::Queue;
 use futures_util::StreamExt as _;
 use genmill_core::ids::{JobId, LaneNumber};
 use redis::aio::PubSub;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 /// The longest wait between two tries to reconnect.
@@ -125,6 +125,8 @@ impl Hints {
 /// Events of all jobs.
 pub struct Events {
     subscription: Subscription,
+    /// Of the last message, not yet told.
+    waiting: VecDeque<Event>,
 }
 
 impl std::fmt::Debug for Events {
@@ -137,11 +139,15 @@ impl Events {
     /// The next event. Never ends; may be dropped at any point.
     pub async fn next(&mut self) -> Event {
         loop {
+            if let Some(event) = self.waiting.pop_front() {
+                return event;
+            }
             let Some(message) = self.subscription.next().await else { return Event::Missed };
-            let Some((kind, id)) = message.get_payload_bytes().split_first() else { continue };
-            match (kind, JobId::from_bytes(id)) {
-                (b't', Some(id)) => return Event::Text(id),
-                (b'f', Some(id)) => return Event::Finished(id),
+            let Some((kind, ids)) = message.get_payload_bytes().split_first() else { continue };
+            let ids = ids.chunks(16).filter_map(JobId::from_bytes);
+            match kind {
+                b't' => self.waiting.extend(ids.map(Event::Text)),
+                b'f' => self.waiting.extend(ids.map(Event::Finished)),
                 _ => {}
             }
         }
@@ -165,6 +171,7 @@ impl Queue {
     /// [`QueueError`] when Redis does not answer.
     pub async fn events(&self) -> Result<Events, QueueError> {
         let topic = Topic::Pattern(self.keys.all_events());
-        Ok(Events { subscription: Subscription::connect(self.client.clone(), topic).await? })
+        let subscription = Subscription::connect(self.client.clone(), topic).await?;
+        Ok(Events { subscription, waiting: VecDeque::new() })
     }
 }

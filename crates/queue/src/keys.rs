@@ -15,6 +15,7 @@
 //! | `NS:{N}:flows` | sorted set | flows with waiting jobs, by virtual time |
 //! | `NS:{N}:b:FLOW` | sorted set | the waiting jobs of a flow, by submission |
 //! | `NS:{N}:flow` | hash | number of each flow name, `n` counts them |
+//! | `NS:{N}:weights` | hash | weight of each flow |
 //! | `NS:{N}:leases` | sorted set | running jobs, by end of lease |
 //! | `NS:{N}:delayed` | sorted set | delayed jobs, by due time |
 //! | `NS:{N}:deadlines` | sorted set | unfinished jobs with a deadline, by it |
@@ -25,13 +26,13 @@
 //! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `la` look-ahead |
 //! | `NS:{N}:slots` | hash | each live worker's capacity and until when it counts |
 //! | `NS:{N}:hints` | channel | to workers: `w` there is work, `c` a running job was cancelled |
-//! | `NS:{N}:events` | channel | to schedulers: a job's id, after `t` (more text) or `f` (finished) |
+//! | `NS:{N}:events` | channel | to schedulers: jobs' ids, after `t` (more text) or `f` (finished); several ids may follow each other |
 //! | `NS:{T:TENANT}:q:ID` | string | the job that a tenant's request id stands for |
 //! | `NS:{registry}:lanes` | hash | number of each lane name, `#` counts them |
 //! | `NS:{registry}:workers` | set | every registered worker |
 //! | `NS:{registry}:w:WORKER` | string | its registration, expiring |
 //!
-//! Fields of a job: `st` state, `ep` epoch, `fl` flow, `wt` its weight, `tk` estimated tokens, `ex` experiment, `dl` deadline, `cr`
+//! Fields of a job: `st` state, `ep` epoch, `fl` flow, `tk` estimated tokens, `ex` experiment, `dl` deadline, `cr`
 //! created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses, `en` stream entry, `cx`
 //! cancel asked for, `le` and `lw` epoch and worker of the last kept verdict, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
 

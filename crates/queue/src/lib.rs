@@ -22,5 +22,5 @@ pub use events::{Event, Events, Hint, Hints};
 pub use list::{Finished, ListQuery, Listed, Tally};
 pub use queue::{Options, Queue};
 pub use read::Watched;
-pub use submit::{ContentHash, Enqueued, NewJob, RequestId, content_hash};
-pub use work::{Beat, Booked, Finish, Held, Kept, Lease, Piece};
+pub use submit::{ContentHash, Enqueued, NewJob, RequestId, Reservation, content_hash};
+pub use work::{Beat, Booked, Ended, Finish, Held, Kept, Lease, Piece};

@@ -17,13 +17,12 @@ pub(crate) struct Scripts {
     pub(crate) open_lane: Script,
     pub(crate) promote: Script,
     pub(crate) reclaim: Script,
-    pub(crate) reserve_request: Script,
 }
 
 impl Scripts {
     pub(crate) fn new() -> Self {
         let prelude = lua_prelude();
-        // The two scripts below that are not of a lane must not get the lane's prelude.
+        // The one script below that is not of a lane must not get the lane's prelude.
         let of_lane = |code: &str| Script::new(&[&prelude, include_str!("scripts/common.lua"), code].concat());
         Self {
             append: of_lane(include_str!("scripts/append.lua")),
@@ -37,7 +36,6 @@ impl Scripts {
             open_lane: Script::new(include_str!("scripts/open_lane.lua")),
             promote: of_lane(include_str!("scripts/promote.lua")),
             reclaim: of_lane(include_str!("scripts/reclaim.lua")),
-            reserve_request: Script::new(include_str!("scripts/reserve_request.lua")),
         }
     }
 }

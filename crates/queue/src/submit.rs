@@ -36,6 +36,32 @@ pub enum RequestId {
     Other(JobId),
 }
 
+/// A request id that is to stand for a job.
+#[derive(Clone, Copy, Debug)]
+pub struct Reservation<'a> {
+    /// Whose request id it is.
+    pub tenant: &'a Tenant,
+    /// The request id.
+    pub request_id: &'a str,
+    /// The job.
+    pub id: JobId,
+    /// What the request asks for.
+    pub content: &'a ContentHash,
+}
+
+impl Reservation<'_> {
+    fn value(&self) -> Vec<u8> {
+        [self.id.as_bytes().as_slice(), self.content].concat()
+    }
+
+    fn judge(&self, earlier: Option<Vec<u8>>) -> Result<RequestId, QueueError> {
+        let Some(earlier) = earlier.filter(|earlier| *earlier != self.value()) else { return Ok(RequestId::Fresh) };
+        let (id, content) = earlier.split_at_checked(16).unwrap_or((&earlier, &[]));
+        let id = JobId::from_bytes(id).ok_or_else(|| corrupt("request id", "it names no job"))?;
+        Ok(if content == self.content { RequestId::Same(id) } else { RequestId::Other(id) })
+    }
+}
+
 /// A job to be enqueued.
 #[derive(Clone, Debug)]
 pub struct NewJob {
@@ -55,34 +81,28 @@ pub enum Enqueued {
 }
 
 impl Queue {
-    /// Makes `request_id` of `tenant` stand for job `id`, unless it stands for one already.
+    /// Makes each request id stand for its job, unless it stands for one already.
     ///
     /// A crash after this and before [`Self::enqueue`] is healed by the caller's next try: the id stays the same, and
     /// enqueueing it twice does nothing.
     ///
     /// # Errors
-    /// [`QueueError`] when Redis does not answer.
-    pub async fn reserve_request_id(
-        &self,
-        tenant: &Tenant,
-        request_id: &str,
-        id: JobId,
-        content: &ContentHash,
-    ) -> Result<RequestId, QueueError> {
+    /// [`QueueError`] when Redis does not answer; the call may be repeated.
+    pub async fn reserve_request_ids(&self, reservations: &[Reservation<'_>]) -> Result<Vec<RequestId>, QueueError> {
         let mut connection = self.connection.clone();
-        let ours = [id.as_bytes().as_slice(), content].concat();
-        let mut call = self.scripts.reserve_request.key(self.keys.request(tenant, request_id));
-        let stored: Vec<u8> = call
-            .arg(&ours)
-            .invoke_async(&mut connection)
-            .await
-            .map_err(|source| QueueError::from_redis("reserving a request id", source))?;
-        if stored == ours {
-            return Ok(RequestId::Fresh);
+        let mut pipe = redis::pipe();
+        for reservation in reservations {
+            pipe.cmd("SET")
+                .arg(self.keys.request(reservation.tenant, reservation.request_id))
+                .arg(reservation.value())
+                .arg("NX")
+                .arg("GET");
         }
-        let (earlier, earlier_content) = stored.split_at_checked(16).unwrap_or((&stored, &[]));
-        let earlier = JobId::from_bytes(earlier).ok_or_else(|| corrupt("request id", "it names no job"))?;
-        Ok(if earlier_content == content { RequestId::Same(earlier) } else { RequestId::Other(earlier) })
+        let earlier: Vec<Option<Vec<u8>>> = pipe
+            .query_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("reserving request ids", source))?;
+        reservations.iter().zip(earlier).map(|(reservation, earlier)| reservation.judge(earlier)).collect()
     }
 
     /// The job that `request_id` of `tenant` stands for, when it was submitted with the same content.

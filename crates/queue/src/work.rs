@@ -29,6 +29,14 @@ pub struct Lease {
 /// A lease as the claim script answers it: id, epoch, spec, failures, start.
 type Claimed = (Vec<u8>, u32, Vec<u8>, u32, u64);
 
+impl Lease {
+    /// The lease without its work.
+    #[must_use]
+    pub const fn held(&self) -> Held {
+        Held { id: self.id, epoch: self.epoch }
+    }
+}
+
 /// What became of a lease, as a heartbeat tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beat {
@@ -67,6 +75,42 @@ pub struct Finish {
     pub verdict: Verdict,
     /// What the attempt cost; `None` when unknown.
     pub cost: Option<Picodollars>,
+}
+
+/// An attempt that has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended<'a> {
+    /// The lease under which it ran.
+    pub held: Held,
+    /// When it started, as its lease told.
+    pub started_at: UnixMs,
+    /// How it ended.
+    pub finish: &'a Finish,
+}
+
+impl Ended<'_> {
+    /// Writes it as the finish script reads it.
+    fn write(&self, worker: &WorkerId, call: &mut redis::ScriptInvocation<'_>) -> Result<(), QueueError> {
+        let verdict = &self.finish.verdict;
+        let state =
+            transition(State::Running, verdict.event()).map_err(|illegal| corrupt("verdict", illegal.to_string()))?;
+        let failure = verdict.failure();
+        let result =
+            if let Verdict::Succeed(generation) = verdict { encode("result", generation)? } else { Vec::new() };
+        let delay_ms = if let Verdict::Retry { delay_ms, .. } = verdict { *delay_ms } else { 0 };
+        call.arg(self.held.id.as_bytes())
+            .arg(self.held.epoch.0)
+            .arg(worker.as_str())
+            .arg(self.started_at.0)
+            .arg(state.name())
+            .arg(name_of(&verdict.attempt_end())?)
+            .arg(self.finish.cost.map(String::from).unwrap_or_default())
+            .arg(failure.map(|failure| name_of(&failure.class)).transpose()?.unwrap_or_default())
+            .arg(failure.map_or("", |failure| failure.message.as_str()))
+            .arg(result)
+            .arg(delay_ms);
+        Ok(())
+    }
 }
 
 /// Whether a verdict counted.
@@ -119,7 +163,7 @@ impl Queue {
                 Err(error) => {
                     let failure = Failure::new(FailureClass::Internal, error.to_string());
                     let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)) };
-                    self.finish_attempt(held, started_at, worker, &finish).await?;
+                    self.finish_many(lane, worker, &[Ended { held, started_at, finish: &finish }]).await?;
                 }
             }
         }
@@ -181,47 +225,32 @@ impl Queue {
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
     pub async fn finish(&self, lease: &Lease, worker: &WorkerId, finish: &Finish) -> Result<Kept, QueueError> {
-        let held = Held { id: lease.id, epoch: lease.epoch };
-        self.finish_attempt(held, lease.started_at, worker, finish).await
+        let ended = Ended { held: lease.held(), started_at: lease.started_at, finish };
+        let kept = self.finish_many(lease.id.lane(), worker, &[ended]).await?;
+        kept.first().copied().ok_or_else(|| corrupt("answer", "finish was not answered"))
     }
 
-    async fn finish_attempt(
+    /// Ends attempts of one lane together. May be repeated until it is answered.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn finish_many(
         &self,
-        held: Held,
-        started_at: UnixMs,
+        lane: LaneNumber,
         worker: &WorkerId,
-        finish: &Finish,
-    ) -> Result<Kept, QueueError> {
-        let verdict = &finish.verdict;
-        let state =
-            transition(State::Running, verdict.event()).map_err(|illegal| corrupt("verdict", illegal.to_string()))?;
-        let failure = verdict.failure();
-        let result = match verdict {
-            Verdict::Succeed(generation) => encode("result", generation)?,
-            Verdict::Retry { .. } | Verdict::Fail(_) | Verdict::Cancel | Verdict::Expire | Verdict::HandBack => {
-                Vec::new()
-            }
-        };
-        let delay_ms = if let Verdict::Retry { delay_ms, .. } = verdict { *delay_ms } else { 0 };
+        ended: &[Ended<'_>],
+    ) -> Result<Vec<Kept>, QueueError> {
         let mut connection = self.connection.clone();
-        let mut call = self.scripts.finish.key(self.keys.lane(held.id.lane()));
-        call.arg(held.id.as_bytes())
-            .arg(held.epoch.0)
-            .arg(worker.as_str())
-            .arg(state.name())
-            .arg(name_of(&verdict.attempt_end())?)
-            .arg(finish.cost.map(String::from).unwrap_or_default())
-            .arg(failure.map(|failure| name_of(&failure.class)).transpose()?.unwrap_or_default())
-            .arg(failure.map_or("", |failure| failure.message.as_str()))
-            .arg(result)
-            .arg(delay_ms)
-            .arg(name_of(&AttemptEnd::Fenced)?)
-            .arg(started_at.0);
-        let kept: u8 = call
+        let mut call = self.scripts.finish.key(self.keys.lane(lane));
+        call.arg(name_of(&AttemptEnd::Fenced)?);
+        for ended in ended {
+            ended.write(worker, &mut call)?;
+        }
+        let kept: Vec<u8> = call
             .invoke_async(&mut connection)
             .await
-            .map_err(|source| QueueError::from_redis("finishing a job", source))?;
-        Ok(if kept == 1 { Kept::Kept } else { Kept::LeaseLost })
+            .map_err(|source| QueueError::from_redis("finishing jobs", source))?;
+        Ok(kept.into_iter().map(|kept| if kept == 1 { Kept::Kept } else { Kept::LeaseLost }).collect())
     }
 
     /// Takes `worker` out of `lane` when it stops.

@@ -7,7 +7,7 @@ use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
 use genmill_core::request::Request;
-use genmill_queue::{ContentHash, Enqueued, NewJob, RequestId, content_hash};
+use genmill_queue::{ContentHash, Enqueued, NewJob, RequestId, Reservation, content_hash};
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::{from_pb, v1};
 use std::collections::BTreeMap;
@@ -23,9 +23,13 @@ pub(crate) struct Accepted {
 /// What became of one request. An `Err` is for its caller alone.
 pub(crate) type Answer = Result<Accepted, ApiError>;
 
-/// What is to be done for one request.
+/// Where a request stands on its way.
 enum Plan {
+    /// It has a request id, which is to be reserved.
+    Reserve(Box<NewJob>, ContentHash),
+    /// It is to be stored.
     Enqueue(Box<NewJob>),
+    /// It is done.
     Answer(Answer),
 }
 
@@ -37,26 +41,13 @@ impl Mill {
     pub(crate) async fn submit(&self, requests: Vec<v1::GenerationRequest>) -> Result<Vec<Answer>, ApiError> {
         let plans = join_all(requests.into_iter().map(|request| self.plan(request))).await;
         let mut plans: Vec<Plan> = plans.into_iter().collect::<Result<_, _>>()?;
-        let mut by_lane: BTreeMap<Lane, Vec<usize>> = BTreeMap::new();
-        for (index, plan) in plans.iter().enumerate() {
-            if let Plan::Enqueue(job) = plan {
-                by_lane.entry(job.spec.model.lane()).or_default().push(index);
-            }
-        }
-        for (lane, indices) in by_lane {
-            let job = |index: &usize| match &plans[*index] {
-                Plan::Enqueue(job) => Some(NewJob::clone(job)),
-                Plan::Answer(_) => None,
-            };
-            let jobs: Vec<NewJob> = indices.iter().filter_map(job).collect();
-            let stored = self.queue.enqueue(&lane, &jobs).await.map_err(api_error)?;
-            for ((index, job), stored) in indices.into_iter().zip(jobs).zip(stored) {
-                let accepted = Accepted { id: job.id, existed: stored == Enqueued::Existed };
-                plans[index] = Plan::Answer(Ok(accepted));
-            }
-        }
-        let unanswered = || Err(ApiError::new(Reason::Internal, "the job was not stored"));
-        Ok(plans.into_iter().map(|plan| if let Plan::Answer(answer) = plan { answer } else { unanswered() }).collect())
+        self.reserve(&mut plans).await?;
+        self.enqueue(&mut plans).await?;
+        let answer = |plan| match plan {
+            Plan::Answer(answer) => answer,
+            Plan::Reserve(..) | Plan::Enqueue(_) => Err(ApiError::new(Reason::Internal, "the job was not stored")),
+        };
+        Ok(plans.into_iter().map(answer).collect())
     }
 
     async fn plan(&self, request: v1::GenerationRequest) -> Result<Plan, ApiError> {
@@ -71,11 +62,11 @@ impl Mill {
             Err(refusal) => return self.refuse(&request, content, refusal).await,
         };
         let lane = self.queue.open_lane(&lane).await.map_err(api_error)?;
-        let id = JobId::new(self.now(), lane, self.random()?);
-        match (spec.request_id.clone(), content) {
-            (Some(request_id), Some(content)) => self.reserve(spec, &request_id, id, &content).await,
-            _ => Ok(Plan::Enqueue(Box::new(NewJob { id, spec }))),
-        }
+        let job = Box::new(NewJob { id: JobId::new(self.now(), lane, self.random()?), spec });
+        Ok(match content {
+            Some(content) => Plan::Reserve(job, content),
+            None => Plan::Enqueue(job),
+        })
     }
 
     async fn admit(&self, request: Request) -> Result<Result<JobSpec, Refusal>, ApiError> {
@@ -101,26 +92,67 @@ impl Mill {
         Ok(Plan::Answer(Err(refusal.into())))
     }
 
-    async fn reserve(
-        &self,
-        spec: JobSpec,
-        request_id: &str,
-        id: JobId,
-        content: &ContentHash,
-    ) -> Result<Plan, ApiError> {
-        let reserved = self.queue.reserve_request_id(&spec.tenant, request_id, id, content).await;
-        Ok(match reserved.map_err(api_error)? {
-            RequestId::Fresh => Plan::Enqueue(Box::new(NewJob { id, spec })),
-            // Enqueueing what exists does nothing; what was lost between reserving and enqueueing is made good.
-            RequestId::Same(id) => Plan::Enqueue(Box::new(NewJob { id, spec })),
-            RequestId::Other(earlier) => {
-                let message = format!(
-                    "request_id: `{request_id}` of tenant `{}` was used with other content for job {earlier}; use \
-                     another request_id for another request",
-                    spec.tenant
-                );
-                Plan::Answer(Err(ApiError::new(Reason::RequestIdReused, message)))
+    /// Reserves all request ids in one round trip.
+    async fn reserve(&self, plans: &mut [Plan]) -> Result<(), ApiError> {
+        let reservation = |plan: &Plan| match plan {
+            Plan::Reserve(job, content) => Some((job.clone(), *content)),
+            Plan::Enqueue(_) | Plan::Answer(_) => None,
+        };
+        let wanted: Vec<(usize, (Box<NewJob>, ContentHash))> =
+            plans.iter().enumerate().filter_map(|(index, plan)| Some((index, reservation(plan)?))).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let reservations: Vec<Reservation<'_>> = wanted
+            .iter()
+            .map(|(_, (job, content))| Reservation {
+                tenant: &job.spec.tenant,
+                request_id: job.spec.request_id.as_deref().unwrap_or_default(),
+                id: job.id,
+                content,
+            })
+            .collect();
+        let reserved = self.queue.reserve_request_ids(&reservations).await.map_err(api_error)?;
+        for ((index, (job, _)), reserved) in wanted.iter().zip(reserved) {
+            plans[*index] = reserved_plan(job, reserved);
+        }
+        Ok(())
+    }
+
+    /// Stores all jobs, those of a lane together.
+    async fn enqueue(&self, plans: &mut [Plan]) -> Result<(), ApiError> {
+        let mut by_lane: BTreeMap<Lane, Vec<(usize, NewJob)>> = BTreeMap::new();
+        for (index, plan) in plans.iter().enumerate() {
+            if let Plan::Enqueue(job) = plan {
+                by_lane.entry(job.spec.model.lane()).or_default().push((index, NewJob::clone(job)));
             }
-        })
+        }
+        for (lane, jobs) in by_lane {
+            let (indices, jobs): (Vec<usize>, Vec<NewJob>) = jobs.into_iter().unzip();
+            let stored = self.queue.enqueue(&lane, &jobs).await.map_err(api_error)?;
+            for ((index, job), stored) in indices.into_iter().zip(jobs).zip(stored) {
+                plans[index] = Plan::Answer(Ok(Accepted { id: job.id, existed: stored == Enqueued::Existed }));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What follows from what a request id stands for.
+fn reserved_plan(job: &NewJob, reserved: RequestId) -> Plan {
+    let spec = job.spec.clone();
+    match reserved {
+        RequestId::Fresh => Plan::Enqueue(Box::new(NewJob { id: job.id, spec })),
+        // Enqueueing what exists does nothing; what was lost between reserving and enqueueing is made good.
+        RequestId::Same(id) => Plan::Enqueue(Box::new(NewJob { id, spec })),
+        RequestId::Other(earlier) => {
+            let request_id = spec.request_id.unwrap_or_default();
+            let message = format!(
+                "request_id: `{request_id}` of tenant `{}` was used with other content for job {earlier}; use another \
+                 request_id for another request",
+                spec.tenant
+            );
+            Plan::Answer(Err(ApiError::new(Reason::RequestIdReused, message)))
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! One attempt: perform the job, pass its text on, judge the outcome, finish. Ends when told to.
 
+use crate::finisher::Finisher;
 use crate::perform::{Perform, Progress, Task};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::ids::WorkerId;
@@ -47,6 +48,7 @@ pub(crate) struct Bench<P> {
     pub(crate) performer: std::sync::Arc<P>,
     pub(crate) worker: WorkerId,
     pub(crate) policy: Policy,
+    pub(crate) finisher: Finisher,
 }
 
 impl<P> Clone for Bench<P> {
@@ -56,6 +58,7 @@ impl<P> Clone for Bench<P> {
             performer: self.performer.clone(),
             worker: self.worker.clone(),
             policy: self.policy,
+            finisher: self.finisher.clone(),
         }
     }
 }
@@ -167,10 +170,10 @@ pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Perfor
     let begun = Instant::now();
     let mut wait = Duration::from_millis(50);
     loop {
-        match bench.queue.finish(lease, &bench.worker, &finish).await {
+        match bench.finisher.finish(lease, &finish).await {
             Ok(Kept::Kept) => return tracing::debug!(job = %lease.id, ?event, "finished"),
             Ok(Kept::LeaseLost) => return tracing::warn!(job = %lease.id, ?event, "the lease was lost before"),
-            Err(error) if error.is_passing() && begun.elapsed() < FINISH_FOR => {
+            Err(error) if error.passing && begun.elapsed() < FINISH_FOR => {
                 tracing::warn!(job = %lease.id, %error, "cannot finish; trying again");
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(Duration::from_secs(2));

@@ -3,6 +3,7 @@
 //! Never here: how work is done (a daemon implements [`perform::Perform`]), nor Redis commands (`genmill-queue`).
 
 mod attempt;
+mod finisher;
 pub mod perform;
 mod run;
 mod serve;

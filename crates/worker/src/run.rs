@@ -1,6 +1,7 @@
 //! The loop: it owns what runs, and everything else sends it messages.
 
 use crate::attempt::{Bench, Stop, attempt, finish};
+use crate::finisher::Finisher;
 use crate::perform::{Offer, Perform};
 use futures_util::future::join_all;
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
@@ -87,7 +88,10 @@ pub async fn run<P: Perform>(
     let numbers: Vec<LaneNumber> = lanes.keys().copied().collect();
     // The subscription comes before the first claim, so that no hint falls between.
     let hints = if numbers.is_empty() { None } else { Some(queue.hints(&numbers).await?) };
-    let bench = Bench { queue, performer, worker: options.worker.clone(), policy: options.policy };
+    let (finisher, finishing) = Finisher::new(queue.clone(), options.worker.clone());
+    let mut finishers = JoinSet::new();
+    finishers.spawn(finishing);
+    let bench = Bench { queue, performer, worker: options.worker.clone(), policy: options.policy, finisher };
     let mut this = Loop { bench, options, lanes, attempts: JoinSet::new(), running: HashMap::new() };
     this.register().await?;
     this.heartbeat().await;
@@ -95,6 +99,8 @@ pub async fn run<P: Perform>(
     this.serve(hints, stop).await;
     this.drain().await;
     this.leave().await;
+    // Nothing runs any more, so the finisher has nothing left to do.
+    finishers.shutdown().await;
     Ok(())
 }
 
@@ -118,8 +124,16 @@ impl<P: Perform> Loop<P> {
                 },
                 _ = claim.tick() => self.make_hungry(|_| true),
                 _ = beat.tick() => self.beat().await,
-                Some(ended) = self.attempts.join_next_with_id() => self.attempt_ended(ended),
+                Some(ended) = self.attempts.join_next_with_id() => self.attempts_ended(ended),
             }
+        }
+    }
+
+    /// Attempts that were finished together end together: their places are filled by one claim.
+    fn attempts_ended(&mut self, first: Result<(Id, ()), JoinError>) {
+        self.attempt_ended(first);
+        while let Some(next) = self.attempts.try_join_next_with_id() {
+            self.attempt_ended(next);
         }
     }
 

@@ -15,4 +15,5 @@ for at = 2, #ARGV, 3 do
     answer[#answer + 1] = 0
   end
 end
+settle()
 return answer

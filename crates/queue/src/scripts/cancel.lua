@@ -21,4 +21,5 @@ for _, id in ipairs(ARGV) do
   end
 end
 if running then hint('c') end
+settle()
 return answer

@@ -12,4 +12,5 @@ for _, id in ipairs(passed) do
     finish_job(id, EXPIRED, now)
   end
 end
+settle()
 return #passed

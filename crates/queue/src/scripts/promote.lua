@@ -9,4 +9,5 @@ for _, id in ipairs(due) do
   if redis.call('HGET', job_key(id), 'st') == DELAYED then queue_again(id, now) end
 end
 if #due > 0 and feed(look_ahead()) == 0 then hint('w') end
+settle()
 return #due

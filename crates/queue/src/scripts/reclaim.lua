@@ -21,4 +21,5 @@ for _, id in ipairs(lost) do
   end
 end
 if #lost > 0 then feed(look_ahead()) end
+settle()
 return #lost
