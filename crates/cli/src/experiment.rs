@@ -7,10 +7,10 @@ mod report;
 mod results;
 mod score;
 
-use crate::exit::Ending;
+use crate::exit::{Ending, WrongUsage};
 use crate::output;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
-use genmill_client::{Acknowledgement, Client, Outcome, Until, v1};
+use genmill_client::{Acknowledgement, Client, Outcome, Reason, Until, v1};
 use plan::Plan;
 use progress::Progress;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ struct RunArgs {
     /// Where all results go, one line of JSON each [default: results/NAME-RUN.jsonl]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// The run's id: the same id goes on with the same jobs [default: a new one]
+    /// The run's id: the same id and file go on with the same jobs [default: a new one]
     #[arg(long, value_name = "ID", value_parser = parse_run_id)]
     run: Option<String>,
     /// Print the table as one line of JSON per model
@@ -59,9 +59,12 @@ const FILE_HELP: &str = r#"The file:
 
 The table, per model: jobs, ok, failed, correct (share of the prompts that have `expect`), p50 latency (from the start of
 a job's last attempt to its end), tokens/s (generated tokens over the time from the model's first start to its last end),
-cost.
+cost (unknown when that of one of its jobs is, or one was refused).
 
-Exit codes: 0 all jobs succeeded, 1 some did not, 2 wrong usage, 3 server not reachable."#;
+Results are written to FILE.partial, and take FILE's place at the end; when not every job has a result and FILE is there
+already, it stays.
+
+Exit codes: 0 all jobs succeeded, 1 some did not, 2 wrong usage (also in the file), 3 server not reachable."#;
 
 fn parse_run_id(id: &str) -> Result<String, String> {
     genmill_core::names::Experiment::parse(id).map(String::from).map_err(|error| error.to_string())
@@ -69,9 +72,9 @@ fn parse_run_id(id: &str) -> Result<String, String> {
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     let Command::Run(args) = args.command;
-    let experiment = file::read(&args.file)?;
-    let run = match args.run {
-        Some(run) => run,
+    let experiment = file::read(&args.file).map_err(WrongUsage)?;
+    let run = match &args.run {
+        Some(run) => run.clone(),
         None => plan::run_id(genmill_daemon::clock::now_unix_ms(), genmill_daemon::random::random_u64()?),
     };
     let client = Client::connect(server).await?;
@@ -86,12 +89,24 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
         signal = genmill_daemon::shutdown::signal() => signal.map(|_| Ended::Interrupted).map_err(anyhow::Error::from),
     };
     conduct.progress.clear();
-    if let Ok(Ended::Complete) = ended {
-        return conduct.finish(&plan, args.json, &out);
+    match ended {
+        Ok(Ended::Complete) => conduct.finish(&plan, args.json),
+        Err(error) if error.is::<FileChanged>() => {
+            conduct.results.discard();
+            Err(error)
+        }
+        ended => {
+            let left = conduct.leave(&plan, &args);
+            ended.and(left).map(|()| Ending::JobFailed)
+        }
     }
-    output::note(&format!("stopped: {} of {} jobs are done", conduct.score.finished(), plan.jobs()));
-    output::note(&how_to_resume(&plan, &args.file, args.out.as_deref()));
-    ended.map(|_| Ending::JobFailed)
+}
+
+/// The run's id stands for other jobs than those of the file.
+#[derive(Debug, thiserror::Error)]
+#[error("the experiment file changed since run {run}: use another --run")]
+struct FileChanged {
+    run: String,
 }
 
 enum Ended {
@@ -142,7 +157,7 @@ impl Conduct {
             let Some(next) = finished.try_next().await? else { break };
             self.note_job(plan, next.job)?;
         }
-        self.results.flush()
+        Ok(())
     }
 
     /// Submits everything, and follows what finishes meanwhile. Returns where to go on following.
@@ -170,6 +185,10 @@ impl Conduct {
     fn note_acknowledgement(&mut self, plan: &Plan, acknowledgement: Acknowledgement) -> anyhow::Result<()> {
         self.progress.submitted();
         let Outcome::Refused(refusal) = acknowledgement.outcome else { return Ok(()) };
+        if refusal.reason == Some(Reason::RequestIdReused) {
+            // Also when a job of that id was seen: it is another one.
+            anyhow::bail!(FileChanged { run: plan.run.clone() });
+        }
         let Some(index) = self.score.note_refused(&acknowledgement.request_id) else { return Ok(()) };
         self.progress.finished();
         self.progress.tell(&format!("{}: refused: {refusal}", plan.label(index)));
@@ -187,15 +206,30 @@ impl Conduct {
         self.results.job(plan, index, correct, &job)
     }
 
-    fn finish(mut self, plan: &Plan, json: bool, out: &Path) -> anyhow::Result<Ending> {
+    /// Ends before everything is done.
+    fn leave(self, plan: &Plan, args: &RunArgs) -> anyhow::Result<()> {
+        let results = self.results.set_aside()?;
+        output::note(&format!("stopped: {} of {} jobs are done", self.score.finished(), plan.jobs()));
+        output::note(&format!("their results: {}", results.display()));
+        output::note(&how_to_resume(plan, &args.file, args.out.as_deref()));
+        Ok(())
+    }
+
+    fn finish(mut self, plan: &Plan, json: bool) -> anyhow::Result<Ending> {
         let lost = self.score.note_lost();
         if lost > 0 {
             output::note(&format!("{lost} jobs finished earlier, and the server no longer keeps their results"));
         }
+        // Before anything is printed: a reader that is gone must not cost results.
+        let (told, results) = if self.score.has_every_job() {
+            ("all results", self.results.keep()?)
+        } else {
+            ("results, not of every job", self.results.keep_unless_there()?)
+        };
         let rows = report::rows(plan, &self.score);
         let table = if json { report::json(&rows)? } else { report::table(&rows) };
         output::line(&table)?;
-        output::note(&format!("all results: {}", out.display()));
+        output::note(&format!("{told}: {}", results.display()));
         Ok(if self.score.all_succeeded() { Ending::Done } else { Ending::JobFailed })
     }
 }

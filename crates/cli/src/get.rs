@@ -3,19 +3,21 @@
 use crate::exit::Ending;
 use crate::{output, show};
 use genmill_client::{Client, v1};
+use genmill_core::ids::JobId;
 
 /// Show a job
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The job's id
-    id: String,
+    #[arg(value_parser = JobId::parse)]
+    id: JobId,
     /// Print the job as one line of JSON
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
-    let job = Client::connect(server).await?.get(&args.id).await?;
+    let job = Client::connect(server).await?.get(&args.id.to_string()).await?;
     if args.json {
         output::job_json(&job)?;
     } else {

@@ -56,7 +56,8 @@ Examples:
   genmill submit --model vllm_x --prompt 'Hi'    ask, wait, print the answer
   genmill experiment run experiment.yaml         models x prompts, as a table
 
-Exit codes: 0 done, 1 the job failed or was refused, 2 wrong usage, 3 server not reachable.";
+Exit codes: 0 done, 1 the job failed or was refused, 2 wrong usage, also in a file,
+3 server not reachable.";
 
 fn main() -> ExitCode {
     // Children that are to die with this process are tied to this thread, so everything runs on it.
@@ -103,13 +104,17 @@ mod tests {
         for line in [
             "genmill submit --model vllm_x",
             "genmill submit --model vllm_x --prompt a --messages-file b",
-            "genmill submit --model vllm_x --prompt a --stream --json",
+            "genmill submit --model vllm_x --prompt a --stream --no-wait",
             "genmill submit --model vllm_x --prompt a --priority soon",
             "genmill submit --model vllm_x --prompt a --label ab",
             "genmill submit --model vllm_x --prompt a --deadline tomorrow",
+            "genmill get nope",
+            "genmill watch nope",
+            "genmill cancel nope",
             "genmill cancel",
             "genmill cancel x --model vllm_x",
             "genmill list --state done",
+            "genmill up --redis=",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

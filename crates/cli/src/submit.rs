@@ -1,6 +1,6 @@
 //! `genmill submit`: one job from the command line.
 
-use crate::exit::Ending;
+use crate::exit::{Ending, WrongUsage};
 use crate::watch::print_text;
 use crate::when::{When, parse_when};
 use crate::{documents, messages, output, show};
@@ -14,13 +14,13 @@ use std::path::PathBuf;
 pub(crate) struct Args {
     #[command(flatten)]
     request: RequestArgs,
-    /// Print the text as it comes
-    #[arg(long, conflicts_with_all = ["no_wait", "json"])]
+    /// Print the text as it comes; with --json nothing but the job at its end
+    #[arg(long, conflicts_with = "no_wait")]
     stream: bool,
     /// Print the job's id and leave
     #[arg(long)]
     no_wait: bool,
-    /// Print the job as one line of JSON
+    /// Print nothing but the job, at its end (with --no-wait as accepted), as one line of JSON
     #[arg(long)]
     json: bool,
 }
@@ -35,7 +35,8 @@ struct RequestArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     #[arg(required_unless_present = "messages_file", conflicts_with = "messages_file")]
     prompt: Option<String>,
-    /// The input as a conversation: a YAML or JSON list of {role: system|user|assistant, content}; - is standard input
+    /// The input as a conversation: a YAML or JSON list of {role: system|user|assistant, content}, bare or under the key
+    /// `messages`; - is standard input
     #[arg(long, value_name = "FILE")]
     messages_file: Option<PathBuf>,
     /// Upper bound of generated tokens [default: the server's]
@@ -68,13 +69,14 @@ struct RequestArgs {
     /// Which jobs go first
     #[arg(long, value_enum)]
     priority: Option<Priority>,
-    /// Makes submission idempotent: the same id and content is the same job
+    /// Makes submission idempotent: the same id and content is the same job. A --deadline that goes with it should be a
+    /// time: a duration is another time at each submission, so other content
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
     /// Bound of one attempt, in milliseconds
     #[arg(long, value_name = "MS")]
     timeout_ms: Option<u64>,
-    /// The job expires when it has not finished by then: an RFC 3339 time, or a duration such as 10m
+    /// The job expires when it has not finished by then: an RFC 3339 time, or a duration from now such as 10m
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     deadline: Option<When>,
 }
@@ -106,7 +108,11 @@ Examples:
   genmill submit --model vllm_tictactoe-qwen2 --prompt 'Best move (1-9):' --temperature 0
   genmill submit --model litellm_gpt-4 --messages-file chat.yaml --stream
   genmill submit --model hf_gpt2 --prompt 'Once' --seed 7 --label set=a --no-wait
-  genmill submit --model hf_gpt2 --prompt 'Once' --json | jq -r .result.text";
+  genmill submit --model hf_gpt2 --prompt 'Once' --request-id once-1 --deadline 2027-01-31T18:00:00Z
+  genmill submit --model hf_gpt2 --prompt 'Once' --json | jq -r .result.text
+
+Exit codes: 0 done (with --no-wait: accepted), 1 the job failed or was refused, 2 wrong usage,
+3 server not reachable.";
 
 fn parse_label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
@@ -114,7 +120,7 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
 }
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
-    let request = args.request.into_message(genmill_daemon::clock::now_unix_ms())?;
+    let request = args.request.into_message(genmill_daemon::clock::now_unix_ms()).map_err(WrongUsage)?;
     let client = Client::connect(server).await?;
     let submitted = client.submit(request).await?.job;
     if args.no_wait {
@@ -125,7 +131,7 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
         }
         return Ok(Ending::Done);
     }
-    if args.stream {
+    if args.stream && !args.json {
         let job = print_text(&client, &submitted.id, Position::default()).await?;
         return Ok(show::ending(job));
     }
@@ -165,7 +171,7 @@ fn input(prompt: Option<String>, file: Option<PathBuf>) -> anyhow::Result<v1::ge
         return Ok(v1::generation_request::Input::Prompt(prompt.unwrap_or_default()));
     };
     let text = documents::read_text(&file)?;
-    let read = documents::parse(&text).with_context(|| format!("in {}", file.display()))?;
+    let read = messages::read(&text).with_context(|| format!("in {}", file.display()))?;
     Ok(messages::input(read))
 }
 
@@ -225,6 +231,8 @@ mod tests {
         let yaml = read("- {role: system, content: Be brief.}\n- role: user\n  content: Hi\n").unwrap();
         let json = read(r#"[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi"}]"#).unwrap();
         assert_eq!(yaml, json);
+        let object = r#"{"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi"}]}"#;
+        assert_eq!(read(object).unwrap(), json);
         let error = format!("{:#}", read("- {role: boss, content: Hi}").unwrap_err());
         assert!(error.contains("[0].role") && error.contains("assistant"), "{error}");
         let error = format!("{:#}", read("- {role: user, contents: Hi}").unwrap_err());

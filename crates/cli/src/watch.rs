@@ -4,12 +4,14 @@ use crate::exit::Ending;
 use crate::{output, show};
 use futures_util::TryStreamExt as _;
 use genmill_client::{Client, Event, Position, v1};
+use genmill_core::ids::JobId;
 
 /// Follow a job: print its text as it comes, also after its end
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The job's id
-    id: String,
+    #[arg(value_parser = JobId::parse)]
+    id: JobId,
     /// Leave out so many bytes of the text
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     from_offset: u64,
@@ -20,13 +22,14 @@ pub(crate) struct Args {
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     let client = Client::connect(server).await?;
+    let id = args.id.to_string();
     if args.json {
-        let job = wait(&client, &args.id).await?;
+        let job = wait(&client, &id).await?;
         output::job_json(&job)?;
         return Ok(show::ending(job));
     }
     let from = Position { epoch: 0, offset: args.from_offset };
-    Ok(show::ending(print_text(&client, &args.id, from).await?))
+    Ok(show::ending(print_text(&client, &id, from).await?))
 }
 
 /// Waits for a job's end.

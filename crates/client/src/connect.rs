@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::error::root_cause;
 use std::time::Duration;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, Endpoint, Uri};
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,8 +26,11 @@ pub(crate) fn with_scheme(server: &str) -> Result<String, Error> {
 
 /// Connects. The channel reconnects by itself later on.
 pub(crate) async fn connect(server: &str) -> Result<Channel, Error> {
-    let endpoint = Endpoint::from_shared(server.to_owned())
-        .map_err(|_| Error::BadAddress { server: server.to_owned(), problem: "write http://HOST:PORT" })?;
+    let bad = |problem| Error::BadAddress { server: server.to_owned(), problem };
+    let endpoint = Endpoint::from_shared(server.to_owned()).map_err(|_| bad("write http://HOST:PORT"))?;
+    if !has_sound_port(endpoint.uri()) {
+        return Err(bad("its port is no number up to 65535; write http://HOST:PORT"));
+    }
     let endpoint = endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
@@ -42,9 +45,22 @@ pub(crate) async fn connect(server: &str) -> Result<Channel, Error> {
     endpoint.connect().await.map_err(unreachable)
 }
 
+/// False for `host:99999` and `host:`, which the URI's parser lets pass as a host without port.
+fn has_sound_port(uri: &Uri) -> bool {
+    let Some(authority) = uri.authority() else { return false };
+    authority.port_u16().is_some() || authority.as_str().ends_with(authority.host())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_is_a_port() {
+        let sound = |uri: &'static str| has_sound_port(&Uri::from_static(uri));
+        assert!(sound("http://a:5") && sound("http://a") && sound("http://[::1]:5/") && sound("http://[::1]"));
+        assert!(!sound("http://a:99999") && !sound("http://a:"));
+    }
 
     fn check(server: &str, expect: Option<&str>) {
         assert_eq!(with_scheme(server).ok().as_deref(), expect, "{server}");

@@ -127,6 +127,22 @@ hf_b              3   3       0   33.3 %        1.0 s      30.0     unknown
 random choice     -   -       -   33.3 %            -         -           -";
         assert_eq!(table(&rows(&plan, &score)), expect);
         let json = json(&rows(&plan, &score)).unwrap();
+        assert_eq!(json.lines().count(), 3);
         assert!(json.lines().nth(1).unwrap().ends_with("\"cost_nanodollars\":null}"), "{json}");
+    }
+
+    #[test]
+    fn a_model_that_was_refused_has_no_numbers_but_counts() {
+        let plan = sample();
+        let mut score = Score::new(&plan);
+        for index in 0..6 {
+            score.note_refused(&plan.request_id(index));
+        }
+        let expect = "\
+MODEL          JOBS  OK  FAILED  CORRECT  P50 LATENCY  TOKENS/S     COST
+vllm_a            3   0       3    0.0 %            -         -  unknown
+hf_b              3   0       3    0.0 %            -         -  unknown
+random choice     -   -       -   33.3 %            -         -        -";
+        assert_eq!(table(&rows(&plan, &score)), expect);
     }
 }

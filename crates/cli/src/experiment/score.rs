@@ -11,6 +11,8 @@ pub(crate) struct Score {
     open: HashMap<String, usize>,
     tallies: Vec<Tally>,
     jobs: usize,
+    /// How many ended without a job to learn from: refused, or no longer kept.
+    jobless: usize,
 }
 
 /// What came of a model's jobs.
@@ -47,7 +49,7 @@ impl Score {
             tally.jobs += 1;
             tally.expecting += u64::from(prompt.expect.is_some());
         }
-        Self { open, tallies: vec![tally; plan.experiment.models.len()], jobs: plan.jobs() }
+        Self { open, tallies: vec![tally; plan.experiment.models.len()], jobs: plan.jobs(), jobless: 0 }
     }
 
     /// Per model, in the experiment's order.
@@ -67,11 +69,19 @@ impl Score {
         self.tallies.iter().all(|tally| tally.ok == tally.jobs)
     }
 
-    /// Notes that a job was refused. Returns its number, if it is one of this run whose end was not known.
+    /// True when a job was seen for every prompt and model, whatever came of it.
+    pub(crate) fn has_every_job(&self) -> bool {
+        self.is_complete() && self.jobless == 0
+    }
+
+    /// Notes that a job was refused, so that its cost is not known either: it may have run before. Returns its number, if it is one of this run whose end was not known.
     pub(crate) fn note_refused(&mut self, request_id: &str) -> Option<usize> {
         let index = self.open.remove(request_id)?;
         let prompts = self.jobs / self.tallies.len();
-        self.tallies[index / prompts].failed += 1;
+        let tally = &mut self.tallies[index / prompts];
+        tally.failed += 1;
+        tally.cost = Cost::UNKNOWN;
+        self.jobless += 1;
         Some(index)
     }
 
@@ -134,7 +144,7 @@ impl Tally {
 
     /// Generated tokens per second; `None` when no time passed.
     pub(crate) fn tokens_per_second(&self) -> Option<f64> {
-        let span_ms = u64::try_from(self.last_end_ms? - self.first_start_ms?).ok()?;
+        let span_ms = u64::try_from(self.last_end_ms?.saturating_sub(self.first_start_ms?)).ok()?;
         Some(1_000.0 * share(self.tokens, span_ms)?)
     }
 
@@ -145,6 +155,8 @@ impl Tally {
 }
 
 impl Cost {
+    const UNKNOWN: Self = Self(None);
+
     /// A job that never ran costs nothing; one that ran at an unknown price makes the sum unknown.
     fn plus(self, job: &v1::Job) -> Self {
         let cost = match &job.cost {
@@ -229,6 +241,47 @@ pub(crate) mod tests {
         assert_eq!(b.p50_ms(), None);
         assert_eq!(b.tokens_per_second(), None);
         assert_eq!(b.cost_nanodollars(), None, "it ran three times at an unknown price");
+    }
+
+    #[test]
+    fn a_refused_job_is_no_job_and_its_cost_is_unknown() {
+        let plan = sample();
+        let mut score = Score::new(&plan);
+        for index in 0..5 {
+            score.note_job(&plan, &plan.request_id(index), &job("x", 0, 1));
+        }
+        assert!(!score.has_every_job());
+        let mut whole = Score::new(&plan);
+        for index in 0..6 {
+            whole.note_job(&plan, &plan.request_id(index), &job("x", 0, 1));
+        }
+        assert!(whole.has_every_job());
+        score.note_refused(&plan.request_id(5));
+        assert!(score.is_complete() && !score.has_every_job());
+        let costs: Vec<Option<u64>> = score.tallies().iter().map(Tally::cost_nanodollars).collect();
+        assert_eq!(costs, [Some(300), None]);
+    }
+
+    fn rates(jobs: &[v1::Job], expect: (Option<u64>, Option<f64>)) {
+        let plan = sample();
+        let mut score = Score::new(&plan);
+        for (index, job) in jobs.iter().enumerate() {
+            score.note_job(&plan, &plan.request_id(index), job);
+        }
+        let tally = &score.tallies()[0];
+        assert_eq!((tally.p50_ms(), tally.tokens_per_second()), expect);
+    }
+
+    #[test]
+    fn nothing_is_divided_by_nothing() {
+        rates(&[], (None, None));
+        rates(&[v1::Job::default()], (None, None));
+        // It began and ended in the same millisecond.
+        rates(&[job("x", 1, 1)], (Some(0), None));
+        // The clocks of two machines differ.
+        let started_at = Some(prost_types::Timestamp { seconds: 9, nanos: 0 });
+        rates(&[v1::Job { started_at, ..job("x", 1, 2) }], (Some(1_000), None));
+        rates(&[job("x", 1, 2), job("x", 1, 3)], (Some(1_000), Some(10.0)));
     }
 
     #[test]

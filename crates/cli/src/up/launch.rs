@@ -11,6 +11,10 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use tokio::process::{Child, Command};
 
+/// By these the daemons are told what flags and this mill decide.
+pub(crate) const REDIS_URL: &str = "GENMILL__REDIS__URL";
+pub(crate) const LISTEN: &str = "GENMILL__SCHEDULER__LISTEN";
+
 /// Everything that is needed to start members.
 #[derive(Debug)]
 pub(crate) struct Launch {
@@ -121,9 +125,9 @@ impl Launch {
         }
         command
             .args(["--exit-with-parent", &std::process::id().to_string()])
-            .env("GENMILL__REDIS__URL", self.redis_url())
+            .env(REDIS_URL, self.redis_url())
             .env("GENMILL__MODELS__DIR", &self.models)
-            .env("GENMILL__SCHEDULER__LISTEN", &self.listen)
+            .env(LISTEN, &self.listen)
             .env("GENMILL__SCHEDULER__HTTP_LISTEN", &self.http_listen)
             // There are two workers on this machine, so a fixed port cannot serve both.
             .env("GENMILL__WORKER__HTTP_LISTEN", "127.0.0.1:0")

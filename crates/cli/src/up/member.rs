@@ -1,5 +1,6 @@
 //! What a mill consists of, in which order it starts and stops, and what follows when a part dies. Pure.
 
+use genmill_daemon::config::Config;
 use std::time::Duration;
 
 /// A process of the mill.
@@ -31,6 +32,8 @@ pub(crate) enum Phase {
 pub(crate) enum Next {
     /// It is started again after a wait.
     Restart(Duration),
+    /// The mill cannot run, because its configuration is wrong.
+    WrongConfig,
     /// The mill cannot run.
     GiveUp,
 }
@@ -40,8 +43,6 @@ pub(crate) enum Next {
 pub(crate) struct Death {
     /// Its exit code; `None` when it was killed by a signal.
     pub(crate) code: Option<i32>,
-    /// Whether it had been ready.
-    pub(crate) was_ready: bool,
     /// How many times in a row it has died now.
     pub(crate) in_a_row: u32,
     /// Whether the mill has been ready as a whole.
@@ -54,6 +55,8 @@ pub(crate) const STABLE_AFTER: Duration = Duration::from_secs(60);
 const STARTS_MAX: u32 = 5;
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 const DELAY_MAX: Duration = Duration::from_secs(30);
+/// What stopping may take beyond draining: ending processes, and Redis writing what it has.
+const STOP_MARGIN: Duration = Duration::from_secs(10);
 
 impl Role {
     /// Every role of a mill; `Redis` only when it is private.
@@ -94,11 +97,17 @@ pub(crate) fn to_stop(members: &[(Role, Phase)]) -> Vec<Role> {
     alive().filter(|role| Some(role.stage()) == highest).collect()
 }
 
+/// How long all members together may take to stop before they are killed: the workers drain, then the scheduler does.
+pub(crate) fn stop_max(config: &Config) -> Duration {
+    let drains_ms = config.worker.drain_timeout_ms.saturating_add(config.scheduler.drain_timeout_ms);
+    Duration::from_millis(drains_ms).saturating_add(STOP_MARGIN)
+}
+
 /// What follows a death.
 pub(crate) fn after(death: Death) -> Next {
-    let wrong_config = death.code == Some(i32::from(genmill_daemon::run::EXIT_WRONG_CONFIG));
-    if wrong_config && !death.was_ready {
-        return Next::GiveUp;
+    // Started again it would read the same configuration, whatever it did before.
+    if death.code == Some(i32::from(genmill_daemon::run::EXIT_WRONG_CONFIG)) {
+        return Next::WrongConfig;
     }
     if !death.mill_was_ready && death.in_a_row >= STARTS_MAX {
         return Next::GiveUp;
@@ -144,24 +153,33 @@ mod tests {
         stop([Gone, Gone, Gone, Gone], &[]);
     }
 
-    fn death(code: Option<i32>, was_ready: bool, in_a_row: u32, mill_was_ready: bool) -> Next {
-        after(Death { code, was_ready, in_a_row, mill_was_ready })
+    #[test]
+    fn nobody_is_killed_who_may_still_drain() {
+        let mut config = Config::default();
+        config.worker.drain_timeout_ms = 60_000;
+        config.scheduler.drain_timeout_ms = 5_000;
+        assert_eq!(stop_max(&config), Duration::from_secs(75));
+        config.worker.drain_timeout_ms = u64::MAX;
+        assert!(stop_max(&config) > Duration::from_secs(75));
+    }
+
+    fn death(code: Option<i32>, in_a_row: u32, mill_was_ready: bool) -> Next {
+        after(Death { code, in_a_row, mill_was_ready })
     }
 
     #[test]
     fn the_dead_are_started_again_after_doubling_waits() {
         let waits = [(1, 1), (2, 2), (3, 4), (5, 16), (6, 30), (1_000, 30)];
         for (in_a_row, seconds) in waits {
-            assert_eq!(death(None, true, in_a_row, true), Next::Restart(Duration::from_secs(seconds)));
+            assert_eq!(death(None, in_a_row, true), Next::Restart(Duration::from_secs(seconds)));
         }
     }
 
     #[test]
     fn what_cannot_get_better_ends_the_mill() {
-        assert_eq!(death(Some(2), false, 1, false), Next::GiveUp);
-        assert_eq!(death(Some(2), false, 1, true), Next::GiveUp);
-        assert_eq!(death(Some(2), true, 1, true), Next::Restart(FIRST_DELAY));
-        assert_eq!(death(Some(1), false, 5, false), Next::GiveUp);
-        assert_eq!(death(Some(1), false, 4, false), Next::Restart(Duration::from_secs(8)));
+        assert_eq!(death(Some(2), 1, false), Next::WrongConfig);
+        assert_eq!(death(Some(2), 1, true), Next::WrongConfig);
+        assert_eq!(death(Some(1), 5, false), Next::GiveUp);
+        assert_eq!(death(Some(1), 4, false), Next::Restart(Duration::from_secs(8)));
     }
 }

@@ -4,7 +4,8 @@ use super::launch::Launch;
 use super::member::{self, Death, Next, Phase, Role, STABLE_AFTER};
 use super::ready::{self, Places};
 use super::tend::{self, Ask, Event};
-use anyhow::{Context as _, bail};
+use crate::exit::WrongUsage;
+use anyhow::{Context as _, anyhow, bail};
 use std::process::ExitStatus;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -12,8 +13,6 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::task::TaskTracker;
 
-/// How long everybody together may take to stop before they are killed.
-const STOP_MAX: Duration = Duration::from_secs(30);
 /// Each child has at most a few events under way.
 const EVENTS_MAX: usize = 64;
 /// A child is asked to stop, then to die.
@@ -22,6 +21,8 @@ const ASKS_MAX: usize = 4;
 /// Runs a mill.
 pub(crate) struct Supervisor {
     launch: Launch,
+    /// How long all together may take to stop.
+    stop_max: Duration,
     members: Vec<Member>,
     tasks: TaskTracker,
     told: mpsc::Sender<Event>,
@@ -48,13 +49,13 @@ struct Signals {
 }
 
 impl Supervisor {
-    pub(crate) fn new(launch: Launch) -> Self {
+    pub(crate) fn new(launch: Launch, stop_max: Duration) -> Self {
         let (told, events) = mpsc::channel(EVENTS_MAX);
         let member =
             |role| Member { role, phase: Phase::Idle, ready_since: None, deaths_in_a_row: 0, due: None, asks: None };
         let members = launch.roles().into_iter().map(member).collect();
         let tasks = TaskTracker::new();
-        Self { launch, members, tasks, told, events, places: Places::default(), mill_was_ready: false }
+        Self { launch, stop_max, members, tasks, told, events, places: Places::default(), mill_was_ready: false }
     }
 
     /// Runs until a signal comes, or the mill cannot run; then stops everything.
@@ -141,13 +142,12 @@ impl Supervisor {
         let ready_since = member.ready_since.take();
         let was_stable = ready_since.is_some_and(|since| since.elapsed() >= STABLE_AFTER);
         member.deaths_in_a_row = if was_stable { 1 } else { member.deaths_in_a_row + 1 };
-        let death = Death {
-            code: status.code(),
-            was_ready: ready_since.is_some(),
-            in_a_row: member.deaths_in_a_row,
-            mill_was_ready,
-        };
+        let death = Death { code: status.code(), in_a_row: member.deaths_in_a_row, mill_was_ready };
         match member::after(death) {
+            Next::WrongConfig => {
+                let told = anyhow!("{} cannot run with this configuration; what it said is above", role.name());
+                Err(WrongUsage(told).into())
+            }
             Next::GiveUp => bail!("{} cannot run ({status}); what it said is above", role.name()),
             Next::Restart(wait) => self.restart_later(role, *status, wait),
         }
@@ -166,7 +166,7 @@ impl Supervisor {
 
     /// Stops all in order; kills what takes too long, or when a second signal comes.
     async fn stop(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
-        let deadline = Instant::now() + STOP_MAX;
+        let deadline = Instant::now() + self.stop_max;
         loop {
             let leaving = member::to_stop(&self.phases());
             if leaving.is_empty() {
