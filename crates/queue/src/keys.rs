@@ -34,7 +34,7 @@
 //!
 //! Fields of a job: `st` state, `ep` epoch, `fl` flow, `tk` estimated tokens, `ex` experiment, `dl` deadline, `cr`
 //! created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses, `en` stream entry, `cx`
-//! cancel asked for, `le` and `lw` epoch and worker of the last kept verdict, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
+//! cancel asked for, `kN` once a verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
 
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::names::{Experiment, Tenant};

@@ -7,7 +7,7 @@
 local now = now_ms()
 
 local function finish(id, epoch, worker, started, state, ended, cost, class, message, result, delay_ms)
-  local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'le', 'lw', 'en', 'cx')
+  local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl')
   if not job[1] then return 0 end
   local attempt = {
     epoch = tonumber(epoch), worker = worker, started = tonumber(started), ended = now, ['end'] = ended,
@@ -15,24 +15,26 @@ local function finish(id, epoch, worker, started, state, ended, cost, class, mes
   }
   if job[1] ~= RUNNING or job[2] ~= epoch or job[3] ~= worker then
     -- Either this very call was made before, or the lease went to somebody else.
-    if job[4] == epoch and job[5] == worker then return 1 end
+    if job[6] then return 1 end
     if redis.call('HSETNX', job_key(id), 'f' .. epoch, 1) == 1 then
       attempt['end'] = ARGV[1]
       book(id, attempt)
     end
     return 0
   end
-  release(id, job[6])
+  release(id, job[4])
   book(id, attempt)
-  redis.call('HSET', job_key(id), 'le', epoch, 'lw', worker)
+  redis.call('HSET', job_key(id), 'k' .. epoch, 1)
   if class ~= '' then redis.call('HINCRBY', job_key(id), 'fc', 1) end
   if state == QUEUED then
     queue_again(id, now)
   elseif state ~= DELAYED then
     if result ~= '' then redis.call('SET', result_key(id), result) end
     finish_job(id, state, now)
-  elseif job[7] then
+  elseif job[5] then
     finish_job(id, CANCELLED, now)
+  elseif job[7] and tonumber(job[7]) <= now then
+    finish_job(id, EXPIRED, now)
   else
     local due = now + tonumber(delay_ms)
     redis.call('HSET', job_key(id), 'st', DELAYED, 'du', due)
