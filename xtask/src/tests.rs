@@ -10,9 +10,12 @@ pub(crate) fn test(rest: &[String]) -> anyhow::Result<()> {
     // The scenarios start the daemons as processes, so these are built first.
     run(cargo().args(["build", "--workspace", "--bins"]))?;
     if is_there("cargo-nextest", &["nextest", "--version"]) {
-        run(cargo().args(["nextest", "run", "--workspace", "--no-tests=fail"]).args(rest))?;
-        // Examples in doc comments are tests that nextest does not run.
-        return run(cargo().args(["test", "--workspace", "--doc", "--quiet"]));
+        // Examples in doc comments are tests that nextest does not run. They come first, so that the summary of all the
+        // others is the last thing to be seen.
+        if rest.is_empty() {
+            run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
+        }
+        return run(cargo().args(["nextest", "run", "--workspace", "--no-tests=fail"]).args(rest));
     }
     say("cargo-nextest is not installed: using cargo test");
     run(cargo().args(["test", "--workspace"]).args(rest))

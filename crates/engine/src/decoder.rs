@@ -7,6 +7,10 @@
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
+
+use rayon::ThreadPool;
+
 use crate::architectures::{Mlp, Norm, Part, Position};
 use crate::backend::{Backend, Batch, Heads, Write};
 use crate::config::{Config, Rope};
@@ -26,7 +30,36 @@ pub(crate) trait Forward: Send {
 
     /// Logits per row.
     fn vocabulary(&self) -> usize;
+
+    /// The threads that steps should run on, where there are some.
+    fn pool(&self) -> Option<Arc<ThreadPool>> {
+        None
+    }
+
+    /// Into how many lanes a step of so many rows is best divided.
+    fn lanes(&self, rows: usize) -> usize {
+        let _ = rows;
+        1
+    }
+
+    /// Computes the lanes of a step side by side and finishes each on the thread that computed it.
+    fn forward_lanes(&mut self, lanes: Vec<Lane<'_>>) {
+        for lane in lanes {
+            (lane.finish)(self.forward(lane.batch));
+        }
+    }
 }
+
+/// A part of a step that shares no sequence with the others.
+pub(crate) struct Lane<'a> {
+    /// Its rows.
+    pub(crate) batch: &'a Batch,
+    /// What happens with its logits.
+    pub(crate) finish: Finish<'a>,
+}
+
+/// Takes a lane's logits.
+pub(crate) type Finish<'a> = Box<dyn FnOnce(&[f32]) + Send + 'a>;
 
 /// The largest step and the size of the cache.
 #[derive(Clone, Copy, Debug)]
@@ -39,11 +72,16 @@ pub(crate) struct Room {
     pub(crate) blocks: usize,
 }
 
+/// A lane of fewer multiply-adds costs more to hand over than it saves.
+const LANE_WORK: usize = 1 << 19;
+
 /// A decoder on a backend.
 pub(crate) struct Decoder<B: Backend> {
     backend: B,
     body: Body<B>,
-    room: Option<Buffers<B>>,
+    /// Cosines and sines of every position.
+    angles: Option<B::Buffer>,
+    lanes: Vec<Buffers<B>>,
 }
 
 /// The weights and what is known of them.
@@ -74,11 +112,10 @@ struct NormWeights<B: Backend> {
     epsilon: f32,
 }
 
-/// The buffers of a step, made once.
+/// The buffers of a lane, made once.
 struct Buffers<B: Backend> {
+    /// The keys and values of the sequences that this lane computed last.
     cache: B::Cache,
-    /// Cosines and sines of every position.
-    angles: Option<B::Buffer>,
     hidden: B::Buffer,
     normed: B::Buffer,
     qkv: B::Buffer,
@@ -92,28 +129,58 @@ impl<B: Backend> Decoder<B> {
     /// Loads all weights that the architecture names.
     pub(crate) fn load(backend: B, config: Config, weights: &mut Weights) -> Result<Self, LoadError> {
         let body = Body::load(&backend, config, weights)?;
-        Ok(Self { backend, body, room: None })
+        Ok(Self { backend, body, angles: None, lanes: Vec::new() })
     }
 
     pub(crate) fn backend(&self) -> &B {
         &self.backend
     }
+
+    /// Brings the blocks of a batch to its lane.
+    fn gather(&mut self, lane: usize, batch: &Batch) {
+        let (before, rest) = self.lanes.split_at_mut(lane);
+        let Some((to, after)) = rest.split_first_mut() else { return };
+        for from in before.iter_mut().chain(after) {
+            self.backend.move_blocks(&mut from.cache, &mut to.cache, &batch.tables);
+        }
+    }
 }
 
 impl<B: Backend> Forward for Decoder<B> {
     fn reserve(&mut self, room: Room) {
-        self.room = Some(Buffers::new(&self.backend, &self.body.config, room));
+        let (backend, config) = (&self.backend, &self.body.config);
+        self.angles = angles(backend, config, room);
+        let lanes = backend.lanes(self.body.work(1)).min(room.outputs);
+        self.lanes = (0..lanes).map(|_| Buffers::new(backend, config, room)).collect();
     }
 
     fn forward(&mut self, batch: &Batch) -> &[f32] {
-        let Some(room) = &mut self.room else { return &[] };
-        let (backend, body) = (&self.backend, &self.body);
-        backend.enter(body.work(batch), || body.step(backend, batch, room));
-        backend.read(&room.logits, batch.outputs.len() * body.config.vocabulary)
+        self.gather(0, batch);
+        let Some(room) = self.lanes.first_mut() else { return &[] };
+        self.body.step(&self.backend, (batch, self.angles.as_ref()), room)
     }
 
     fn vocabulary(&self) -> usize {
         self.body.config.vocabulary
+    }
+
+    fn pool(&self) -> Option<Arc<ThreadPool>> {
+        self.backend.pool()
+    }
+
+    fn lanes(&self, rows: usize) -> usize {
+        (self.body.work(rows) / LANE_WORK).min(self.lanes.len()).max(1)
+    }
+
+    fn forward_lanes(&mut self, lanes: Vec<Lane<'_>>) {
+        for (index, lane) in lanes.iter().enumerate() {
+            self.gather(index, lane.batch);
+        }
+        let (backend, body, angles) = (&self.backend, &self.body, self.angles.as_ref());
+        let parts = lanes.into_iter().zip(&mut self.lanes).collect();
+        backend.side_by_side(parts, |(lane, room): (Lane<'_>, &mut Buffers<B>)| {
+            (lane.finish)(body.step(backend, (lane.batch, angles), room));
+        });
     }
 }
 
@@ -140,21 +207,26 @@ impl<B: Backend> Body<B> {
         Ok(Self { config, embedding, positions, layers, final_norm, head })
     }
 
-    /// Multiply-adds of a step's products.
-    fn work(&self, batch: &Batch) -> usize {
+    /// Multiply-adds of the products of so many rows; those of one row are also the weights.
+    fn work(&self, rows: usize) -> usize {
         let config = &self.config;
         let widths = config.qkv_width() + config.hidden + config.mlp_in_width() + config.inner;
-        batch.rows() * config.layers * config.hidden * widths + batch.outputs.len() * config.hidden * config.vocabulary
+        rows * config.hidden * (config.layers * widths + config.vocabulary)
     }
 
     /// One step: from tokens to the logits of the chosen rows.
-    fn step(&self, backend: &B, batch: &Batch, room: &mut Buffers<B>) {
+    fn step<'a>(
+        &self,
+        backend: &'a B,
+        (batch, angles): (&Batch, Option<&B::Buffer>),
+        room: &'a mut Buffers<B>,
+    ) -> &'a [f32] {
         self.embedding.embed(backend, &batch.ids, &mut room.hidden, Write::Set);
         if let Some(positions) = &self.positions {
             positions.embed(backend, &batch.positions, &mut room.hidden, Write::Add);
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            layer.attention(backend, (batch, index), room);
+            layer.attention(backend, (batch, index), angles, room);
             layer.feed_forward(backend, &self.config, batch.rows(), room);
         }
         let count = batch.outputs.len();
@@ -162,6 +234,7 @@ impl<B: Backend> Body<B> {
         self.final_norm.forward(backend, (&room.attended, count), &mut room.normed);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         head.forward(backend, (&room.normed, count), &mut room.logits, Write::Set);
+        backend.read(&room.logits, count * self.config.vocabulary)
     }
 }
 
@@ -191,11 +264,17 @@ impl<B: Backend> Layer<B> {
         Ok(Self { attention_norm, qkv, attention_out, mlp_norm, mlp_in, mlp_out, heads })
     }
 
-    fn attention(&self, backend: &B, (batch, index): (&Batch, usize), room: &mut Buffers<B>) {
+    fn attention(
+        &self,
+        backend: &B,
+        (batch, index): (&Batch, usize),
+        angles: Option<&B::Buffer>,
+        room: &mut Buffers<B>,
+    ) {
         let (rows, heads) = (batch.rows(), &self.heads);
         self.attention_norm.forward(backend, (&room.hidden, rows), &mut room.normed);
         self.qkv.forward(backend, (&room.normed, rows), &mut room.qkv, Write::Set);
-        if let Some(angles) = &room.angles {
+        if let Some(angles) = angles {
             backend.rotate(&mut room.qkv, batch, heads, angles);
         }
         backend.store(&mut room.cache, index, &room.qkv, (batch, heads));
@@ -240,12 +319,9 @@ impl<B: Backend> NormWeights<B> {
 impl<B: Backend> Buffers<B> {
     fn new(backend: &B, config: &Config, room: Room) -> Self {
         let heads = heads(config, 0);
-        let positions = config.context.min(room.blocks * BLOCK_TOKENS);
-        let table = |rope| backend.upload(angles(rope, heads.width, positions));
         let rows = room.rows;
         Self {
             cache: backend.cache(config.layers, room.blocks, &heads),
-            angles: config.rope.map(table),
             hidden: backend.zeros(rows * config.hidden),
             normed: backend.zeros(rows * config.hidden),
             qkv: backend.zeros(rows * config.qkv_width()),
@@ -256,6 +332,11 @@ impl<B: Backend> Buffers<B> {
             logits: backend.zeros(room.outputs * config.vocabulary),
         }
     }
+}
+
+fn angles<B: Backend>(backend: &B, config: &Config, room: Room) -> Option<B::Buffer> {
+    let positions = config.context.min(room.blocks * BLOCK_TOKENS);
+    config.rope.map(|rope| backend.upload(angle_table(rope, config.head_dim, positions)))
 }
 
 fn heads(config: &Config, layer: usize) -> Heads {
@@ -300,7 +381,7 @@ impl Tables {
     clippy::cast_possible_truncation,
     reason = "positions and widths are exact in float64, and the table is float32"
 )]
-fn angles(rope: Rope, width: usize, positions: usize) -> Vec<f32> {
+fn angle_table(rope: Rope, width: usize, positions: usize) -> Vec<f32> {
     let frequencies: Vec<f32> = (0..width / 2)
         .map(|pair| libm::pow(rope.theta, -2.0 * pair as f64 / width as f64) / rope.factor)
         .map(|frequency| frequency as f32)

@@ -221,8 +221,8 @@ pub enum RequestError {
     },
 }
 
-/// Takes a request's events, on the engine's thread: it must not block, and must not call the
-/// engine (a cancellation could wait for the very thread it runs on).
+/// Takes a request's events, one after the other, on the engine's threads: it must not block, and
+/// must not call the engine (a cancellation could wait for the very thread it runs on).
 pub type Sink = Box<dyn FnMut(Event) + Send>;
 
 /// How much more an engine can take.
@@ -266,10 +266,10 @@ impl Engine {
         let (commands, receiver) = sync_channel(2 * (options.max_sequences + options.max_waiting));
         let load = Arc::new(Load::default());
         let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
-        let runner = run::Runner::new(forward, Schedule::new(blocks), limits, Arc::clone(&load));
+        let runner = run::Runner::new(forward, Schedule::new(blocks), limits, Arc::clone(&load), receiver);
         let thread = std::thread::Builder::new()
             .name("genmill-engine".to_owned())
-            .spawn(move || runner.run(&receiver))
+            .spawn(move || runner.run())
             .map_err(|source| StartError::Thread { source })?;
         let next_id = AtomicU64::new(1);
         Ok(Self { card, options, commands, load, next_id, thread: Some(thread) })

@@ -111,18 +111,23 @@ pub(crate) fn sum(x: &[f32], step: impl Fn(f32, f32) -> f32) -> f32 {
 pub(crate) fn largest(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
     for chunk in chunks {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = if *x > *lane { *x } else { *lane };
+            *lane = larger(*x, *lane);
         }
     }
-    let mut largest = f32::NEG_INFINITY;
-    for part in [&lanes[..], rest] {
-        for x in part {
-            largest = if *x > largest { *x } else { largest };
-        }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(*x, *lane);
     }
-    largest
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] = larger(lanes[lane], lanes[lane + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Never here: state. Random numbers are counter based (Philox), keyed by seed, sample and
 //! position, so a token does not depend on what else was drawn, in this batch or before.
 
-use std::cmp::Ordering;
+use std::cmp::Reverse;
 
 use pulp::{Arch, NullaryFnOnce};
 
@@ -38,8 +38,11 @@ pub struct NotFinite {
 pub struct Workspace {
     arch: Arch,
     weights: Vec<f32>,
-    ranked: Vec<u32>,
+    /// Keys of tokens, see [`key`].
+    ranked: Vec<u64>,
     kept_weights: Vec<f32>,
+    sums: Vec<f64>,
+    groups: Vec<f32>,
 }
 
 impl Sampling {
@@ -53,51 +56,126 @@ impl Sampling {
         if self.temperature == 0.0 || self.top_k == 1 {
             return Ok(best);
         }
-        let Workspace { arch, weights, ranked, kept_weights } = workspace;
-        weights.resize(logits.len(), 0.0);
-        let largest = logits[best as usize];
-        arch.dispatch(Weigh { logits, largest, temperature: self.temperature, weights });
+        workspace.weights.resize(logits.len(), 0.0);
+        let (largest, weights) = (logits[best as usize], &mut workspace.weights);
+        workspace.arch.dispatch(Weigh { logits, largest, temperature: self.temperature, weights });
         let draw = uniform(self.seed, self.sample, position);
         let all = self.top_k == 0 || self.top_k >= logits.len();
         if all && self.top_p >= 1.0 {
-            return Ok(u32::try_from(pick(weights, draw)).unwrap_or(best));
+            return Ok(u32::try_from(pick(weights, draw, &mut workspace.sums)).unwrap_or(best));
         }
-        let kept = self.keep(logits, weights, ranked);
+        let kept = self.keep(logits, workspace);
+        let Workspace { weights, ranked, kept_weights, sums, .. } = workspace;
         kept_weights.clear();
-        kept_weights.extend(ranked[..kept].iter().map(|id| weights[*id as usize]));
-        Ok(ranked[pick(kept_weights, draw)])
+        kept_weights.extend(ranked[..kept].iter().map(|key| weights[token(*key) as usize]));
+        Ok(token(ranked[pick(kept_weights, draw, sums)]))
     }
 
-    /// Ranks tokens in `ranked` as far as needed and returns how many of them are considered:
-    /// first the `top_k` best, then of these the fewest that reach `top_p`.
-    fn keep(&self, logits: &[f32], weights: &[f32], ranked: &mut Vec<u32>) -> usize {
+    /// Ranks tokens as far as needed and returns how many of them are considered: first the `top_k`
+    /// best, then of these the fewest that reach `top_p`.
+    fn keep(&self, logits: &[f32], workspace: &mut Workspace) -> usize {
         /// How many to rank first; a nucleus is mostly smaller.
         const FIRST_RANKS: usize = 64;
-        ranked.clear();
-        ranked.extend((0..).take(logits.len()));
         let all = logits.len();
         let top_k = if self.top_k == 0 { all } else { self.top_k.min(all) };
+        let mut ranks = if top_k == all { FIRST_RANKS.min(all) } else { top_k };
+        workspace.rank(logits, ranks);
+        let weight = |workspace: &Workspace, key: u64| f64::from(workspace.weights[token(key) as usize]);
         let total: f64 = if top_k == all {
-            weights.iter().copied().map(f64::from).sum()
+            workspace.weights.iter().copied().map(f64::from).sum()
         } else {
-            rank(logits, ranked, 0, top_k);
-            ranked[..top_k].iter().map(|id| f64::from(weights[*id as usize])).sum()
+            workspace.ranked.iter().map(|key| weight(workspace, *key)).sum()
         };
         let target = f64::from(self.top_p) * total;
-        let (mut sum, mut ranks) = (0.0, if top_k == all { 0 } else { top_k });
+        let mut sum = 0.0;
         for kept in 0..top_k {
             if kept == ranks {
-                let more = (ranks * 4).max(FIRST_RANKS).min(top_k);
-                rank(logits, ranked, ranks, more);
-                ranks = more;
+                ranks = (ranks * 4).min(top_k);
+                workspace.rank(logits, ranks);
             }
-            sum += f64::from(weights[ranked[kept] as usize]);
+            sum += weight(workspace, workspace.ranked[kept]);
             if sum >= target {
                 return kept + 1;
             }
         }
         top_k
     }
+}
+
+impl Workspace {
+    /// Puts the keys of the `count` best tokens in order.
+    fn rank(&mut self, logits: &[f32], count: usize) {
+        let Self { arch, ranked, groups, .. } = self;
+        arch.dispatch(Candidates { logits, count, groups, keys: ranked });
+        if count < ranked.len() {
+            ranked.select_nth_unstable_by_key(count, |key| Reverse(*key));
+            ranked.truncate(count);
+        }
+        ranked.sort_unstable_by_key(|key| Reverse(*key));
+    }
+}
+
+/// A number that is larger for a better token: a larger logit (as `total_cmp` has it), then a lower
+/// id.
+#[inline(always)]
+fn key(logit: f32, token: u32) -> u64 {
+    let bits = logit.to_bits();
+    let ordered = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+    u64::from(ordered) << 32 | u64::from(!token)
+}
+
+/// The token of a key.
+fn token(key: u64) -> u32 {
+    !halves(key)[0]
+}
+
+/// The keys of at least the `count` best tokens, and of few others when many are left out.
+struct Candidates<'a> {
+    logits: &'a [f32],
+    count: usize,
+    groups: &'a mut Vec<f32>,
+    keys: &'a mut Vec<u64>,
+}
+
+impl NullaryFnOnce for Candidates<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { logits, count, groups, keys } = self;
+        let border = border(logits, count, groups);
+        keys.resize(logits.len(), 0);
+        let mut found = 0;
+        for (first, part) in (0..).step_by(PART).zip(logits.chunks(PART)) {
+            if math::largest(part) >= border {
+                for (logit, id) in part.iter().zip(first..) {
+                    // Always written, and kept by counting it: there is no branch to mispredict.
+                    keys[found] = key(*logit, id);
+                    found += usize::from(*logit >= border);
+                }
+            }
+        }
+        keys.truncate(found);
+    }
+}
+
+/// A logit that the `count` best reach. There are twice as many groups of logits or more, so that
+/// few others reach the `count`-th best of the groups' largest.
+#[inline(always)]
+fn border(logits: &[f32], count: usize, groups: &mut Vec<f32>) -> f32 {
+    let size = (2 * count).next_power_of_two();
+    if count == 0 || 2 * size > logits.len() {
+        return f32::NEG_INFINITY;
+    }
+    groups.clear();
+    groups.resize(size, f32::NEG_INFINITY);
+    for part in logits.chunks(size) {
+        for (largest, logit) in groups.iter_mut().zip(part) {
+            *largest = if *logit > *largest { *logit } else { *largest };
+        }
+    }
+    let (_, border, _) = groups.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a));
+    *border
 }
 
 /// Unnormalised probabilities: e^((logit - largest) / temperature).
@@ -117,16 +195,6 @@ impl NullaryFnOnce for Weigh<'_> {
             *weight = math::exp((logit - self.largest) / self.temperature);
         }
     }
-}
-
-/// Sorts the best tokens to places `from..to`, given that places below `from` hold better ones.
-fn rank(logits: &[f32], ranked: &mut [u32], from: usize, to: usize) {
-    let order = |a: &u32, b: &u32| -> Ordering { logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)) };
-    let open = &mut ranked[from..];
-    if to - from < open.len() {
-        open.select_nth_unstable_by(to - from, order);
-    }
-    open[..to - from].sort_unstable_by(order);
 }
 
 /// The token of the largest logit, the lowest of equals.
@@ -155,18 +223,38 @@ impl NullaryFnOnce for Largest<'_> {
     }
 }
 
-/// Weights whose sum is looked at as one while walking.
+/// Logits or weights that are looked at as one before each alone.
 const PART: usize = 64;
 
-/// Walks over weights until `draw` of their sum is passed, and returns the index there.
-fn pick(weights: &[f32], draw: f64) -> usize {
-    let sum = |part: &[f32]| -> f64 { part.iter().copied().map(f64::from).sum() };
-    let parts = || weights.chunks(PART).map(sum).enumerate();
-    let mut left = draw * parts().map(|(_, sum)| sum).sum::<f64>();
+/// The sums of all parts, each from its first weight to its last; several parts side by side, for
+/// a sum waits for each of its additions.
+fn sum_parts(weights: &[f32], sums: &mut Vec<f64>) {
+    const SIDE_BY_SIDE: usize = 8;
+    sums.clear();
+    let (parts, rest) = weights.as_chunks::<PART>();
+    let (many, few) = parts.as_chunks::<SIDE_BY_SIDE>();
+    for parts in many {
+        let mut each = [0.0; SIDE_BY_SIDE];
+        for place in 0..PART {
+            for (sum, part) in each.iter_mut().zip(parts) {
+                *sum += f64::from(part[place]);
+            }
+        }
+        sums.extend(each);
+    }
+    let few = few.iter().map(<[f32; PART]>::as_slice).chain((!rest.is_empty()).then_some(rest));
+    sums.extend(few.map(|part| part.iter().copied().map(f64::from).sum::<f64>()));
+}
+
+/// Walks over weights until `draw` of their sum is passed, and returns the index there; `sums` is
+/// memory to work in.
+fn pick(weights: &[f32], draw: f64, sums: &mut Vec<f64>) -> usize {
+    sum_parts(weights, sums);
+    let mut left = draw * sums.iter().sum::<f64>();
     let mut part = 0;
-    for (index, sum) in parts() {
+    for (index, sum) in sums.iter().enumerate() {
         part = index;
-        if left < sum {
+        if left < *sum {
             break;
         }
         left -= sum;

@@ -14,8 +14,52 @@ use crate::error::LoadError;
 #[derive(Clone, Debug)]
 pub struct Words {
     tokenizer: Arc<Tokenizer>,
-    /// Whether tokens are byte strings in the alphabet of GPT-2, which decode one by one.
-    byte_level: bool,
+    /// What tokens stand for, when they are byte strings in the alphabet of GPT-2, which decode one
+    /// by one.
+    bytes: Option<Arc<TokenBytes>>,
+}
+
+/// Ids from here on are a mistake in a tokenizer's file: no model has so many logits.
+const IDS_MAX: u32 = 1 << 24;
+
+/// The bytes of every token.
+#[derive(Debug)]
+struct TokenBytes {
+    /// Those of all tokens, by id.
+    all: Vec<u8>,
+    /// Where those of each token end.
+    ends: Vec<usize>,
+}
+
+impl TokenBytes {
+    fn new(tokenizer: &Tokenizer) -> Self {
+        let last = tokenizer.get_vocab(true).into_values().filter(|id| *id < IDS_MAX).max();
+        let mut table = Self { all: Vec::new(), ends: Vec::new() };
+        for id in 0..last.map_or(0, |last| last + 1) {
+            table.all.extend(bytes(tokenizer, id));
+            table.ends.push(table.all.len());
+        }
+        table
+    }
+
+    /// The bytes of one token; nothing for special or unknown tokens.
+    fn of(&self, id: u32) -> &[u8] {
+        let id = id as usize;
+        let Some(end) = self.ends.get(id) else { return &[] };
+        let start = if id == 0 { 0 } else { self.ends[id - 1] };
+        &self.all[start..*end]
+    }
+}
+
+/// The bytes of one token of a byte-level tokenizer. As the tokenizers library has it, a token with
+/// a character outside of the alphabet stands for itself.
+fn bytes(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
+    let Some(token) = tokenizer.id_to_token(id) else { return Vec::new() };
+    if tokenizer.get_added_vocabulary().is_special_token(&token) {
+        return Vec::new();
+    }
+    let bytes: Option<Vec<u8>> = token.chars().map(byte_of).collect();
+    bytes.unwrap_or_else(|| token.into_bytes())
 }
 
 /// The tokenizer could not encode a text.
@@ -49,7 +93,8 @@ impl Words {
         tokenizer.with_truncation(None).map_err(wrong)?;
         tokenizer.with_padding(None);
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
-        Ok(Self { tokenizer: Arc::new(tokenizer), byte_level })
+        let bytes = byte_level.then(|| Arc::new(TokenBytes::new(&tokenizer)));
+        Ok(Self { tokenizer: Arc::new(tokenizer), bytes })
     }
 
     /// The tokens of a text.
@@ -72,20 +117,10 @@ impl Words {
     /// A stream that decodes tokens as they come.
     #[must_use]
     pub fn stream(&self) -> TokenStream {
-        let mode = if self.byte_level { Mode::Bytes(Utf8Stream::default()) } else { Mode::Window(Window::default()) };
-        TokenStream { words: self.clone(), mode }
-    }
-
-    /// The bytes of one token of a byte-level tokenizer; nothing for special or unknown tokens.
-    /// As the tokenizers library has it, a token with a character outside of the alphabet stands
-    /// for itself.
-    fn bytes(&self, id: u32) -> Vec<u8> {
-        let Some(token) = self.tokenizer.id_to_token(id) else { return Vec::new() };
-        if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
-            return Vec::new();
+        match &self.bytes {
+            Some(table) => TokenStream(Mode::Bytes(Arc::clone(table), Utf8Stream::default())),
+            None => TokenStream(Mode::Window(self.clone(), Window::default())),
         }
-        let bytes: Option<Vec<u8>> = token.chars().map(byte_of).collect();
-        bytes.unwrap_or_else(|| token.into_bytes())
     }
 
     fn decode(&self, ids: &[u32]) -> String {
@@ -110,31 +145,28 @@ fn byte_of(letter: char) -> Option<u8> {
 /// Decodes tokens as they come. The pieces never split a character; bytes that never become one
 /// come out as U+FFFD.
 #[derive(Debug)]
-pub struct TokenStream {
-    words: Words,
-    mode: Mode,
-}
+pub struct TokenStream(Mode);
 
 #[derive(Debug)]
 enum Mode {
-    Bytes(Utf8Stream),
-    Window(Window),
+    Bytes(Arc<TokenBytes>, Utf8Stream),
+    Window(Words, Window),
 }
 
 impl TokenStream {
     /// The text that this token completes, perhaps none.
     pub fn push(&mut self, id: u32) -> String {
-        match &mut self.mode {
-            Mode::Bytes(stream) => stream.push(&self.words.bytes(id)),
-            Mode::Window(window) => window.push(&self.words, id),
+        match &mut self.0 {
+            Mode::Bytes(table, stream) => stream.push(table.of(id)),
+            Mode::Window(words, window) => window.push(words, id),
         }
     }
 
     /// The text still held back at the end.
     pub fn finish(&mut self) -> String {
-        match &mut self.mode {
-            Mode::Bytes(stream) => stream.finish(),
-            Mode::Window(window) => window.finish(&self.words),
+        match &mut self.0 {
+            Mode::Bytes(_, stream) => stream.finish(),
+            Mode::Window(words, window) => window.finish(words),
         }
     }
 }
@@ -148,6 +180,11 @@ struct Utf8Stream {
 
 impl Utf8Stream {
     fn push(&mut self, bytes: &[u8]) -> String {
+        if self.open.is_empty()
+            && let Ok(text) = str::from_utf8(bytes)
+        {
+            return text.to_owned();
+        }
         self.open.extend_from_slice(bytes);
         let mut text = String::new();
         let mut taken = 0;
@@ -248,6 +285,12 @@ impl StopStrings {
     pub fn new(mut stops: Vec<String>) -> Self {
         stops.retain(|stop| !stop.is_empty());
         Self { stops, held: String::new() }
+    }
+
+    /// Whether there are none, so that all text is certain at once.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.stops.is_empty()
     }
 
     /// Takes the next piece of text.

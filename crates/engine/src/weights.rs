@@ -105,7 +105,7 @@ impl Weights {
         &mut self,
         name: &str,
         shape: &[usize],
-        layout: impl FnOnce(Tensor) -> candle_core::Result<Vec<f32>>,
+        layout: impl FnOnce(Tensor) -> candle_core::Result<Vec<f32>> + Send,
     ) -> Result<Vec<f32>, LoadError> {
         let Some((shard, place)) = self.tensors.get(name) else {
             return Err(LoadError::MissingTensor { path: self.folder.clone(), tensor: name.to_owned() });
@@ -120,15 +120,19 @@ impl Weights {
             });
         }
         let bytes = shard.read(place)?;
-        self.hash.update(name.as_bytes());
-        self.hash.update(format!("{:?}{shape:?}", place.dtype));
-        self.hash.update(&bytes);
+        let hash = &mut self.hash;
+        let hashing = || {
+            hash.update(name.as_bytes());
+            hash.update(format!("{:?}{shape:?}", place.dtype));
+            hash.update(&bytes);
+        };
         let values = || {
             let dtype = DType::try_from(place.dtype)?;
             let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?;
             layout(tensor.to_dtype(DType::F32)?)
         };
-        values().map_err(|source| LoadError::Convert {
+        let ((), values) = rayon::join(hashing, values);
+        values.map_err(|source| LoadError::Convert {
             path: shard.path.clone(),
             tensor: name.to_owned(),
             dtype: format!("{:?}", place.dtype),

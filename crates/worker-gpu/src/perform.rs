@@ -60,7 +60,7 @@ impl Perform for Performer {
             return Performed { outcome: Outcome::HandedBack, cost: None };
         };
         let mailbox = Arc::new(Mailbox::default());
-        let running = match submit(&engine, request(&task), &mailbox).await {
+        let running = match submit(&engine, request(&task), &mailbox, task.spec.input.text_bytes()).await {
             Ok(id) => Running { engine, id },
             Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)) },
         };
@@ -109,8 +109,19 @@ fn request(task: &Task) -> Request {
     }
 }
 
+/// Prompts up to this many bytes are tokenised where they are: it takes less than handing them to another thread.
+const SHORT_PROMPT_BYTES: usize = 4 * 1024;
+
 /// Gives the request to the engine. Tokenising a long prompt takes a while, so it has a thread of its own.
-async fn submit(engine: &Arc<Engine>, request: Request, mailbox: &Arc<Mailbox>) -> Result<RequestId, Outcome> {
+async fn submit(
+    engine: &Arc<Engine>,
+    request: Request,
+    mailbox: &Arc<Mailbox>,
+    prompt_bytes: usize,
+) -> Result<RequestId, Outcome> {
+    if prompt_bytes <= SHORT_PROMPT_BYTES {
+        return submit_what_fits(engine, request, mailbox).map_err(|error| refused(&error));
+    }
     let (engine, mailbox) = (engine.clone(), mailbox.clone());
     let submitting = tokio::task::spawn_blocking(move || submit_what_fits(&engine, request, &mailbox));
     match submitting.await {

@@ -10,6 +10,9 @@
 pub mod cpu;
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use rayon::ThreadPool;
 
 use crate::config::Activation;
 
@@ -138,8 +141,26 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// An empty cache of so many blocks.
     fn cache(&self, layers: usize, blocks: usize, heads: &Heads) -> Self::Cache;
 
-    /// Runs a step of about so many multiply-adds: the place to bring worker threads in.
-    fn enter<R: Send>(&self, work: usize, step: impl FnOnce() -> R + Send) -> R;
+    /// Moves these blocks from one cache to another of the same shape, where they are in the first.
+    /// A lane's cache holds the blocks of its sequences; all caches together hold each block once.
+    fn move_blocks(&self, from: &mut Self::Cache, to: &mut Self::Cache, blocks: &[u32]);
+
+    /// The threads that steps should run on, where there are some.
+    fn pool(&self) -> Option<Arc<ThreadPool>> {
+        None
+    }
+
+    /// How many lanes a model of so many weights pays off to have: parts of a step that run side by
+    /// side from the first kernel to the last.
+    fn lanes(&self, weights: usize) -> usize {
+        let _ = weights;
+        1
+    }
+
+    /// Calls `each` for every part, side by side where there are threads.
+    fn side_by_side<T: Send>(&self, parts: Vec<T>, each: impl Fn(T) + Send + Sync) {
+        parts.into_iter().for_each(each);
+    }
 
     /// Rows `ids` of a table of `width` columns.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], out: &mut Self::Buffer, write: Write);

@@ -135,7 +135,7 @@ fn logits_do_not_depend_on_neighbours_or_stale_blocks() {
         let cases = reference(&folder).cases;
         let alone: Vec<_> = cases.iter().map(|case| logits(&mut decoder, &case.input_ids, 128)).collect();
         // Fills the whole cache with something else first, numbers that are none included.
-        let poison = &mut decoder.room.as_mut().unwrap().cache;
+        let poison = &mut decoder.lanes[0].cache;
         poison.fill(f32::NAN);
         let mut batch = Batch::default();
         for (index, case) in (0..).zip(&cases[..3]) {
@@ -146,6 +146,38 @@ fn logits_do_not_depend_on_neighbours_or_stale_blocks() {
         let together = decoder.forward(&batch);
         for (alone, together) in alone.iter().zip(together.chunks(vocabulary)) {
             assert!(same_bits(alone, together));
+        }
+    }
+}
+
+/// Sequences that change lanes take their keys and values along.
+#[test]
+fn logits_do_not_depend_on_the_lane() {
+    for folder in fixtures() {
+        let mut decoder = decoder(&folder);
+        assert_eq!(decoder.lanes.len(), 2);
+        let cases = reference(&folder).cases;
+        let length = cases[2].input_ids.len().min(cases[3].input_ids.len());
+        let sequences = [&cases[2].input_ids[..length], &cases[3].input_ids[..length]];
+        let alone = sequences.map(|ids| logits(&mut decoder, ids, 128));
+        for chunk in [1, 3, 20] {
+            for (step, start) in (0..length).step_by(chunk).enumerate() {
+                let last = start + chunk >= length;
+                let mut batches = [0, 1].map(|index| {
+                    let mut batch = Batch::default();
+                    let ids = &sequences[index][start..length.min(start + chunk)];
+                    batch.push(ids, start, &table([3, 20][index]));
+                    batch.want_logits();
+                    (batch, &alone[index])
+                });
+                batches.rotate_left(step % 2);
+                let lanes = batches.iter().map(|(batch, alone)| {
+                    let finish = |logits: &[f32]| assert!(!last || same_bits(alone, logits), "chunks of {chunk}");
+                    Lane { batch, finish: Box::new(finish) }
+                });
+                let lanes = lanes.collect();
+                decoder.pool().unwrap().install(|| decoder.forward_lanes(lanes));
+            }
         }
     }
 }

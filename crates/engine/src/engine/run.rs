@@ -1,16 +1,18 @@
-//! The engine's thread: takes commands between steps, runs steps, tells the sinks.
+//! The engine's thread: takes commands between steps, runs steps, tells the sinks. Steps run on the
+//! backend's threads where it has some; a step of a small model in lanes, side by side from the
+//! embedding to the sinks.
 //!
 //! Never here: checks of requests (they were made before the request came in).
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use crate::backend::Batch;
-use crate::decoder::Forward;
+use crate::decoder::{Forward, Lane};
 use crate::engine::{Completion, Event, FinishReason, Load, RequestError, RequestId, Sink};
 use crate::sampler::{Sampling, Workspace};
 use crate::schedule::{Limits, Schedule, Slice, Step};
@@ -45,10 +47,25 @@ pub(super) struct Runner {
     schedule: Schedule,
     limits: Limits,
     load: Arc<Load>,
-    sequences: HashMap<RequestId, Sequence>,
+    commands: Receiver<Command>,
+    sequences: BTreeMap<RequestId, Sequence>,
+    lanes: Vec<LaneState>,
+    stopping: bool,
+}
+
+/// What is kept between the steps of a lane.
+#[derive(Default)]
+struct LaneState {
     batch: Batch,
     workspace: Workspace,
-    stopping: bool,
+    /// The sequences that ended in this step.
+    ends: Vec<(RequestId, End)>,
+}
+
+/// A sequence and its slice of a step.
+struct Share<'a> {
+    slice: Slice,
+    sequence: &'a mut Sequence,
 }
 
 /// A request on its way.
@@ -78,28 +95,32 @@ enum End {
 }
 
 impl Runner {
-    pub(super) fn new(forward: Box<dyn Forward>, schedule: Schedule, limits: Limits, load: Arc<Load>) -> Self {
-        Self {
-            forward,
-            schedule,
-            limits,
-            load,
-            sequences: HashMap::new(),
-            batch: Batch::default(),
-            workspace: Workspace::default(),
-            stopping: false,
-        }
+    pub(super) fn new(
+        forward: Box<dyn Forward>,
+        schedule: Schedule,
+        limits: Limits,
+        load: Arc<Load>,
+        commands: Receiver<Command>,
+    ) -> Self {
+        let (sequences, lanes) = (BTreeMap::new(), Vec::new());
+        Self { forward, schedule, limits, load, commands, sequences, lanes, stopping: false }
     }
 
     /// Runs until told to stop, or until nobody is left to tell it.
-    pub(super) fn run(mut self, commands: &Receiver<Command>) {
-        loop {
-            self.take_commands(commands);
-            if self.stopping {
-                break;
+    pub(super) fn run(mut self) {
+        let pool = self.forward.pool();
+        while !self.stopping {
+            match self.commands.recv() {
+                Ok(command) => self.obey(command),
+                Err(_) => self.stopping = true,
             }
-            self.end_overdue();
-            self.step();
+            // Going to the pool's threads and back costs two wake-ups, so all steps up to the next
+            // pause go there at once.
+            match &pool {
+                _ if self.schedule.is_idle() => {}
+                Some(pool) => pool.install(|| self.work()),
+                None => self.work(),
+            }
         }
         let open: Vec<RequestId> = self.sequences.keys().copied().collect();
         for id in open {
@@ -107,16 +128,22 @@ impl Runner {
         }
     }
 
-    /// Takes what has come in; with nothing to do, waits for something.
-    fn take_commands(&mut self, commands: &Receiver<Command>) {
-        if self.schedule.is_idle() {
-            match commands.recv() {
-                Ok(command) => self.obey(command),
-                Err(_) => self.stopping = true,
+    /// Runs steps until there is nothing to do.
+    fn work(&mut self) {
+        loop {
+            self.take_commands();
+            if self.stopping || self.schedule.is_idle() {
+                break;
             }
+            self.end_overdue();
+            self.step();
         }
+    }
+
+    /// Takes what has come in.
+    fn take_commands(&mut self) {
         while !self.stopping {
-            match commands.try_recv() {
+            match self.commands.try_recv() {
                 Ok(command) => self.obey(command),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => self.stopping = true,
@@ -163,55 +190,40 @@ impl Runner {
         if step.slices.is_empty() {
             return;
         }
-        self.fill_batch(&step);
-        let computed = catch_unwind(AssertUnwindSafe(|| {
-            let vocabulary = self.forward.vocabulary();
-            let mut rows = self.forward.forward(&self.batch).chunks_exact(vocabulary);
-            let samples = step.slices.iter().filter(|slice| slice.samples);
-            let samples = samples.filter_map(|slice| {
-                let sequence = self.sequences.get(&slice.id)?;
-                Some((slice.id, sequence.sample(rows.next()?, slice, &mut self.workspace)))
-            });
-            samples.collect::<Vec<_>>()
-        }));
-        let time = begun.elapsed();
-        match computed {
-            Ok(samples) => self.record(&step, samples, time),
+        match catch_unwind(AssertUnwindSafe(|| self.compute(&step))) {
+            Ok(()) => self.record(&step, begun.elapsed()),
             Err(panic) => self.fail_step(&step, panic.as_ref()),
         }
     }
 
-    fn fill_batch(&mut self, step: &Step) {
-        self.batch.clear();
-        for slice in &step.slices {
-            if let Some(sequence) = self.sequences.get(&slice.id) {
-                let ids = &sequence.ids[slice.start..slice.start + slice.tokens];
-                self.batch.push(ids, slice.start, self.schedule.table(slice.id));
-                if slice.samples {
-                    self.batch.want_logits();
-                }
-            }
-        }
+    /// Computes a step in lanes: rows, logits, samples, text.
+    fn compute(&mut self, step: &Step) {
+        let tokens = step.tokens();
+        let count = self.forward.lanes(tokens).min(step.slices.len());
+        self.lanes.resize_with(count, LaneState::default);
+        let parts = divide(shares(step, &mut self.sequences), tokens.div_ceil(count), count);
+        let (schedule, vocabulary) = (&self.schedule, self.forward.vocabulary());
+        let parts = parts.into_iter().filter(|part| !part.is_empty());
+        let lanes = parts.zip(&mut self.lanes).map(|(part, state)| {
+            let LaneState { batch, workspace, ends } = state;
+            fill(batch, &part, schedule);
+            let finish = move |logits: &[f32]| advance(part, logits.chunks_exact(vocabulary), workspace, ends);
+            Lane { batch, finish: Box::new(finish) }
+        });
+        let lanes = lanes.collect();
+        self.forward.forward_lanes(lanes);
     }
 
-    fn record(&mut self, step: &Step, samples: Vec<(RequestId, Result<u32, RequestError>)>, time: Duration) {
+    fn record(&mut self, step: &Step, time: Duration) {
         self.schedule.commit(step);
         let tokens = u32::try_from(step.tokens()).unwrap_or(u32::MAX);
-        for slice in &step.slices {
-            if let Some(sequence) = self.sequences.get_mut(&slice.id) {
-                let share = u32::try_from(slice.tokens).unwrap_or(u32::MAX);
-                sequence.engine_time += time * share / tokens;
-            }
+        let time = time / tokens;
+        for share in shares(step, &mut self.sequences) {
+            share.sequence.engine_time += time * u32::try_from(share.slice.tokens).unwrap_or(u32::MAX);
         }
-        for (id, sampled) in samples {
-            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let end = match sampled {
-                Ok(token) => sequence.take(token).map(End::Finished),
-                Err(error) => Some(End::Failed(error)),
-            };
-            if let Some(end) = end {
-                self.end(id, end);
-            }
+        let ends: Vec<_> = self.lanes.iter_mut().flat_map(|lane| lane.ends.drain(..)).collect();
+        for (id, end) in ends {
+            self.end(id, end);
         }
     }
 
@@ -223,6 +235,7 @@ impl Runner {
             .cloned()
             .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string))
             .unwrap_or_else(|| "a panic without words".to_owned());
+        self.lanes.clear();
         tracing::error!(message, sequences = step.slices.len(), "a step failed");
         for slice in &step.slices {
             self.end(slice.id, End::Failed(RequestError::Step { message: message.clone() }));
@@ -240,6 +253,58 @@ impl Runner {
             End::Failed(error) => Event::Failed(error),
         };
         sequence.tell(event);
+    }
+}
+
+/// The slices of a step with their sequences, in the order of the requests.
+fn shares<'a>(step: &Step, sequences: &'a mut BTreeMap<RequestId, Sequence>) -> Vec<Share<'a>> {
+    let mut slices = step.slices.clone();
+    slices.sort_unstable_by_key(|slice| slice.id);
+    let mut sequences = sequences.iter_mut();
+    let shares = slices.into_iter().filter_map(|slice| {
+        let (_, sequence) = sequences.find(|(id, _)| **id == slice.id)?;
+        Some(Share { slice, sequence })
+    });
+    shares.collect()
+}
+
+/// Divides shares into so many parts of about so many tokens; some may be empty.
+fn divide(shares: Vec<Share<'_>>, tokens: usize, count: usize) -> Vec<Vec<Share<'_>>> {
+    let mut parts: Vec<Vec<_>> = (0..count).map(|_| Vec::with_capacity(shares.len())).collect();
+    let mut before = 0;
+    for share in shares {
+        let part = before / tokens;
+        before += share.slice.tokens;
+        parts[part].push(share);
+    }
+    parts
+}
+
+fn fill(batch: &mut Batch, shares: &[Share<'_>], schedule: &Schedule) {
+    batch.clear();
+    for Share { slice, sequence } in shares {
+        let ids = &sequence.ids[slice.start..slice.start + slice.tokens];
+        batch.push(ids, slice.start, schedule.table(slice.id));
+        if slice.samples {
+            batch.want_logits();
+        }
+    }
+}
+
+/// Samples and takes the next token of each sequence that has one.
+fn advance<'a>(
+    shares: Vec<Share<'_>>,
+    mut rows: impl Iterator<Item = &'a [f32]>,
+    workspace: &mut Workspace,
+    ends: &mut Vec<(RequestId, End)>,
+) {
+    for Share { slice, sequence } in shares.into_iter().filter(|share| share.slice.samples) {
+        let Some(logits) = rows.next() else { break };
+        let end = match sequence.sample(logits, &slice, workspace) {
+            Ok(token) => sequence.take(token).map(End::Finished),
+            Err(error) => Some(End::Failed(error)),
+        };
+        ends.extend(end.map(|end| (slice.id, end)));
     }
 }
 
@@ -283,7 +348,7 @@ impl Sequence {
             return Some(FinishReason::Stop);
         }
         let piece = self.stream.push(token);
-        if self.cut(&piece) {
+        if self.cut(piece) {
             return Some(FinishReason::Stop);
         }
         if self.ids.len() - self.prompt_tokens < self.max_tokens {
@@ -296,7 +361,7 @@ impl Sequence {
     /// Gives out what was held back; whether that met a stop string.
     fn flush(&mut self) -> bool {
         let rest = self.stream.finish();
-        if self.cut(&rest) {
+        if self.cut(rest) {
             return true;
         }
         let held = self.stops.finish();
@@ -305,8 +370,12 @@ impl Sequence {
     }
 
     /// Passes text on up to a stop string; whether there was one.
-    fn cut(&mut self, piece: &str) -> bool {
-        let (text, stopped) = match self.stops.push(piece) {
+    fn cut(&mut self, piece: String) -> bool {
+        if self.stops.is_empty() {
+            self.give(piece);
+            return false;
+        }
+        let (text, stopped) = match self.stops.push(&piece) {
             Cut::Open(text) => (text, false),
             Cut::Stopped(text) => (text, true),
         };

@@ -10,62 +10,109 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::backend::cpu::threads;
+use crate::backend::cpu::{LINE, threads};
 use crate::backend::{Batch, Heads};
 use crate::kv::BLOCK_TOKENS;
 use crate::math;
 
-/// The keys and values of one layer.
+/// The keys and values of all layers. A block gets its memory with its first token.
 #[derive(Debug)]
-pub(super) struct LayerCache {
-    /// `[block][key head][width][token]`: tokens are innermost, so the scores of a block's tokens
-    /// fill a vector without any sum across lanes.
-    keys: Vec<f32>,
-    /// `[block][key head][token][width]`.
-    values: Vec<f32>,
+pub struct Cache {
+    blocks: Vec<Block>,
+    layers: usize,
+    /// Values of one layer's keys in a block, and as many of its values.
+    half: usize,
 }
 
-impl LayerCache {
-    pub(super) fn new(blocks: usize, heads: &Heads) -> Self {
-        let length = blocks * heads.keys * heads.width * BLOCK_TOKENS;
-        Self { keys: vec![0.0; length], values: vec![0.0; length] }
+/// For each layer, the keys of a block's tokens, `[key head][width][token]`: tokens are innermost,
+/// so the scores of a block's tokens fill a vector without any sum across lanes. Then their values,
+/// `[key head][token][width]`.
+#[derive(Debug, Default)]
+struct Block {
+    values: Vec<f32>,
+    /// Where they start: on a cache line.
+    start: usize,
+}
+
+impl Block {
+    fn new(length: usize) -> Self {
+        let values = vec![0.0; length + LINE];
+        let start = values.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Self { values, start }
+    }
+}
+
+impl Cache {
+    pub(super) fn new(layers: usize, blocks: usize, heads: &Heads) -> Self {
+        let half = heads.keys * heads.width * BLOCK_TOKENS;
+        Self { blocks: (0..blocks).map(|_| Block::default()).collect(), layers, half }
     }
 
+    /// Overwrites everything, to show that nothing stale is read.
     #[cfg(test)]
-    pub(super) fn fill(&mut self, value: f32) {
-        self.keys.fill(value);
-        self.values.fill(value);
+    pub(crate) fn fill(&mut self, value: f32) {
+        for block in &mut self.blocks {
+            *block = Block::new(self.layers * 2 * self.half);
+            block.values.fill(value);
+        }
     }
 
-    pub(super) fn store(&mut self, qkv: &[f32], batch: &Batch, heads: &Heads) {
+    pub(super) fn take_blocks(&mut self, from: &mut Self, blocks: &[u32]) {
+        for block in blocks {
+            let mine = &mut self.blocks[*block as usize];
+            if mine.values.is_empty() {
+                std::mem::swap(mine, &mut from.blocks[*block as usize]);
+            }
+        }
+    }
+
+    /// A block's keys and values in one layer.
+    #[inline(always)]
+    fn block(&self, block: u32, layer: usize) -> (&[f32], &[f32]) {
+        let block = &self.blocks[block as usize];
+        block.values[block.start + layer * 2 * self.half..][..2 * self.half].split_at(self.half)
+    }
+
+    fn block_mut(&mut self, block: u32, layer: usize) -> (&mut [f32], &mut [f32]) {
+        let (layers, half) = (self.layers, self.half);
+        let block = &mut self.blocks[block as usize];
+        if block.values.is_empty() {
+            *block = Block::new(layers * 2 * half);
+        }
+        block.values[block.start + layer * 2 * half..][..2 * half].split_at_mut(half)
+    }
+
+    pub(super) fn store(&mut self, layer: usize, qkv: &[f32], (batch, heads): (&Batch, &Heads)) {
         let size = heads.width * BLOCK_TOKENS;
         for (row, qkv) in qkv.chunks_exact(heads.qkv_width()).take(batch.rows()).enumerate() {
             let position = batch.positions[row] as usize;
             let table = &batch.tables[batch.row_tables[row].clone()];
-            let first = table[position / BLOCK_TOKENS] as usize * heads.keys * size;
             let slot = position % BLOCK_TOKENS;
+            let (block_keys, block_values) = self.block_mut(table[position / BLOCK_TOKENS], layer);
             let (keys, values) = qkv[heads.queries * heads.width..].split_at(heads.keys * heads.width);
-            for (head, key) in keys.chunks_exact(heads.width).enumerate() {
-                let block = &mut self.keys[first + head * size..][..size];
-                for (place, key) in block.chunks_exact_mut(BLOCK_TOKENS).zip(key) {
-                    place[slot] = *key;
-                }
+            for (place, key) in block_keys.chunks_exact_mut(BLOCK_TOKENS).zip(keys) {
+                place[slot] = *key;
             }
-            for (head, value) in values.chunks_exact(heads.width).enumerate() {
-                let block = &mut self.values[first + head * size..][..size];
+            for (block, value) in block_values.chunks_exact_mut(size).zip(values.chunks_exact(heads.width)) {
                 block[slot * heads.width..][..heads.width].copy_from_slice(value);
             }
         }
     }
 
-    pub(super) fn attend(&self, arch: Arch, qkv: &[f32], (batch, heads): (&Batch, &Heads), out: &mut [f32]) {
+    pub(super) fn attend(
+        &self,
+        (arch, layer): (Arch, usize),
+        qkv: &[f32],
+        (batch, heads): (&Batch, &Heads),
+        out: &mut [f32],
+    ) {
         let group = heads.queries / heads.keys * heads.width;
         let out = &mut out[..batch.rows() * heads.queries * heads.width];
         let each = |scores: &mut Vec<f32>, index: usize, out: &mut [f32]| {
             let (row, head) = (index / heads.keys, index % heads.keys);
             let queries = &qkv[row * heads.qkv_width() + head * group..][..group];
             arch.dispatch(Attend {
-                layer: self,
+                cache: (self, layer),
                 table: &batch.tables[batch.row_tables[row].clone()],
                 tokens: batch.positions[row] as usize + 1,
                 head,
@@ -87,7 +134,7 @@ impl LayerCache {
 
 /// The kernel: the queries of one row that share a key head, on their way through its blocks.
 struct Attend<'a> {
-    layer: &'a LayerCache,
+    cache: (&'a Cache, usize),
     table: &'a [u32],
     /// How many tokens the row sees, itself included.
     tokens: usize,
@@ -109,10 +156,11 @@ impl WithSimd for Attend<'_> {
         if self.scores.len() < length {
             self.scores.resize(length, 0.0);
         }
+        let (cache, layer) = self.cache;
         let blocks = || self.table.iter().take(stride / BLOCK_TOKENS).enumerate();
         let scores = &mut self.scores[..length];
         for (index, block) in blocks() {
-            let (keys, _) = self.layer.keys[self.heads.range(*block, self.head)].as_chunks();
+            let (keys, _) = cache.block(*block, layer).0[self.heads.range(self.head)].as_chunks();
             let rows = self.queries.chunks_exact(width).zip(scores.chunks_exact_mut(stride));
             for (query, scores) in rows {
                 let scores = &mut scores[index * BLOCK_TOKENS..][..BLOCK_TOKENS];
@@ -126,7 +174,7 @@ impl WithSimd for Attend<'_> {
         for (index, block) in blocks() {
             let first = index * BLOCK_TOKENS;
             let tokens = BLOCK_TOKENS.min(self.tokens - first);
-            let values = &self.layer.values[self.heads.range(*block, self.head)];
+            let values = &cache.block(*block, layer).1[self.heads.range(self.head)];
             let rows = self.out.chunks_exact_mut(width).zip(scores.chunks_exact(stride));
             for (out, weights) in rows {
                 add_values(simd, &weights[first..first + tokens], values, out);
@@ -136,12 +184,11 @@ impl WithSimd for Attend<'_> {
 }
 
 impl Heads {
-    /// Where one head's part of a block stands in a layer's keys or values.
+    /// Where one head's part stands in a block's keys or values of a layer.
     #[inline(always)]
-    fn range(&self, block: u32, head: usize) -> Range<usize> {
+    fn range(&self, head: usize) -> Range<usize> {
         let size = self.width * BLOCK_TOKENS;
-        let first = (block as usize * self.keys + head) * size;
-        first..first + size
+        head * size..(head + 1) * size
     }
 }
 
@@ -192,6 +239,59 @@ fn normalise(scores: &mut [f32], tokens: usize) {
 /// Adds a block's weighted values: a sum over its tokens, in four chains whose tokens take turns.
 #[inline(always)]
 fn add_values<S: Simd>(simd: S, weights: &[f32], values: &[f32], out: &mut [f32]) {
+    let width = out.len();
+    // The usual widths, so that all places are known when this is compiled.
+    match (width % S::F32_LANES, width / S::F32_LANES) {
+        (0, 1) => add_vectors::<S, 1>(simd, weights, values, out),
+        (0, 2) => add_vectors::<S, 2>(simd, weights, values, out),
+        (0, 4) => add_vectors::<S, 4>(simd, weights, values, out),
+        (0, 8) => add_vectors::<S, 8>(simd, weights, values, out),
+        (0, 16) => add_vectors::<S, 16>(simd, weights, values, out),
+        _ => add_any(simd, weights, values, out),
+    }
+}
+
+/// [`add_values`] for a width of so many vectors.
+#[inline(always)]
+fn add_vectors<S: Simd, const VECTORS: usize>(simd: S, weights: &[f32], values: &[f32], out: &mut [f32]) {
+    let (tokens, _) = S::as_simd_f32s(values).0.as_chunks::<VECTORS>();
+    let Some(out) = S::as_mut_simd_f32s(out).0.first_chunk_mut::<VECTORS>() else { return };
+    match (weights.first_chunk::<BLOCK_TOKENS>(), tokens.first_chunk::<BLOCK_TOKENS>()) {
+        (Some(weights), Some(tokens)) => add_tokens::<S, VECTORS>(simd, weights, tokens, out),
+        _ => add_tokens::<S, VECTORS>(simd, weights, tokens, out),
+    }
+}
+
+#[inline(always)]
+fn add_tokens<S: Simd, const VECTORS: usize>(
+    simd: S,
+    weights: &[f32],
+    tokens: &[[S::f32s; VECTORS]],
+    out: &mut [S::f32s; VECTORS],
+) {
+    let zero = simd.splat_f32s(0.0);
+    let step = |sum, weight: f32, value| simd.mul_add_f32s(simd.splat_f32s(weight), value, sum);
+    let (four, rest) = weights.as_chunks::<4>();
+    let (turns, _) = tokens.as_chunks::<4>();
+    for index in 0..VECTORS {
+        let (mut a, mut b, mut c, mut d) = (zero, zero, zero, zero);
+        for (weights, tokens) in four.iter().zip(turns) {
+            a = step(a, weights[0], tokens[0][index]);
+            b = step(b, weights[1], tokens[1][index]);
+            c = step(c, weights[2], tokens[2][index]);
+            d = step(d, weights[3], tokens[3][index]);
+        }
+        for (weight, token) in rest.iter().zip(&tokens[4 * four.len()..]) {
+            a = step(a, *weight, token[index]);
+        }
+        let sum = simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d));
+        out[index] = simd.add_f32s(out[index], sum);
+    }
+}
+
+/// [`add_values`] for any width.
+#[inline(always)]
+fn add_any<S: Simd>(simd: S, weights: &[f32], values: &[f32], out: &mut [f32]) {
     let width = out.len();
     let (vectors, rest) = S::as_mut_simd_f32s(out);
     let done = width - rest.len();

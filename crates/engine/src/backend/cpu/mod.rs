@@ -8,7 +8,8 @@ mod attention;
 mod elementwise;
 mod product;
 
-use std::sync::{Mutex, PoisonError};
+use std::cell::Cell;
+use std::sync::Arc;
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -17,6 +18,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::backend::{Backend, Batch, Dense, Heads, Write};
 use crate::config::Activation;
 use crate::error::LoadError;
+pub use attention::Cache;
 use elementwise::{Activate, ActivateGated, LayerNorm, RmsNorm, Rotate};
 pub use product::Packed;
 
@@ -24,19 +26,24 @@ pub use product::Packed;
 /// ten microseconds, in which a core does about this much.
 const PARALLEL_WORK: usize = 1 << 20;
 
+/// A cache line in values; weights and blocks start on one.
+const LINE: usize = 16;
+
+/// A model of at most so many weights is computed in lanes: each core reads all weights from its
+/// own cache, and meets the others once per step. Larger ones are better read once by all.
+const LANE_WEIGHTS_MAX: usize = 1 << 20;
+
 /// The CPU as a backend.
 #[derive(Debug)]
 pub struct Cpu {
     arch: Arch,
-    pool: Option<ThreadPool>,
-    /// Packed rows of a product's input, kept between calls.
-    packed_rows: Mutex<Vec<f32>>,
+    pool: Option<Arc<ThreadPool>>,
 }
 
-/// Keys and values of all layers.
-#[derive(Debug)]
-pub struct Cache {
-    layers: Vec<attention::LayerCache>,
+thread_local! {
+    /// Packed rows of a product's input, kept between calls. Taken while in use, so that a product
+    /// that a thread comes upon while it waits inside another one finds it empty, not taken.
+    static PACKED_ROWS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 impl Cpu {
@@ -51,15 +58,15 @@ impl Cpu {
         };
         let pool = match threads {
             1 => None,
-            _ => Some(
+            _ => Some(Arc::new(
                 ThreadPoolBuilder::new()
                     .num_threads(threads)
                     .thread_name(|index| format!("genmill-cpu-{index}"))
                     .build()
                     .map_err(|source| LoadError::Threads { threads, source })?,
-            ),
+            )),
         };
-        Ok(Self { arch: Arch::new(), pool, packed_rows: Mutex::default() })
+        Ok(Self { arch: Arch::new(), pool })
     }
 }
 
@@ -67,20 +74,12 @@ impl Cpu {
 impl Cpu {
     /// One thread with these instructions.
     pub(crate) fn with_arch(arch: Arch) -> Self {
-        Self { arch, pool: None, packed_rows: Mutex::default() }
-    }
-}
-
-#[cfg(test)]
-impl Cache {
-    /// Overwrites everything, to show that nothing stale is read.
-    pub(crate) fn fill(&mut self, value: f32) {
-        self.layers.iter_mut().for_each(|layer| layer.fill(value));
+        Self { arch, pool: None }
     }
 }
 
 /// How many threads a kernel of so many multiply-adds may use here. Outside of the pool's threads
-/// (see [`Backend::enter`]) it is one.
+/// (see [`Backend::pool`]) it is one.
 fn threads(work: usize) -> usize {
     if work < PARALLEL_WORK || rayon::current_thread_index().is_none() { 1 } else { rayon::current_num_threads() }
 }
@@ -137,14 +136,28 @@ impl Backend for Cpu {
     }
 
     fn cache(&self, layers: usize, blocks: usize, heads: &Heads) -> Cache {
-        Cache { layers: (0..layers).map(|_| attention::LayerCache::new(blocks, heads)).collect() }
+        Cache::new(layers, blocks, heads)
     }
 
-    fn enter<R: Send>(&self, work: usize, step: impl FnOnce() -> R + Send) -> R {
+    fn move_blocks(&self, from: &mut Cache, to: &mut Cache, blocks: &[u32]) {
+        to.take_blocks(from, blocks);
+    }
+
+    fn pool(&self) -> Option<Arc<ThreadPool>> {
+        self.pool.clone()
+    }
+
+    fn lanes(&self, weights: usize) -> usize {
         match &self.pool {
-            // Handing a step to the pool and back costs two wake-ups, so a small one stays here.
-            Some(pool) if work >= 4 * PARALLEL_WORK => pool.install(step),
-            _ => step(),
+            Some(pool) if weights <= LANE_WEIGHTS_MAX => pool.current_num_threads(),
+            _ => 1,
+        }
+    }
+
+    fn side_by_side<T: Send>(&self, parts: Vec<T>, each: impl Fn(T) + Send + Sync) {
+        match rayon::current_thread_index() {
+            Some(_) => parts.into_par_iter().with_max_len(1).for_each(each),
+            None => parts.into_iter().for_each(each),
         }
     }
 
@@ -163,8 +176,9 @@ impl Backend for Cpu {
         write: Write,
     ) {
         let task = product::Task { arch: self.arch, matrix, bias: bias.map(Vec::as_slice), write };
-        let mut packed = self.packed_rows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut packed = PACKED_ROWS.take();
         task.run(&x[..rows * matrix.inputs()], rows, &mut packed, out);
+        PACKED_ROWS.set(packed);
     }
 
     fn rms_norm(&self, (x, rows): (&Vec<f32>, usize), weight: &Vec<f32>, epsilon: f32, out: &mut Vec<f32>) {
@@ -200,7 +214,7 @@ impl Backend for Cpu {
     }
 
     fn store(&self, cache: &mut Cache, layer: usize, qkv: &Vec<f32>, (batch, heads): (&Batch, &Heads)) {
-        cache.layers[layer].store(qkv, batch, heads);
+        cache.store(layer, qkv, (batch, heads));
     }
 
     fn attend(
@@ -210,7 +224,7 @@ impl Backend for Cpu {
         (batch, heads): (&Batch, &Heads),
         out: &mut Vec<f32>,
     ) {
-        cache.layers[layer].attend(self.arch, qkv, (batch, heads), out);
+        cache.attend((self.arch, layer), qkv, (batch, heads), out);
     }
 
     fn activate(&self, activation: Activation, (x, rows): (&Vec<f32>, usize), width: usize, out: &mut Vec<f32>) {

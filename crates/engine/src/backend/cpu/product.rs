@@ -11,7 +11,7 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::backend::cpu::threads;
+use crate::backend::cpu::{LINE, threads};
 use crate::backend::{Dense, Write};
 
 /// Outputs per panel: two AVX-512 vectors or four of AVX2.
@@ -20,9 +20,6 @@ const PANEL: usize = 32;
 /// Most rows per tile: 12 rows by 2 vectors fill 24 of AVX-512's 32 registers with sums. Other
 /// instruction sets have half as many.
 const ROWS_MAX: usize = 12;
-
-/// A cache line in values; panels start on one.
-const LINE: usize = 16;
 
 /// The chains of a tile over one strip, two vectors wide: for each input, every row's value times
 /// the weights. Each row's two sums are variables of their own, for the compiler keeps an array of
