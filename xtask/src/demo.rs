@@ -21,7 +21,7 @@ pub(crate) fn run_demo() -> anyhow::Result<()> {
     let genmill = target().join("release/genmill");
     let data = std::env::temp_dir().join(format!("genmill-demo-{}", std::process::id()));
     let mut mill = Mill::start(&genmill, &data)?;
-    let compared = compare(&genmill, &data, &mill.grpc);
+    let compared = compare(&genmill, &mill.grpc);
     let stopped = mill.stop();
     // The folder lies among temporary files; one that stays behind does no harm.
     drop(std::fs::remove_dir_all(&data));
@@ -32,11 +32,11 @@ fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
-fn compare(genmill: &Path, data: &Path, grpc: &str) -> anyhow::Result<()> {
+fn compare(genmill: &Path, grpc: &str) -> anyhow::Result<()> {
     run(Command::new(genmill)
         .args(["--server", &format!("http://{grpc}")])
         .args(["experiment", "run", "examples/tictactoe/experiment.yaml", "--out"])
-        .arg(data.join("results.jsonl"))
+        .arg(target().join("demo-results.jsonl"))
         .current_dir(root()))
 }
 
