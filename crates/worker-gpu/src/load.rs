@@ -7,9 +7,9 @@ use genmill_core::money::Picodollars;
 use genmill_core::registration::{Availability, ServedModel};
 use genmill_daemon::config::Gpu;
 use genmill_daemon::models::ListedModel;
-use genmill_engine::{Engine, EngineOptions, LoadOptions, Model, ModelPaths};
-use std::sync::Arc;
-use std::time::Instant;
+use genmill_engine::{Engine, EngineOptions, Event, LoadOptions, Model, ModelPaths, Prompt, Request};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 /// How engines are set up.
 #[derive(Clone, Debug)]
@@ -118,5 +118,42 @@ fn start(listed: &ListedModel, settings: &Settings) -> anyhow::Result<Engine> {
     };
     let model =
         Model::load(&paths, &settings.load).with_context(|| format!("cannot load {}", path.resolved.display()))?;
-    Ok(Engine::start(model, settings.engine)?)
+    let engine = Engine::start(model, settings.engine)?;
+    warm_up(&engine, settings.engine.max_sequences);
+    Ok(engine)
+}
+
+/// How long an engine is warmed up at most.
+const WARM_UP: Duration = Duration::from_millis(300);
+
+/// Runs a full batch for a moment, so that memory is laid out and cores are awake before the first job comes. Whatever
+/// goes wrong here will go wrong, and be told, with a job as well.
+fn warm_up(engine: &Engine, sequences: usize) {
+    let (ended, wait) = mpsc::channel();
+    for seed in (0..).take(sequences) {
+        let ended = ended.clone();
+        let request = Request {
+            prompt: Prompt::Text("warm up".to_owned()),
+            max_tokens: (engine.card().context_tokens() / 2).clamp(1, 256),
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            seed,
+            stop: Vec::new(),
+            deadline: Some(Instant::now() + WARM_UP),
+            now_unix_s: 0,
+        };
+        let sink = move |event| {
+            if matches!(event, Event::Finished(_) | Event::Failed(_)) {
+                // Nobody listens any more once the time is up.
+                drop(ended.send(event));
+            }
+        };
+        if engine.submit(request, Box::new(sink)).is_err() {
+            break;
+        }
+    }
+    drop(ended);
+    // Ends when every request has, since then all senders are gone.
+    while wait.recv_timeout(2 * WARM_UP).is_ok() {}
 }
