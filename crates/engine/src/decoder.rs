@@ -42,10 +42,16 @@ pub(crate) trait Forward: Send {
         1
     }
 
-    /// Computes the lanes of a step side by side and finishes each on the thread that computed it.
+    /// How a lane of so many sequences may go on by itself after a step.
+    fn encore(&self, sequences: usize) -> Encore {
+        let _ = sequences;
+        Encore::default()
+    }
+
+    /// Computes the lanes of a step side by side, each on one thread with what follows its logits.
     fn forward_lanes(&mut self, lanes: Vec<Lane<'_>>) {
-        for lane in lanes {
-            (lane.finish)(self.forward(lane.batch));
+        for Lane { batch, mut finish } in lanes {
+            while finish(self.forward(batch), batch) == Next::Again {}
         }
     }
 }
@@ -53,13 +59,32 @@ pub(crate) trait Forward: Send {
 /// A part of a step that shares no sequence with the others.
 pub(crate) struct Lane<'a> {
     /// Its rows.
-    pub(crate) batch: &'a Batch,
+    pub(crate) batch: &'a mut Batch,
     /// What happens with its logits.
     pub(crate) finish: Finish<'a>,
 }
 
-/// Takes a lane's logits.
-pub(crate) type Finish<'a> = Box<dyn FnOnce(&[f32]) + Send + 'a>;
+/// Takes a lane's logits, and may fill its batch again: with rows of the same sequences only.
+pub(crate) type Finish<'a> = Box<dyn FnMut(&[f32], &mut Batch) -> Next + Send + 'a>;
+
+/// What a lane does after its logits were taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// It computes its batch, which was filled again.
+    Again,
+    /// It is done.
+    Done,
+}
+
+/// Further turns that a lane may take by itself when nobody waits for the end of the step: a few of its sequences at a
+/// time, whose keys and values then stay in the cache of their core.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Encore {
+    /// Sequences at a time.
+    pub(crate) sequences: usize,
+    /// Turns of each.
+    pub(crate) turns: usize,
+}
 
 /// The largest step and the size of the cache.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +99,18 @@ pub(crate) struct Room {
 
 /// A lane of fewer multiply-adds costs more to hand over than it saves.
 const LANE_WORK: usize = 1 << 19;
+
+/// Multiply-adds of all that a lane does in one go: about a millisecond.
+const ENCORE_WORK: usize = 1 << 25;
+
+/// Values of keys and values that a core's own cache holds beside the weights: half of a usual second-level cache.
+const ENCORE_VALUES: usize = 1 << 18;
+
+/// The tokens of a sequence that are expected when its keys and values are counted.
+const ENCORE_TOKENS: usize = 256;
+
+/// Fewer rows at a time do not pay for the way through the weights.
+const ENCORE_SEQUENCES_MIN: usize = 4;
 
 /// A decoder on a backend.
 pub(crate) struct Decoder<B: Backend> {
@@ -172,15 +209,31 @@ impl<B: Backend> Forward for Decoder<B> {
         (self.body.work(rows) / LANE_WORK).min(self.lanes.len()).max(1)
     }
 
+    fn encore(&self, sequences: usize) -> Encore {
+        // Alone, or without lanes, there is nothing to gain.
+        if self.lanes.len() < 2 || sequences < 2 {
+            return Encore::default();
+        }
+        let config = &self.body.config;
+        let values = 2 * config.layers * config.kv_heads * config.head_dim * ENCORE_TOKENS;
+        Encore {
+            sequences: (ENCORE_VALUES / values).max(ENCORE_SEQUENCES_MIN),
+            turns: (ENCORE_WORK / self.body.work(sequences)).saturating_sub(1),
+        }
+    }
+
     fn forward_lanes(&mut self, lanes: Vec<Lane<'_>>) {
         for (index, lane) in lanes.iter().enumerate() {
             self.gather(index, lane.batch);
         }
         let (backend, body, angles) = (&self.backend, &self.body, self.angles.as_ref());
         let parts = lanes.into_iter().zip(&mut self.lanes).collect();
-        backend.side_by_side(parts, |(lane, room): (Lane<'_>, &mut Buffers<B>)| {
-            (lane.finish)(body.step(backend, (lane.batch, angles), room));
-        });
+        backend.side_by_side(
+            parts,
+            |(Lane { batch, mut finish }, room): (Lane<'_>, &mut Buffers<B>)| {
+                while finish(body.step(backend, (batch, angles), room), batch) == Next::Again {}
+            },
+        );
     }
 }
 

@@ -9,7 +9,7 @@ mod run;
 mod tests;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -250,6 +250,8 @@ pub struct Engine {
 struct Load {
     sequences: AtomicUsize,
     kv_tokens: AtomicUsize,
+    /// A command waits, for which lanes end their encore.
+    news: AtomicBool,
 }
 
 impl Engine {
@@ -316,7 +318,10 @@ impl Engine {
             sink,
         };
         match self.commands.try_send(run::Command::Submit(Box::new(ticket))) {
-            Ok(()) => Ok(id),
+            Ok(()) => {
+                self.load.news.store(true, Ordering::Relaxed);
+                Ok(id)
+            }
             Err(error) => {
                 self.load.give_place(needed);
                 Err(match error {
@@ -332,6 +337,7 @@ impl Engine {
     pub fn cancel(&self, id: RequestId) {
         // A stopped engine has cancelled everything already.
         drop(self.commands.send(run::Command::Cancel(id)));
+        self.load.news.store(true, Ordering::Relaxed);
     }
 
     /// How much more the engine can take now.
@@ -380,6 +386,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         drop(self.commands.send(run::Command::Stop));
+        self.load.news.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

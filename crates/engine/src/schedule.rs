@@ -131,6 +131,20 @@ impl Schedule {
         Step { admitted, slices: slices.collect() }
     }
 
+    /// Whether a step has all sequences that there are, running or waiting: then nobody waits for its end.
+    #[must_use]
+    pub fn runs_only(&self, step: &Step) -> bool {
+        self.waiting.is_empty() && step.slices.len() == self.running.len()
+    }
+
+    /// Records that a sequence took so many more tokens after its slice of a step, each computed from the one before.
+    pub fn commit_ahead(&mut self, id: RequestId, tokens: usize) {
+        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.computed += tokens;
+            sequence.known += tokens;
+        }
+    }
+
     /// Records that a step was computed: each slice's sequence has that much more in the cache,
     /// and one more token where it sampled. Sequences that ended are to be removed afterwards.
     pub fn commit(&mut self, step: &Step) {

@@ -171,8 +171,11 @@ fn logits_do_not_depend_on_the_lane() {
                     (batch, &alone[index])
                 });
                 batches.rotate_left(step % 2);
-                let lanes = batches.iter().map(|(batch, alone)| {
-                    let finish = |logits: &[f32]| assert!(!last || same_bits(alone, logits), "chunks of {chunk}");
+                let lanes = batches.iter_mut().map(|(batch, alone)| {
+                    let finish = move |logits: &[f32], _: &mut Batch| {
+                        assert!(!last || same_bits(alone, logits), "chunks of {chunk}");
+                        Next::Done
+                    };
                     Lane { batch, finish: Box::new(finish) }
                 });
                 let lanes = lanes.collect();

@@ -8,11 +8,12 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use crate::backend::Batch;
-use crate::decoder::{Forward, Lane};
+use crate::decoder::{Encore, Forward, Lane, Next};
 use crate::engine::{Completion, Event, FinishReason, Load, RequestError, RequestId, Sink};
 use crate::sampler::{Sampling, Workspace};
 use crate::schedule::{Limits, Schedule, Slice, Step};
@@ -62,6 +63,22 @@ struct LaneState {
     ends: Vec<(RequestId, End)>,
 }
 
+/// A lane on its way: one turn with all of its shares, then its encore.
+struct Turns<'a> {
+    schedule: &'a Schedule,
+    load: &'a Load,
+    vocabulary: usize,
+    encore: Encore,
+    /// What the batch holds now.
+    shares: Vec<Share<'a>>,
+    /// Turns that these still have.
+    left: usize,
+    /// What comes after them.
+    later: Vec<Vec<Share<'a>>>,
+    workspace: &'a mut Workspace,
+    ends: &'a mut Vec<(RequestId, End)>,
+}
+
 /// A sequence and its slice of a step.
 struct Share<'a> {
     slice: Slice,
@@ -85,6 +102,8 @@ struct Sequence {
     started: Option<Instant>,
     first_token: Option<Instant>,
     engine_time: Duration,
+    /// Tokens it has taken in a lane's encore, which the schedule does not know of yet.
+    ahead: usize,
     sink: Sink,
 }
 
@@ -142,6 +161,7 @@ impl Runner {
 
     /// Takes what has come in.
     fn take_commands(&mut self) {
+        self.load.news.store(false, Ordering::Relaxed);
         while !self.stopping {
             match self.commands.try_recv() {
                 Ok(command) => self.obey(command),
@@ -202,13 +222,16 @@ impl Runner {
         let count = self.forward.lanes(tokens).min(step.slices.len());
         self.lanes.resize_with(count, LaneState::default);
         let parts = divide(shares(step, &mut self.sequences), tokens.div_ceil(count), count);
-        let (schedule, vocabulary) = (&self.schedule, self.forward.vocabulary());
+        let (schedule, load, vocabulary) = (&self.schedule, self.load.as_ref(), self.forward.vocabulary());
+        let alone = step.slices.iter().all(|slice| slice.samples) && schedule.runs_only(step);
         let parts = parts.into_iter().filter(|part| !part.is_empty());
-        let lanes = parts.zip(&mut self.lanes).map(|(part, state)| {
+        let lanes = parts.zip(&mut self.lanes).map(|(shares, state)| {
             let LaneState { batch, workspace, ends } = state;
-            fill(batch, &part, schedule);
-            let finish = move |logits: &[f32]| advance(part, logits.chunks_exact(vocabulary), workspace, ends);
-            Lane { batch, finish: Box::new(finish) }
+            fill(batch, &shares, schedule);
+            let encore = if alone { self.forward.encore(shares.len()) } else { Encore::default() };
+            let later = Vec::new();
+            let mut turns = Turns { schedule, load, vocabulary, encore, shares, left: 1, later, workspace, ends };
+            Lane { batch, finish: Box::new(move |logits, batch| turns.take(logits, batch)) }
         });
         let lanes = lanes.collect();
         self.forward.forward_lanes(lanes);
@@ -216,10 +239,12 @@ impl Runner {
 
     fn record(&mut self, step: &Step, time: Duration) {
         self.schedule.commit(step);
-        let tokens = u32::try_from(step.tokens()).unwrap_or(u32::MAX);
-        let time = time / tokens;
-        for share in shares(step, &mut self.sequences) {
-            share.sequence.engine_time += time * u32::try_from(share.slice.tokens).unwrap_or(u32::MAX);
+        let mut shares = shares(step, &mut self.sequences);
+        let tokens: usize = shares.iter().map(Share::tokens).sum();
+        let time = time / u32::try_from(tokens).unwrap_or(u32::MAX);
+        for share in &mut shares {
+            share.sequence.engine_time += time * u32::try_from(share.tokens()).unwrap_or(u32::MAX);
+            self.schedule.commit_ahead(share.slice.id, std::mem::take(&mut share.sequence.ahead));
         }
         let ends: Vec<_> = self.lanes.iter_mut().flat_map(|lane| lane.ends.drain(..)).collect();
         for (id, end) in ends {
@@ -291,20 +316,72 @@ fn fill(batch: &mut Batch, shares: &[Share<'_>], schedule: &Schedule) {
     }
 }
 
-/// Samples and takes the next token of each sequence that has one.
-fn advance<'a>(
-    shares: Vec<Share<'_>>,
-    mut rows: impl Iterator<Item = &'a [f32]>,
-    workspace: &mut Workspace,
-    ends: &mut Vec<(RequestId, End)>,
-) {
-    for Share { slice, sequence } in shares.into_iter().filter(|share| share.slice.samples) {
-        let Some(logits) = rows.next() else { break };
-        let end = match sequence.sample(logits, &slice, workspace) {
-            Ok(token) => sequence.take(token).map(End::Finished),
+impl Share<'_> {
+    /// Tokens of the step and of the encore.
+    const fn tokens(&self) -> usize {
+        self.slice.tokens + self.sequence.ahead
+    }
+}
+
+impl<'a> Turns<'a> {
+    /// Samples and takes the next token of each share, then chooses the next turn.
+    fn take(&mut self, logits: &[f32], batch: &mut Batch) -> Next {
+        let (workspace, ends) = (&mut *self.workspace, &mut *self.ends);
+        let mut rows = logits.chunks_exact(self.vocabulary);
+        self.shares.retain_mut(|share| match share.advance(&mut rows, workspace) {
+            None => true,
+            Some(end) => {
+                ends.push((share.slice.id, end));
+                false
+            }
+        });
+        self.left -= 1;
+        if !self.choose() {
+            return Next::Done;
+        }
+        for share in &mut self.shares {
+            share.slice.start += share.slice.tokens;
+            share.slice.tokens = 1;
+            share.sequence.ahead += 1;
+        }
+        fill(batch, &self.shares, self.schedule);
+        Next::Again
+    }
+
+    /// Whether there is another turn; then `shares` are those that take it.
+    fn choose(&mut self) -> bool {
+        if self.encore.turns == 0 || self.load.news.load(Ordering::Relaxed) {
+            return false;
+        }
+        if self.later.is_empty() && self.encore.sequences > 0 {
+            self.later = groups(std::mem::take(&mut self.shares), self.encore.sequences);
+            self.encore.sequences = 0;
+        }
+        while self.left == 0 || self.shares.is_empty() {
+            let Some(shares) = self.later.pop() else { return false };
+            self.shares = shares;
+            self.left = self.encore.turns;
+        }
+        true
+    }
+}
+
+/// Divides shares into as few groups of at most so many as there can be, of about the same size.
+fn groups(shares: Vec<Share<'_>>, most: usize) -> Vec<Vec<Share<'_>>> {
+    let count = shares.len().div_ceil(most).max(1);
+    let size = shares.len().div_ceil(count);
+    let mut shares = shares.into_iter();
+    (0..count).map(|_| shares.by_ref().take(size).collect()).collect()
+}
+
+impl Share<'_> {
+    /// Samples from the next row and takes the token, where the slice has one; returns how the sequence ends, if it does.
+    fn advance<'b>(&mut self, rows: &mut impl Iterator<Item = &'b [f32]>, workspace: &mut Workspace) -> Option<End> {
+        let logits = if self.slice.samples { rows.next()? } else { return None };
+        match self.sequence.sample(logits, &self.slice, workspace) {
+            Ok(token) => self.sequence.take(token).map(End::Finished),
             Err(error) => Some(End::Failed(error)),
-        };
-        ends.extend(end.map(|end| (slice.id, end)));
+        }
     }
 }
 
@@ -328,6 +405,7 @@ impl Sequence {
             started: None,
             first_token: None,
             engine_time: Duration::ZERO,
+            ahead: 0,
             sink: ticket.sink,
         }
     }

@@ -1,6 +1,8 @@
 //! The contract: a request's tokens are the same alone and in any company, under any chunking.
 
-use genmill_engine::{Completion, Engine, Prompt, Request};
+use std::sync::mpsc::channel;
+
+use genmill_engine::{Completion, Engine, Event, Prompt, Request};
 
 use crate::{engine, greedy, submit};
 
@@ -55,4 +57,47 @@ fn a_seed_decides_the_text() {
     };
     assert_eq!(text(7), text(7));
     assert_ne!(text(7), text(8));
+}
+
+/// The engine is held in the middle of its steps while somebody comes and somebody leaves.
+#[test]
+fn who_comes_joins_at_the_next_step_and_who_leaves_changes_nothing() {
+    const LATE: u64 = 99;
+    for name in ["qwen2", "gpt2"] {
+        let engine = engine(name, 64);
+        let long = |seed| Request { temperature: 0.8, seed, ..greedy("X moves first", 220) };
+        let alone: Vec<String> = (0..12).map(|seed| submit(&engine, long(seed)).unwrap().completion().text).collect();
+        let (ended, ends) = channel();
+        let (held, hold) = channel();
+        let (release, released) = channel::<()>();
+        let mut pieces = 0;
+        let sink = |seed: u64, mut each: Box<dyn FnMut() + Send>| {
+            let ended = ended.clone();
+            Box::new(move |event| match event {
+                Event::Text { .. } => each(),
+                Event::Finished(completion) => ended.send((seed, completion)).unwrap(),
+                Event::Started | Event::Failed(_) => {}
+            })
+        };
+        let wait = Box::new(move || {
+            pieces += 1;
+            if pieces == 40 {
+                held.send(()).unwrap();
+                released.recv().unwrap();
+            }
+        });
+        let mut ids = vec![engine.submit(long(0), sink(0, wait)).unwrap()];
+        ids.extend((1..12).map(|seed| engine.submit(long(seed), sink(seed, Box::new(|| ()))).unwrap()));
+        hold.recv().unwrap();
+        engine.submit(greedy("X", 2), sink(LATE, Box::new(|| ()))).unwrap();
+        engine.cancel(ids[3]);
+        release.send(()).unwrap();
+        let order: Vec<(u64, Completion)> = (0..13).map(|_| ends.recv().unwrap()).collect();
+        let place = |seed| order.iter().position(|(ended, _)| *ended == seed).unwrap();
+        let whole = order.iter().position(|(_, completion)| completion.completion_tokens == 220).unwrap();
+        assert!(place(3) < place(LATE) && place(LATE) < whole, "{name}");
+        for (seed, completion) in order.iter().filter(|(seed, _)| ![3, LATE].contains(seed)) {
+            assert!(completion.text == alone[usize::try_from(*seed).unwrap()], "{name}, seed {seed}");
+        }
+    }
 }
