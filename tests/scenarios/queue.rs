@@ -13,8 +13,8 @@ use genmill_core::request::{Input, Priority, Sampling};
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, Booked, Enqueued, Finish, Held, Kept, Lease, ListQuery, NewJob, Options, Piece, Queue, QueueError, RequestId,
-    Reservation, Tally,
+    Beat, Booked, Ended, Enqueued, Finish, Held, Kept, Lease, ListQuery, NewJob, Options, Piece, Queue, QueueError,
+    RequestId, Reservation, Tally,
 };
 use genmill_tests::redis_server::RedisServer;
 use std::collections::BTreeMap;
@@ -103,7 +103,18 @@ impl Bench {
     }
 
     async fn finish(&self, lease: &Lease, name: &str, finish: Finish) -> Kept {
-        self.queue.finish(lease, &worker(name), &finish).await.unwrap()
+        self.try_finish(lease, name, finish).await.unwrap()
+    }
+
+    async fn try_finish(&self, lease: &Lease, name: &str, finish: Finish) -> Result<Kept, QueueError> {
+        let ended = Ended { held: lease.held(), started_at: lease.started_at, finish: &finish };
+        Ok(self.queue.finish(lease.id.lane(), &worker(name), &[ended]).await?[0])
+    }
+
+    /// Adds text to the attempt under a lease.
+    async fn append(&self, lease: &Lease, name: &str, offset: u64, text: &str) {
+        let piece = Piece { held: lease.held(), offset, text: text.to_owned() };
+        self.queue.append(self.lane, &worker(name), &[piece]).await.unwrap();
     }
 
     /// Lets the lease of a job run out, as if its worker had died long ago.
@@ -173,8 +184,7 @@ async fn a_lost_worker_can_change_nothing_but_its_cost_is_booked() {
     assert_eq!(bench.state(id).await, State::Queued);
     let fresh = bench.claim_one("alive").await;
     assert_eq!(fresh.epoch.0, 2);
-    let piece = Piece { held: Held { id, epoch: stale.epoch }, text: "stale".to_owned() };
-    bench.queue.append(bench.lane, &worker("dead"), &[piece]).await.unwrap();
+    bench.append(&stale, "dead", 0, "stale").await;
     // Twice, as after an answer that got lost.
     assert_eq!(bench.finish(&stale, "dead", done("stale")).await, Kept::LeaseLost);
     assert_eq!(bench.finish(&stale, "dead", done("stale")).await, Kept::LeaseLost);
@@ -339,9 +349,9 @@ async fn text_is_read_from_any_offset_and_a_new_attempt_voids_it() {
     let mut bench = Bench::new().await;
     let id = bench.submit(|_| ()).await;
     let lease = bench.claim_one("w").await;
-    for text in ["Grüße", " an alle"] {
-        let piece = Piece { held: Held { id, epoch: lease.epoch }, text: text.to_owned() };
-        bench.queue.append(bench.lane, &worker("w"), &[piece]).await.unwrap();
+    // Again, as after an answer that got lost, and one whose predecessor is missing: neither is added.
+    for (offset, text) in [(0, "Grüße"), (0, "Grüße"), (99, "!"), (7, " an alle")] {
+        bench.append(&lease, "w", offset, text).await;
     }
     let watched = bench.queue.watch(id, 7).await.unwrap();
     assert_eq!((watched.text.as_slice(), watched.text_bytes), (b" an alle".as_slice(), 15));
@@ -435,10 +445,10 @@ async fn nothing_is_lost_when_redis_is_killed_and_comes_back() {
     let lease = bench.claim_one("w").await;
     bench._redis.kill_and_restart().unwrap();
     // The first call may find the broken connection; every call may be repeated.
-    let mut kept = bench.queue.finish(&lease, &worker("w"), &done("x")).await;
+    let mut kept = bench.try_finish(&lease, "w", done("x")).await;
     while kept.as_ref().is_err_and(QueueError::is_passing) {
         tokio::task::yield_now().await;
-        kept = bench.queue.finish(&lease, &worker("w"), &done("x")).await;
+        kept = bench.try_finish(&lease, "w", done("x")).await;
     }
     assert_eq!(kept.unwrap(), Kept::Kept);
     assert_eq!(bench.ends(id).await, [AttemptEnd::Succeeded]);

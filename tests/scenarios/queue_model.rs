@@ -12,7 +12,7 @@ use genmill_core::names::{Experiment, Tenant};
 use genmill_core::request::{Input, Priority, Sampling};
 use genmill_core::state::{Event, State, transition};
 use genmill_core::time::UnixMs;
-use genmill_queue::{Beat, Finish, Kept, Lease, NewJob, Options, Queue};
+use genmill_queue::{Beat, Ended, Finish, Kept, Lease, NewJob, Options, Queue};
 use genmill_tests::redis_server::RedisServer;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -163,7 +163,8 @@ impl Run {
             _ => Verdict::Succeed(generation),
         };
         let finish = Finish { verdict, cost: Some(Picodollars(1)) };
-        let kept = self.queue.finish(&lease, &worker, &finish).await.unwrap();
+        let ended = Ended { held: lease.held(), started_at: lease.started_at, finish: &finish };
+        let kept = self.queue.finish(lease.id.lane(), &worker, &[ended]).await.unwrap()[0];
         let job = self.jobs.get_mut(&lease.id).unwrap();
         let holds = job.state == State::Running && job.epoch == lease.epoch.0;
         if !holds {

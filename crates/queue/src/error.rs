@@ -1,6 +1,6 @@
 //! What can go wrong with the queue.
 
-use genmill_core::ids::{JobId, LaneNumber};
+use genmill_core::ids::JobId;
 
 /// An error of the queue.
 #[derive(Debug, thiserror::Error)]
@@ -47,12 +47,6 @@ pub enum QueueError {
     /// More lanes than a lane number can count.
     #[error("all 65,535 lane numbers are taken: the registry is full")]
     LanesFull,
-    /// A job id names a lane that was never opened.
-    #[error("lane number {} is not registered", number.0)]
-    NoSuchLane {
-        /// The number.
-        number: LaneNumber,
-    },
 }
 
 impl QueueError {

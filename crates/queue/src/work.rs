@@ -64,6 +64,8 @@ pub struct Held {
 pub struct Piece {
     /// Whose it is.
     pub held: Held,
+    /// Bytes of the attempt's text before it.
+    pub offset: u64,
     /// Whole characters.
     pub text: String,
 }
@@ -163,7 +165,7 @@ impl Queue {
                 Err(error) => {
                     let failure = Failure::new(FailureClass::Internal, error.to_string());
                     let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)) };
-                    self.finish_many(lane, worker, &[Ended { held, started_at, finish: &finish }]).await?;
+                    self.finish(lane, worker, &[Ended { held, started_at, finish: &finish }]).await?;
                 }
             }
         }
@@ -202,39 +204,26 @@ impl Queue {
         answer.into_iter().map(beat).collect()
     }
 
-    /// Adds text to running attempts. A piece whose lease was lost is dropped: the next heartbeat tells.
+    /// Adds text to running attempts. A piece whose lease was lost is dropped (the next heartbeat tells), and so is one
+    /// that would leave a gap or stand there twice; the result carries the whole text.
     ///
     /// # Errors
-    /// [`QueueError`] when Redis does not answer. Then a piece may or may not have been added, so it must not be sent
-    /// again; the result carries the whole text.
+    /// [`QueueError`] when Redis does not answer. Then a piece may or may not have been added; it may be sent again.
     pub async fn append(&self, lane: LaneNumber, worker: &WorkerId, pieces: &[Piece]) -> Result<(), QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.append.key(self.keys.lane(lane));
         call.arg(worker.as_str());
         for piece in pieces {
-            call.arg(piece.held.id.as_bytes()).arg(piece.held.epoch.0).arg(&piece.text);
+            call.arg(piece.held.id.as_bytes()).arg(piece.held.epoch.0).arg(piece.offset).arg(&piece.text);
         }
-        call.invoke_async::<Vec<u8>>(&mut connection)
-            .await
-            .map_err(|source| QueueError::from_redis("adding text", source))?;
-        Ok(())
-    }
-
-    /// Ends the attempt under `lease`. May be repeated until it is answered.
-    ///
-    /// # Errors
-    /// [`QueueError`] when Redis does not answer.
-    pub async fn finish(&self, lease: &Lease, worker: &WorkerId, finish: &Finish) -> Result<Kept, QueueError> {
-        let ended = Ended { held: lease.held(), started_at: lease.started_at, finish };
-        let kept = self.finish_many(lease.id.lane(), worker, &[ended]).await?;
-        kept.first().copied().ok_or_else(|| corrupt("answer", "finish was not answered"))
+        call.invoke_async(&mut connection).await.map_err(|source| QueueError::from_redis("adding text", source))
     }
 
     /// Ends attempts of one lane together. May be repeated until it is answered.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
-    pub async fn finish_many(
+    pub async fn finish(
         &self,
         lane: LaneNumber,
         worker: &WorkerId,

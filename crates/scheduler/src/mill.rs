@@ -42,7 +42,7 @@ impl Mill {
 pub(crate) fn api_error(error: QueueError) -> ApiError {
     let reason = match &error {
         QueueError::Unreachable { .. } => Reason::QueueUnavailable,
-        QueueError::NoSuchJob { .. } | QueueError::NoSuchLane { .. } => Reason::JobNotFound,
+        QueueError::NoSuchJob { .. } => Reason::JobNotFound,
         QueueError::Refused { .. }
         | QueueError::Unsuitable { .. }
         | QueueError::Corrupt { .. }

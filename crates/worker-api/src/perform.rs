@@ -58,13 +58,14 @@ impl Perform for Performer {
         self.catalog.models.clone()
     }
 
-    async fn perform(&self, task: Task, progress: Progress, stop: CancellationToken) -> Performed {
+    async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
         let lane = task.spec.model.lane();
         let Some(endpoint) = self.catalog.endpoints.get(&lane) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
             return Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
         };
-        let call = Call { endpoint, http: &self.http, spec: &task.spec, progress: &progress, begun: Instant::now() };
+        let mut call =
+            Call { endpoint, http: &self.http, spec: &task.spec, progress: &mut progress, begun: Instant::now() };
         let mut collected = Collected::new(&task.spec.sampling.stop);
         let ended = tokio::select! {
             biased;
@@ -113,12 +114,12 @@ struct Call<'a> {
     endpoint: &'a Endpoint,
     http: &'a Http,
     spec: &'a JobSpec,
-    progress: &'a Progress,
+    progress: &'a mut Progress,
     begun: Instant,
 }
 
 impl Call<'_> {
-    async fn make(&self, collected: &mut Collected) -> Ended {
+    async fn make(&mut self, collected: &mut Collected) -> Ended {
         let endpoint = self.endpoint;
         let streaming = if endpoint.provider.streaming { Streaming::On } else { Streaming::Off };
         let model = self.spec.model.backend_name();
@@ -196,7 +197,7 @@ impl Call<'_> {
         Ended::Refused(self.told(status, error).retry_after_ms(wait))
     }
 
-    async fn read_whole(&self, mut response: Response, collected: &mut Collected) -> Ended {
+    async fn read_whole(&mut self, mut response: Response, collected: &mut Collected) -> Ended {
         let status = response.status();
         let mut body = Vec::new();
         loop {
@@ -217,7 +218,7 @@ impl Call<'_> {
         }
     }
 
-    async fn read_stream(&self, mut response: Response, collected: &mut Collected) -> Ended {
+    async fn read_stream(&mut self, mut response: Response, collected: &mut Collected) -> Ended {
         let status = response.status();
         let mut decoder = self.endpoint.dialect.decoder();
         let mut read: usize = 0;
@@ -246,7 +247,7 @@ impl Call<'_> {
         }
     }
 
-    async fn take(&self, events: Vec<StreamEvent>, collected: &mut Collected) {
+    async fn take(&mut self, events: Vec<StreamEvent>, collected: &mut Collected) {
         for event in events {
             if let Some(text) = collected.take(event, self.elapsed_ms()) {
                 self.progress.text(text).await;

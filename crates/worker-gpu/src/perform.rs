@@ -53,7 +53,7 @@ impl Perform for Performer {
         self.models.iter().map(|model| model.served.clone()).collect()
     }
 
-    async fn perform(&self, task: Task, progress: Progress, stop: CancellationToken) -> Performed {
+    async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
         let model = self.models.iter().find(|model| model.served.name == task.spec.model);
         let Some((engine, price)) = model.and_then(|model| Some((model.engine.clone()?, model.price_per_hour))) else {
             // A job of another worker's model in the same lane; that worker takes it.

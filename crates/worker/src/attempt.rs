@@ -1,24 +1,17 @@
-//! One attempt: perform the job, pass its text on, judge the outcome, finish. Ends when told to.
+//! One attempt: perform the job, judge the outcome, finish. Ends when told to.
 
 use crate::finisher::Finisher;
 use crate::perform::{Perform, Progress, Task};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
-use genmill_core::ids::WorkerId;
 use genmill_core::judge::{Policy, judge};
 use genmill_core::request::TEXT_BYTES_MAX;
-use genmill_queue::{Finish, Held, Kept, Lease, Piece, Queue};
+use genmill_queue::{Finish, Kept, Lease, Piece};
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-
-/// Text is passed on this often at most, so that a fast model does not cost a call per token.
-const COALESCE: Duration = Duration::from_millis(30);
-
-/// Pieces of text that may wait. With the engine's pace of one piece per step this is a second or so.
-const PIECES_MAX: usize = 256;
 
 /// How long a performer may take to end its work when told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(3);
@@ -44,20 +37,18 @@ pub(crate) enum Stop {
 
 /// What an attempt needs beside the job.
 pub(crate) struct Bench<P> {
-    pub(crate) queue: Queue,
     pub(crate) performer: std::sync::Arc<P>,
-    pub(crate) worker: WorkerId,
     pub(crate) policy: Policy,
+    pub(crate) pieces: mpsc::Sender<Piece>,
     pub(crate) finisher: Finisher,
 }
 
 impl<P> Clone for Bench<P> {
     fn clone(&self) -> Self {
         Self {
-            queue: self.queue.clone(),
             performer: self.performer.clone(),
-            worker: self.worker.clone(),
             policy: self.policy,
+            pieces: self.pieces.clone(),
             finisher: self.finisher.clone(),
         }
     }
@@ -65,37 +56,32 @@ impl<P> Clone for Bench<P> {
 
 /// Runs one attempt to its end, verdict included.
 pub(crate) async fn attempt<P: Perform>(bench: Bench<P>, lease: Lease, told: watch::Receiver<Option<Stop>>) {
-    let (progress, pieces) = Progress::channel(PIECES_MAX);
     let token = CancellationToken::new();
     let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone() };
+    let progress = Progress::new(&task, bench.pieces.clone());
     let performer = bench.performer.clone();
     let work = performer.perform(task, progress, token.clone());
-    let passing = pass_text(&bench, &lease, pieces);
-    let (performed, stop) = until_stopped(work, passing, &lease, told, &token).await;
+    let (performed, stop) = until_stopped(work, &lease, told, &token).await;
     let performed = settle(performed, stop, &lease);
     finish(&bench, &lease, performed).await;
 }
 
-/// Drives the work, and its text beside it, until it ends or is told to stop.
+/// Drives the work until it ends or is told to stop.
 async fn until_stopped(
     work: impl Future<Output = Performed>,
-    passing: impl Future<Output = ()>,
     lease: &Lease,
     mut told: watch::Receiver<Option<Stop>>,
     token: &CancellationToken,
 ) -> (Option<Performed>, Option<Stop>) {
     let mut work = pin!(work);
-    let mut passing = pin!(passing);
     let now = Instant::now();
     let timeout = lease.spec.timeout_ms.map(|ms| now + Duration::from_millis(ms));
     // By the clock of Redis, in which both are told.
     let left_ms = lease.spec.deadline.map(|deadline| deadline.ms_since(lease.started_at));
     let deadline = left_ms.map(|ms| now + Duration::from_millis(ms));
-    let mut text_open = true;
     let stop = loop {
         tokio::select! {
             performed = &mut work => return (Some(performed), None),
-            () = &mut passing, if text_open => text_open = false,
             () = until(timeout) => break Stop::TimedOut,
             () = until(deadline) => break Stop::DeadlinePassed,
             // The sender lives as long as the loop that would tell; without it nobody can.
@@ -134,29 +120,6 @@ fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Pe
         (_, Some(Stop::LeaseLost | Stop::Draining)) | (None, None) => Outcome::HandedBack,
     };
     Performed { outcome, cost }
-}
-
-/// Passes text on to the queue, a few times a second. A piece that cannot be passed on ends it: what follows would
-/// leave a gap, and the result has the whole text.
-async fn pass_text<P>(bench: &Bench<P>, lease: &Lease, mut pieces: mpsc::Receiver<String>) {
-    let held = Held { id: lease.id, epoch: lease.epoch };
-    let mut broken = false;
-    while let Some(mut text) = pieces.recv().await {
-        let more = async {
-            while let Some(piece) = pieces.recv().await {
-                text.push_str(&piece);
-            }
-        };
-        // Either the time is up or the work has ended: then the result is on its way already.
-        drop(tokio::time::timeout(COALESCE, more).await);
-        if !broken {
-            let piece = Piece { held, text };
-            if let Err(error) = bench.queue.append(lease.id.lane(), &bench.worker, &[piece]).await {
-                tracing::warn!(job = %lease.id, %error, "text is not shown while it comes");
-                broken = true;
-            }
-        }
-    }
 }
 
 /// Judges what was performed and finishes the job, for as long as it takes Redis to answer.

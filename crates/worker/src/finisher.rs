@@ -69,7 +69,7 @@ async fn serve(queue: Queue, worker: WorkerId, mut receiver: mpsc::Receiver<Aske
         }
         for (lane, asked) in by_lane {
             let ended: Vec<Ended<'_>> = asked.iter().map(Asked::ended).collect();
-            let kept = queue.finish_many(lane, &worker, &ended).await;
+            let kept = queue.finish(lane, &worker, &ended).await;
             let kept: Vec<Answer> = match &kept {
                 Ok(kept) => kept.iter().copied().map(Ok).collect(),
                 Err(error) => asked.iter().map(|_| Err(Unfinished::from(error))).collect(),

@@ -7,6 +7,7 @@ mod finisher;
 pub mod perform;
 mod run;
 mod serve;
+mod text;
 
 pub use run::{Options, run};
 pub use serve::{Kind, serve};

@@ -5,6 +5,7 @@ use genmill_core::ids::{Epoch, JobId};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
 use genmill_core::registration::ServedModel;
+use genmill_queue::{Held, Piece};
 use std::future::Future;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -49,25 +50,30 @@ pub trait Perform: Send + Sync + 'static {
 }
 
 /// Takes the text of a running job, piece by piece.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Progress {
-    pieces: mpsc::Sender<String>,
+    held: Held,
+    /// Bytes of text reported so far.
+    reported: u64,
+    pieces: mpsc::Sender<Piece>,
 }
 
 impl Progress {
-    /// A progress and the receiver of its pieces. `bound` pieces may wait.
+    /// The progress of `task`, told to whoever receives `pieces`.
     #[must_use]
-    pub fn channel(bound: usize) -> (Self, mpsc::Receiver<String>) {
-        let (pieces, received) = mpsc::channel(bound);
-        (Self { pieces }, received)
+    pub const fn new(task: &Task, pieces: mpsc::Sender<Piece>) -> Self {
+        Self { held: Held { id: task.id, epoch: task.epoch }, reported: 0, pieces }
     }
 
     /// Reports more text; whole characters only. Waits while the queue is slow, so that memory stays bounded. Text is
     /// dropped once nobody listens any more: the final result has it all.
-    pub async fn text(&self, piece: String) {
-        if !piece.is_empty() {
-            // The receiver is gone only when the attempt has ended.
-            drop(self.pieces.send(piece).await);
+    pub async fn text(&mut self, text: String) {
+        if text.is_empty() {
+            return;
         }
+        let piece = Piece { held: self.held, offset: self.reported, text };
+        self.reported += piece.text.len() as u64;
+        // The receiver is gone only when the worker has stopped.
+        drop(self.pieces.send(piece).await);
     }
 }

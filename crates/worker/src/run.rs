@@ -3,6 +3,7 @@
 use crate::attempt::{Bench, Stop, attempt, finish};
 use crate::finisher::Finisher;
 use crate::perform::{Offer, Perform};
+use crate::text::{PIECES_MAX, pass_on};
 use futures_util::future::join_all;
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
@@ -13,7 +14,7 @@ use genmill_queue::{Beat, Held, Hint, Hints, Lease, Queue, QueueError};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -61,6 +62,7 @@ struct Running {
 }
 
 struct Loop<P> {
+    queue: Queue,
     bench: Bench<P>,
     options: Options,
     lanes: BTreeMap<LaneNumber, ServedLane>,
@@ -89,18 +91,20 @@ pub async fn run<P: Perform>(
     // The subscription comes before the first claim, so that no hint falls between.
     let hints = if numbers.is_empty() { None } else { Some(queue.hints(&numbers).await?) };
     let (finisher, finishing) = Finisher::new(queue.clone(), options.worker.clone());
-    let mut finishers = JoinSet::new();
-    finishers.spawn(finishing);
-    let bench = Bench { queue, performer, worker: options.worker.clone(), policy: options.policy, finisher };
-    let mut this = Loop { bench, options, lanes, attempts: JoinSet::new(), running: HashMap::new() };
+    let (pieces, receiver) = mpsc::channel(PIECES_MAX);
+    let mut writers = JoinSet::new();
+    writers.spawn(finishing);
+    writers.spawn(pass_on(queue.clone(), options.worker.clone(), receiver));
+    let bench = Bench { performer, policy: options.policy, pieces, finisher };
+    let mut this = Loop { queue, bench, options, lanes, attempts: JoinSet::new(), running: HashMap::new() };
     this.register().await?;
     this.heartbeat().await;
     ready();
     this.serve(hints, stop).await;
     this.drain().await;
     this.leave().await;
-    // Nothing runs any more, so the finisher has nothing left to do.
-    finishers.shutdown().await;
+    // Nothing runs any more, so they have nothing left to write.
+    writers.shutdown().await;
     Ok(())
 }
 
@@ -150,12 +154,9 @@ impl<P: Perform> Loop<P> {
             .filter(|(_, lane)| lane.hungry && lane.running < lane.offer.capacity)
             .map(|(number, lane)| (*number, lane.offer.capacity - lane.running))
             .collect();
-        let bench = &self.bench;
-        let lease_ms = self.options.lease_ms;
+        let (queue, worker, lease_ms) = (&self.queue, &self.options.worker, self.options.lease_ms);
         let claimed = join_all(
-            claims
-                .into_iter()
-                .map(async |(number, free)| (number, bench.queue.claim(number, &bench.worker, free, lease_ms).await)),
+            claims.into_iter().map(async |(number, free)| (number, queue.claim(number, worker, free, lease_ms).await)),
         );
         for (number, leases) in claimed.await {
             if let Some(lane) = self.lanes.get_mut(&number) {
@@ -217,18 +218,17 @@ impl<P: Perform> Loop<P> {
             prefixes: self.options.prefixes.clone(),
             models: self.bench.performer.models(),
         };
-        self.bench.queue.register(&registration, self.options.lease_ms).await
+        self.queue.register(&registration, self.options.lease_ms).await
     }
 
     /// One call for each lane renews all its leases; attempts that must stop are told.
     async fn heartbeat(&self) {
-        let bench = &self.bench;
-        let lease_ms = self.options.lease_ms;
+        let (queue, worker, lease_ms) = (&self.queue, &self.options.worker, self.options.lease_ms);
         let beats = join_all(self.lanes.iter().map(async |(number, lane)| {
             let running = self.running.values().filter(|running| running.lease.id.lane() == *number);
             let held: Vec<Held> =
                 running.map(|running| Held { id: running.lease.id, epoch: running.lease.epoch }).collect();
-            let beats = bench.queue.heartbeat(*number, &bench.worker, lane.offer.capacity, lease_ms, &held).await;
+            let beats = queue.heartbeat(*number, worker, lane.offer.capacity, lease_ms, &held).await;
             (held, beats)
         }));
         // By lease, not by job: after an outage one worker may hold two leases of a job, of which only one is lost.
@@ -279,12 +279,12 @@ impl<P: Perform> Loop<P> {
     }
 
     async fn leave(&self) {
-        let bench = &self.bench;
+        let (queue, worker) = (&self.queue, &self.options.worker);
         let leaving = async {
-            for left in join_all(self.lanes.keys().map(|number| bench.queue.leave(*number, &bench.worker))).await {
+            for left in join_all(self.lanes.keys().map(|number| queue.leave(*number, worker))).await {
                 left?;
             }
-            bench.queue.deregister(&bench.worker).await
+            queue.deregister(worker).await
         };
         match tokio::time::timeout(LEAVE_WITHIN, leaving).await {
             Ok(Ok(())) => {}

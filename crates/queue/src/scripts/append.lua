@@ -1,19 +1,15 @@
--- Adds text to running attempts, under the epoch check.
+-- Adds text to running attempts, under the epoch check and where the attempt's text ends: a piece after one that was
+-- lost is dropped, and so is one that is there already.
 -- KEYS  1 lane
--- ARGV  1 worker   then for each piece: id, epoch, text
--- Returns for each piece 1 when added, 0 when the lease was lost.
+-- ARGV  1 worker   then for each piece: id, epoch, bytes of text before it, text
 local worker = ARGV[1]
-local answer = {}
-for at = 2, #ARGV, 3 do
+for at = 2, #ARGV, 4 do
   local id = ARGV[at]
   local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk')
-  if job[1] == RUNNING and job[2] == ARGV[at + 1] and job[3] == worker then
-    redis.call('APPEND', text_key(id), ARGV[at + 2])
+  local mine = job[1] == RUNNING and job[2] == ARGV[at + 1] and job[3] == worker
+  if mine and redis.call('STRLEN', text_key(id)) == tonumber(ARGV[at + 2]) then
+    redis.call('APPEND', text_key(id), ARGV[at + 3])
     event('t', id)
-    answer[#answer + 1] = 1
-  else
-    answer[#answer + 1] = 0
   end
 end
 settle()
-return answer

@@ -10,6 +10,7 @@ use genmill_daemon::environment::Environment;
 use genmill_daemon::models::ListedModel;
 use genmill_standin::{BAD_KEY, Options, Standin};
 use std::path::PathBuf;
+use tokio::sync::mpsc;
 
 /// A performer whose provider `openai` is the stand-in.
 struct Bench {
@@ -51,11 +52,13 @@ fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Perfo
 /// Performs one job and returns what came of it, and the text that was reported.
 async fn perform(performer: &Performer, spec: JobSpec, stop: CancellationToken) -> (Performed, String) {
     let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec };
-    let (progress, mut pieces) = Progress::channel(1);
+    let (pieces, mut reported) = mpsc::channel(1);
+    let progress = Progress::new(&task, pieces);
     let listen = async {
         let mut text = String::new();
-        while let Some(piece) = pieces.recv().await {
-            text.push_str(&piece);
+        while let Some(piece) = reported.recv().await {
+            assert_eq!(piece.offset, text.len() as u64);
+            text.push_str(&piece.text);
         }
         text
     };
