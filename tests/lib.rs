@@ -4,3 +4,4 @@
 
 pub mod daemons;
 pub mod redis_server;
+pub mod specs;

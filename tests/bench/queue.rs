@@ -43,7 +43,7 @@ impl Noop {
 impl Perform for Noop {
     fn offers(&self) -> Vec<Offer> {
         let lane = Self::served().map(|served| served.name.lane());
-        lane.map(|lane| Offer { lane, capacity: CAPACITY }).into_iter().collect()
+        lane.map(|lane| Offer { lane, capacity: CAPACITY, tokens: None }).into_iter().collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {

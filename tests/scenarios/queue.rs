@@ -9,15 +9,16 @@ use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
 use genmill_core::money::Picodollars;
 use genmill_core::names::{Experiment, Tenant};
-use genmill_core::request::{Input, Priority, Sampling};
+use genmill_core::prefix::PrefixKey;
+use genmill_core::request::Priority;
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, Booked, Ended, Enqueued, Finish, Held, Kept, Lease, ListQuery, NewJob, Options, Piece, Queue, QueueError,
-    RequestId, Reservation, Tally,
+    Beat, Booked, Ended, Enqueued, Finish, Held, Holding, Kept, Lease, ListQuery, Listed, NewJob, Options, Piece,
+    Queue, QueueError, Redrive, RequestId, Reservation, Room, Setting, Slots, Tally, Which,
 };
 use genmill_tests::redis_server::RedisServer;
-use std::collections::BTreeMap;
+use genmill_tests::specs::plain;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const LEASE_MS: u64 = 60_000;
@@ -40,18 +41,19 @@ fn worker(name: &str) -> WorkerId {
 }
 
 fn spec() -> JobSpec {
-    JobSpec {
-        model: ModelName::parse("vllm_m").unwrap(),
-        input: Input::Prompt("Hello".to_owned()),
-        sampling: Sampling { max_tokens: 5, temperature: 0.0, top_p: None, top_k: None, seed: 1, stop: Vec::new() },
-        labels: BTreeMap::new(),
-        tenant: Tenant::default(),
-        experiment: None,
-        priority: Priority::Normal,
-        request_id: None,
-        timeout_ms: None,
-        deadline: None,
-    }
+    plain(ModelName::parse("vllm_m").unwrap())
+}
+
+fn slots(capacity: u32) -> Slots {
+    Slots { capacity, free: 0, tokens: None }
+}
+
+fn tenant(name: &str) -> Tenant {
+    Tenant::parse(name).unwrap()
+}
+
+fn experiment(name: &str) -> Experiment {
+    Experiment::parse(name).unwrap()
 }
 
 fn done(text: &str) -> Finish {
@@ -67,6 +69,10 @@ fn failed(delay_ms: Option<u64>) -> Finish {
         None => Verdict::Fail(failure),
     };
     Finish { verdict, cost: Some(Picodollars(2)) }
+}
+
+fn held(id: JobId, lease: &Lease) -> Holding {
+    Holding { held: Held { id, epoch: lease.epoch }, started: true }
 }
 
 impl Bench {
@@ -89,7 +95,8 @@ impl Bench {
     }
 
     async fn claim(&self, name: &str, free: u32) -> Vec<Lease> {
-        self.queue.claim(self.lane, &worker(name), free, LEASE_MS).await.unwrap()
+        let room = Room { free, tokens: None };
+        self.queue.claim(self.lane, &worker(name), room, LEASE_MS).await.unwrap()
     }
 
     async fn claim_one(&self, name: &str) -> Lease {
@@ -119,9 +126,29 @@ impl Bench {
 
     /// Lets the lease of a job run out, as if its worker had died long ago.
     async fn lose(&self, lease: &Lease, name: &str) {
-        let held = [Held { id: lease.id, epoch: lease.epoch }];
-        self.queue.heartbeat(self.lane, &worker(name), 1, 0, &held).await.unwrap();
+        self.queue.heartbeat(self.lane, &worker(name), slots(1), 0, &[held(lease.id, lease)]).await.unwrap();
         self.queue.reclaim(self.lane, &Policy::default()).await.unwrap();
+    }
+
+    /// Makes all that waits as old as if it had been submitted `ms` earlier.
+    async fn age_backlogs(&self, ms: i64) {
+        let client = redis::Client::open(self._redis.url()).unwrap();
+        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+        let backlogs: Vec<String> = redis::cmd("KEYS").arg("test:{*}:b:*").query_async(&mut connection).await.unwrap();
+        for backlog in backlogs {
+            let waiting: Vec<(Vec<u8>, i64)> = redis::cmd("ZRANGE")
+                .arg(&backlog)
+                .arg(0)
+                .arg(-1)
+                .arg("WITHSCORES")
+                .query_async(&mut connection)
+                .await
+                .unwrap();
+            for (job, created) in waiting {
+                let mut add = redis::cmd("ZADD");
+                add.arg(&backlog).arg(created - ms).arg(job).query_async::<()>(&mut connection).await.unwrap();
+            }
+        }
     }
 
     async fn state(&self, id: JobId) -> State {
@@ -266,7 +293,7 @@ async fn a_handed_back_job_keeps_its_place() {
 async fn waiting_jobs_are_cancelled_at_once() {
     let mut bench = Bench::new().await;
     let in_stream = bench.submit(|_| ()).await;
-    bench.queue.heartbeat(bench.lane, &worker("w"), 1, LEASE_MS, &[]).await.unwrap();
+    bench.queue.heartbeat(bench.lane, &worker("w"), slots(1), LEASE_MS, &[]).await.unwrap();
     let in_backlog = bench.submit(|_| ()).await;
     let delayed = bench.submit(|_| ()).await;
     for id in [in_stream, in_backlog] {
@@ -292,8 +319,8 @@ async fn the_worker_of_a_running_job_is_told_of_its_cancelling() {
     let mut bench = Bench::new().await;
     let id = bench.submit(|_| ()).await;
     let lease = bench.claim_one("w").await;
-    let held = [Held { id, epoch: lease.epoch }];
-    let beat = async || bench.queue.heartbeat(bench.lane, &worker("w"), 1, LEASE_MS, &held).await.unwrap();
+    let held = [held(id, &lease)];
+    let beat = async || bench.queue.heartbeat(bench.lane, &worker("w"), slots(1), LEASE_MS, &held).await.unwrap();
     assert_eq!(beat().await, [Beat::Ok]);
     bench.queue.cancel(bench.lane, &[id]).await.unwrap();
     assert_eq!(beat().await, [Beat::Cancel]);
@@ -336,8 +363,8 @@ async fn a_deadline_ends_waiting_jobs_and_tells_workers_of_running_ones() {
     bench.queue.expire(bench.lane).await.unwrap();
     assert_eq!(bench.state(waiting).await, State::Expired);
     assert_eq!(bench.state(unhurried).await, State::Queued);
-    let held = [Held { id: running, epoch: lease.epoch }];
-    let beats = bench.queue.heartbeat(bench.lane, &worker("w"), 1, LEASE_MS, &held).await.unwrap();
+    let held = [held(running, &lease)];
+    let beats = bench.queue.heartbeat(bench.lane, &worker("w"), slots(1), LEASE_MS, &held).await.unwrap();
     assert_eq!(beats, [Beat::DeadlinePassed]);
     bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
     assert_eq!(bench.state(running).await, State::Expired);
@@ -395,22 +422,53 @@ async fn a_bulk_run_does_not_starve_a_small_tenant() {
 #[tokio::test]
 async fn jobs_are_listed_newest_first_by_page_and_experiment() {
     let mut bench = Bench::new().await;
-    let experiment = Experiment::parse("e").unwrap();
+    let experiment = experiment("e");
     let mut ids = Vec::new();
     for index in 0..6 {
         let experiment = (index % 2 == 0).then(|| experiment.clone());
         ids.push(bench.submit(|spec| spec.experiment = experiment).await);
     }
-    ids.sort_unstable();
     ids.reverse();
     let lanes = [bench.lane];
-    let list = async |experiment, before, limit| {
-        bench.queue.list(ListQuery { lanes: &lanes, experiment, before, limit }).await.unwrap()
-    };
-    assert_eq!(list(None, None, 4).await, ids[..4]);
-    assert_eq!(list(None, Some(ids[3]), 4).await, ids[4..]);
-    assert_eq!(list(Some(&experiment), None, 10).await.len(), 3);
+    let list =
+        async |which, before, limit| bench.queue.list(ListQuery { lanes: &lanes, which, before, limit }).await.unwrap();
+    let of = |listed: &[Listed]| listed.iter().map(|job| job.id).collect::<Vec<_>>();
+    let page = list(Which::All, None, 4).await;
+    assert_eq!(of(&page), ids[..4]);
+    assert_eq!(of(&list(Which::All, Some(page[3].place), 4).await), ids[4..]);
+    assert_eq!(list(Which::Of(&experiment), None, 10).await.len(), 3);
     assert_eq!(bench.queue.open_jobs(&lanes, Some(&experiment)).await.unwrap(), 3);
+}
+
+#[tokio::test]
+async fn lists_of_several_lanes_are_one_list_page_by_page() {
+    let bench = Bench::new().await;
+    let other = ModelName::parse("vllm_other").unwrap();
+    let lanes = [bench.lane, bench.queue.open_lane(&other.lane()).await.unwrap()];
+    let mut all = Vec::new();
+    for n in 0..9 {
+        let mut spec = spec();
+        if n % 2 == 0 {
+            spec.model = other.clone();
+        }
+        let id = JobId::new(now(), lanes[n % 2], n as u64);
+        bench.queue.enqueue(&spec.model.lane(), &[NewJob { id, spec }]).await.unwrap();
+        all.push(id);
+    }
+    let mut seen = Vec::new();
+    let mut before = None;
+    loop {
+        let query = ListQuery { lanes: &lanes, which: Which::All, before, limit: 2 };
+        let page = bench.queue.list(query).await.unwrap();
+        seen.extend(page.iter().map(|job| job.id));
+        let Some(last) = page.last() else { break };
+        before = Some(last.place);
+    }
+    let sorted = |mut ids: Vec<JobId>| {
+        ids.sort_unstable();
+        ids
+    };
+    assert_eq!(sorted(seen), sorted(all), "every job once");
 }
 
 #[tokio::test]
@@ -452,4 +510,302 @@ async fn nothing_is_lost_when_redis_is_killed_and_comes_back() {
     }
     assert_eq!(kept.unwrap(), Kept::Kept);
     assert_eq!(bench.ends(id).await, [AttemptEnd::Succeeded]);
+}
+
+#[tokio::test]
+async fn a_paused_lane_starts_nothing_until_it_is_resumed() {
+    let mut bench = Bench::new().await;
+    bench.submit(|_| ()).await;
+    bench.queue.heartbeat(bench.lane, &worker("w"), slots(1), LEASE_MS, &[]).await.unwrap();
+    let pause = Setting::PauseLane(bench.lane);
+    bench.queue.set(&pause, Some(1)).await.unwrap();
+    bench.submit(|_| ()).await;
+    assert!(bench.claim("w", 5).await.is_empty());
+    bench.queue.set(&pause, None).await.unwrap();
+    assert_eq!(bench.claim("w", 5).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_paused_tenant_or_experiment_starts_nothing_and_the_others_go_on() {
+    for pause in [Setting::PauseTenant(tenant("t")), Setting::PauseExperiment(experiment("e"))] {
+        let mut bench = Bench::new().await;
+        let theirs = |spec: &mut JobSpec| (spec.tenant, spec.experiment) = (tenant("t"), Some(experiment("e")));
+        // One lies in the stream already when the pause comes.
+        bench.queue.heartbeat(bench.lane, &worker("w"), slots(1), LEASE_MS, &[]).await.unwrap();
+        let first = bench.submit(theirs).await;
+        let others = bench.submit(|_| ()).await;
+        bench.queue.set(&pause, Some(1)).await.unwrap();
+        let second = bench.submit(theirs).await;
+        let late = bench.submit(|_| ()).await;
+        assert_eq!(bench.claimed("w", 9).await, [others, late]);
+        assert!(bench.claimed("w", 9).await.is_empty());
+        bench.queue.set(&pause, None).await.unwrap();
+        assert_eq!(bench.claimed("w", 9).await, [first, second]);
+    }
+}
+
+#[tokio::test]
+async fn a_pause_holds_in_lanes_that_are_opened_later() {
+    let bench = Bench::new().await;
+    bench.queue.set(&Setting::PauseTenant(Tenant::default()), Some(1)).await.unwrap();
+    let mut spec = spec();
+    spec.model = ModelName::parse("vllm_new").unwrap();
+    let lane = bench.queue.open_lane(&spec.model.lane()).await.unwrap();
+    let id = JobId::new(now(), lane, 1);
+    bench.queue.enqueue(&spec.model.lane(), &[NewJob { id, spec }]).await.unwrap();
+    let room = Room { free: 1, tokens: None };
+    assert!(bench.queue.claim(lane, &worker("w"), room, LEASE_MS).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn caps_bound_what_runs_at_once() {
+    let mut bench = Bench::new().await;
+    bench.queue.set(&Setting::TenantCap(tenant("t")), Some(2)).await.unwrap();
+    for _ in 0..5 {
+        bench.submit(|spec| spec.tenant = tenant("t")).await;
+    }
+    let other = bench.submit(|_| ()).await;
+    let running = bench.claim("w", 9).await;
+    assert_eq!(running.len(), 3, "two of the tenant with the cap, and the other one");
+    assert!(running.iter().any(|lease| lease.id == other));
+    let theirs: Vec<&Lease> = running.iter().filter(|lease| lease.id != other).collect();
+    bench.finish(theirs[0], "w", done("x")).await;
+    let next = bench.claim("w", 9).await;
+    assert_eq!(next.len(), 1);
+    // A lost worker frees its place, and so does a cancelled job that waits in the stream.
+    bench.lose(&next[0], "w").await;
+    assert_eq!(bench.claim("w", 9).await.len(), 1);
+
+    bench.queue.set(&Setting::LaneCap(bench.lane), Some(1)).await.unwrap();
+    bench.queue.set(&Setting::TenantCap(tenant("t")), None).await.unwrap();
+    assert!(bench.claim("w", 9).await.is_empty(), "three run, which is more than the new cap");
+    bench.queue.set(&Setting::LaneCap(bench.lane), Some(4)).await.unwrap();
+    assert_eq!(bench.claim("w", 9).await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_cap_that_is_lowered_holds_for_what_was_fed_already() {
+    let mut bench = Bench::new().await;
+    bench.queue.heartbeat(bench.lane, &worker("w"), slots(5), LEASE_MS, &[]).await.unwrap();
+    for _ in 0..8 {
+        bench.submit(|_| ()).await;
+    }
+    bench.queue.set(&Setting::TenantCap(Tenant::default()), Some(3)).await.unwrap();
+    assert_eq!(bench.claim("w", 9).await.len(), 3);
+}
+
+/// How many of the next `count` jobs belong to the tenant `a`, which competes with `b`.
+async fn share_of_a(bench: &Bench, count: u32) -> usize {
+    let claimed = bench.claim("w", count).await;
+    claimed.iter().filter(|lease| lease.spec.tenant == tenant("a")).count()
+}
+
+#[tokio::test]
+async fn tenants_share_by_weight_and_by_tokens() {
+    let mut bench = Bench::new().await;
+    bench.queue.set(&Setting::TenantWeight(tenant("a")), Some(300)).await.unwrap();
+    for name in ["a", "b"] {
+        for _ in 0..100 {
+            bench.submit(|spec| spec.tenant = tenant(name)).await;
+        }
+    }
+    let share = share_of_a(&bench, 80).await;
+    assert!((58..=62).contains(&share), "three quarters of 80, but {share}");
+
+    let mut bench = Bench::new().await;
+    for (name, tokens) in [("a", 10), ("b", 90)] {
+        for _ in 0..100 {
+            bench.submit(|spec| (spec.tenant, spec.sampling.max_tokens) = (tenant(name), tokens)).await;
+        }
+    }
+    let share = share_of_a(&bench, 50).await;
+    assert!(share >= 44, "nine short jobs for each long one, but {share} of 50");
+}
+
+#[tokio::test]
+async fn experiments_of_a_tenant_share_its_share() {
+    let mut bench = Bench::new().await;
+    for name in ["large", "small"] {
+        for _ in 0..if name == "large" { 100 } else { 10 } {
+            bench.submit(|spec| (spec.tenant, spec.experiment) = (tenant("a"), Some(experiment(name)))).await;
+        }
+    }
+    for _ in 0..100 {
+        bench.submit(|spec| spec.tenant = tenant("b")).await;
+    }
+    let claimed = bench.claim("w", 44).await;
+    let count = |wanted: &dyn Fn(&JobSpec) -> bool| claimed.iter().filter(|lease| wanted(&lease.spec)).count();
+    assert!((21..=23).contains(&count(&|spec| spec.tenant == tenant("b"))), "two experiments are one tenant");
+    assert_eq!(count(&|spec| spec.experiment == Some(experiment("small"))), 10, "half of the tenant's half");
+}
+
+#[tokio::test]
+async fn one_that_comes_back_has_not_saved_up_anything() {
+    let mut bench = Bench::new().await;
+    for _ in 0..50 {
+        bench.submit(|spec| spec.tenant = tenant("b")).await;
+    }
+    // One at a time, each long: what it used up stands when it comes back.
+    let mut ran = 0;
+    for _ in 0..10 {
+        bench.submit(|spec| (spec.tenant, spec.sampling.max_tokens) = (tenant("a"), 100)).await;
+        ran += share_of_a(&bench, 2).await;
+    }
+    assert!(ran <= 2, "a long job is worth many short ones, but {ran} ran beside 18");
+}
+
+#[tokio::test]
+async fn jobs_with_the_same_prefix_go_together_longest_first() {
+    let mut bench = Bench::new().await;
+    let mut grouped = Vec::new();
+    for tokens in [10, 1_000, 100] {
+        let prefix = Some(PrefixKey(7));
+        grouped.push(bench.submit(|spec| (spec.prefix, spec.sampling.max_tokens) = (prefix, tokens)).await);
+        bench.submit(|_| ()).await;
+    }
+    let claimed = bench.claimed("w", 9).await;
+    let longest_first = [grouped[1], grouped[2], grouped[0]];
+    assert!(claimed.windows(3).any(|next| next == longest_first), "{claimed:?}");
+    // Waiting in a group, cancelled and handed back.
+    let again = bench.submit(|spec| spec.prefix = Some(PrefixKey(7))).await;
+    let cancelled = bench.submit(|spec| spec.prefix = Some(PrefixKey(7))).await;
+    bench.queue.cancel(bench.lane, &[cancelled]).await.unwrap();
+    let lease = bench.claim_one("w").await;
+    assert_eq!(lease.id, again);
+    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    assert_eq!(bench.claimed("w", 9).await, [again]);
+}
+
+#[tokio::test]
+async fn a_worker_gets_no_more_than_its_tokens_hold() {
+    let mut bench = Bench::new().await;
+    for _ in 0..9 {
+        bench.submit(|spec| spec.sampling.max_tokens = 99).await;
+    }
+    let claim = async |tokens| {
+        let room = Room { free: 9, tokens: Some(tokens) };
+        bench.queue.claim(bench.lane, &worker("w"), room, LEASE_MS).await.unwrap().len()
+    };
+    assert_eq!(claim(0).await, 0);
+    assert_eq!(claim(1).await, 1, "the last one may take more");
+    assert_eq!(claim(300).await, 3);
+    assert_eq!(claim(10_000).await, 5);
+}
+
+#[tokio::test]
+async fn no_attempt_starts_before_its_time() {
+    let mut bench = Bench::new().await;
+    let later = bench.submit(|spec| spec.not_before = Some(now().plus_ms(3_600_000))).await;
+    let past = bench.submit(|spec| spec.not_before = Some(UnixMs(1))).await;
+    assert_eq!(bench.queue.promote(bench.lane).await.unwrap(), 0);
+    assert_eq!(bench.claimed("w", 9).await, [past]);
+    let job = bench.queue.get(later).await.unwrap();
+    assert_eq!(job.state, State::Delayed);
+    assert!(job.not_before.is_some());
+    bench.queue.cancel(bench.lane, &[later]).await.unwrap();
+    assert_eq!(bench.state(later).await, State::Cancelled);
+}
+
+#[tokio::test]
+async fn what_has_not_started_is_handed_to_an_idle_worker() {
+    let mut bench = Bench::new().await;
+    let first = bench.submit(|_| ()).await;
+    let second = bench.submit(|_| ()).await;
+    let leases = bench.claim("busy", 2).await;
+    let beat = async |started: bool| {
+        let held: Vec<Holding> =
+            leases.iter().map(|lease| Holding { held: lease.held(), started: started || lease.id == first }).collect();
+        bench.queue.heartbeat(bench.lane, &worker("busy"), slots(2), LEASE_MS, &held).await.unwrap()
+    };
+    assert_eq!(beat(false).await, [Beat::Ok, Beat::Ok], "nobody is idle");
+    let idle = Slots { capacity: 2, free: 2, tokens: None };
+    bench.queue.heartbeat(bench.lane, &worker("idle"), idle, LEASE_MS, &[]).await.unwrap();
+    assert_eq!(beat(true).await, [Beat::Ok, Beat::Ok], "both have started");
+    assert_eq!(beat(false).await, [Beat::Ok, Beat::HandBack]);
+    bench.finish(&leases[1], "busy", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    assert_eq!(bench.claimed("idle", 2).await, [second]);
+}
+
+#[tokio::test]
+async fn a_failed_job_is_redriven_once() {
+    let mut bench = Bench::new().await;
+    let id = bench.submit(|_| ()).await;
+    let waiting = bench.submit(|_| ()).await;
+    let lease = bench.claim_one("w").await;
+    bench.finish(&lease, "w", failed(None)).await;
+    let to = |n| JobId::new(now(), bench.lane, n);
+    let (first, second, third) = (to(91), to(92), to(93));
+    let redrive = async |jobs: &[Redrive]| bench.queue.redrive(bench.lane, jobs).await.unwrap();
+    let decided = redrive(&[Redrive { from: id, to: first }, Redrive { from: waiting, to: third }]).await;
+    assert_eq!(decided, [Some(first), None]);
+    assert_eq!(redrive(&[Redrive { from: id, to: second }]).await, [Some(first)]);
+    assert_eq!(bench.queue.get(id).await.unwrap().redriven_as, Some(first));
+    let query = ListQuery { lanes: &[bench.lane], which: Which::Failed, before: None, limit: 9 };
+    let failed = bench.queue.list(query).await.unwrap();
+    assert_eq!(failed.iter().map(|job| job.id).collect::<Vec<_>>(), [id]);
+}
+
+#[tokio::test]
+async fn finished_jobs_are_purged_with_all_that_is_stored_of_them() {
+    let mut bench = Bench::new().await;
+    let mut finished = Vec::new();
+    for how in [done("x"), failed(None)] {
+        let id = bench.submit(|spec| spec.experiment = Some(experiment("e"))).await;
+        let lease = bench.claim_one("w").await;
+        bench.finish(&lease, "w", how).await;
+        finished.push(id);
+    }
+    let waiting = bench.submit(|spec| spec.experiment = Some(experiment("e"))).await;
+    let lanes = [bench.lane];
+    let experiment = experiment("e");
+    let list =
+        async |which| bench.queue.list(ListQuery { lanes: &lanes, which, before: None, limit: 9 }).await.unwrap();
+    assert_eq!(bench.queue.purge(&list(Which::All).await).await.unwrap(), 2);
+    for which in [Which::All, Which::Of(&experiment)] {
+        assert_eq!(list(which).await.iter().map(|job| job.id).collect::<Vec<_>>(), [waiting]);
+    }
+    assert!(list(Which::Failed).await.is_empty());
+    for id in finished {
+        assert!(matches!(bench.queue.get(id).await, Err(QueueError::NoSuchJob { .. })));
+    }
+    assert_eq!(bench.state(waiting).await, State::Queued);
+}
+
+/// How many of the next `count` jobs are bulk ones.
+async fn share_of_bulk(bench: &Bench, count: u32) -> usize {
+    let claimed = bench.claim("w", count).await;
+    claimed.iter().filter(|lease| lease.spec.priority == Priority::Bulk).count()
+}
+
+async fn submit_bulk_and_interactive(bench: &mut Bench) {
+    for (priority, count) in [(Priority::Bulk, 30), (Priority::Interactive, 200)] {
+        for _ in 0..count {
+            bench.submit(|spec| spec.priority = priority).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_waits_long_weighs_more() {
+    let mut bench = Bench::new().await;
+    submit_bulk_and_interactive(&mut bench).await;
+    assert!(share_of_bulk(&bench, 40).await <= 2, "one in a hundred");
+
+    let mut bench = Bench::new().await;
+    submit_bulk_and_interactive(&mut bench).await;
+    bench.age_backlogs(8 * 60_000).await;
+    let share = share_of_bulk(&bench, 40).await;
+    assert!((18..=22).contains(&share), "after eight minutes bulk weighs as much as anything, but got {share} of 40");
+}
+
+#[tokio::test]
+async fn a_large_charge_is_halved_while_a_job_waits() {
+    let mut bench = Bench::new().await;
+    submit_bulk_and_interactive(&mut bench).await;
+    assert_eq!(share_of_bulk(&bench, 10).await, 1);
+    assert_eq!(share_of_bulk(&bench, 50).await, 0, "the one that ran is to be paid for by a hundred others");
+    bench.age_backlogs(60_000).await;
+    assert!(bench.queue.age(bench.lane).await.unwrap() > 0);
+    assert_eq!(bench.queue.age(bench.lane).await.unwrap(), 0, "once in a while");
+    assert_eq!(share_of_bulk(&bench, 30).await, 1);
 }

@@ -9,17 +9,22 @@ use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
 use genmill_core::money::Picodollars;
 use genmill_core::names::{Experiment, Tenant};
-use genmill_core::request::{Input, Priority, Sampling};
+use genmill_core::prefix::PrefixKey;
+use genmill_core::request::Priority;
 use genmill_core::state::{Event, State, transition};
 use genmill_core::time::UnixMs;
-use genmill_queue::{Beat, Ended, Finish, Kept, Lease, NewJob, Options, Queue};
+use genmill_queue::{
+    Beat, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Queue, Room, Setting, Slots, Which,
+};
 use genmill_tests::redis_server::RedisServer;
+use genmill_tests::specs::plain;
 use std::collections::{BTreeMap, BTreeSet};
 
 const SEEDS: u64 = 20;
 const COMMANDS: u64 = 150;
 const LEASE_MS: u64 = 3_600_000;
 const WORKERS: [&str; 3] = ["a", "b", "c"];
+const TENANTS: [&str; 2] = ["x", "y"];
 
 /// The same numbers for the same seed, on every machine (splitmix64).
 struct Dice(u64);
@@ -43,6 +48,10 @@ impl Dice {
 #[derive(Clone, Debug)]
 struct Known {
     state: State,
+    tenant: Tenant,
+    experiment: Option<Experiment>,
+    /// Its time is far away.
+    parked: bool,
     epoch: u32,
     failures: u32,
     losses: u32,
@@ -76,32 +85,34 @@ struct Run {
     jobs: BTreeMap<JobId, Known>,
     /// Every lease that was ever given, with its worker.
     leases: Vec<(Lease, WorkerId)>,
+    /// What is paused and capped now.
+    settings: BTreeMap<Setting, u64>,
+    /// Jobs that finished and were purged.
+    purged: usize,
 }
 
 fn spec(dice: &mut Dice) -> JobSpec {
-    let tenant = *dice.pick(&["x", "y"]).unwrap();
     JobSpec {
-        model: ModelName::parse("vllm_m").unwrap(),
-        input: Input::Prompt("Hello".to_owned()),
-        sampling: Sampling { max_tokens: 5, temperature: 0.0, top_p: None, top_k: None, seed: 1, stop: Vec::new() },
-        labels: BTreeMap::new(),
-        tenant: Tenant::parse(tenant).unwrap(),
+        tenant: Tenant::parse(dice.pick(&TENANTS).unwrap()).unwrap(),
         experiment: (dice.roll(2) == 0).then(|| Experiment::parse("e").unwrap()),
         priority: *dice.pick(&[Priority::Interactive, Priority::Normal, Priority::Bulk]).unwrap(),
-        request_id: None,
-        timeout_ms: None,
         deadline: (dice.roll(6) == 0).then_some(UnixMs(1)),
+        not_before: (dice.roll(6) == 0).then_some(UnixMs(u64::MAX / 4096)),
+        prefix: (dice.roll(2) == 0).then(|| PrefixKey(dice.roll(2))),
+        ..plain(ModelName::parse("vllm_m").unwrap())
     }
 }
 
 impl Run {
     async fn command(&mut self) {
-        match self.dice.roll(9) {
+        match self.dice.roll(11) {
             0 | 1 => self.submit().await,
             2 | 3 => self.claim().await,
             4 | 5 => self.finish().await,
             6 => self.cancel().await,
             7 => self.lose().await,
+            8 => self.set().await,
+            9 if self.dice.roll(4) == 0 => self.purge().await,
             _ => self.upkeep().await,
         }
     }
@@ -113,7 +124,10 @@ impl Run {
             let id = JobId::new(UnixMs(1), self.lane, self.dice.roll(u64::MAX));
             let overdue = spec.deadline.is_some();
             let known = Known {
-                state: State::Queued,
+                state: if spec.not_before.is_some() { State::Delayed } else { State::Queued },
+                tenant: spec.tenant.clone(),
+                experiment: spec.experiment.clone(),
+                parked: spec.not_before.is_some(),
                 epoch: 0,
                 failures: 0,
                 losses: 0,
@@ -134,9 +148,10 @@ impl Run {
     async fn claim(&mut self) {
         let worker = WorkerId::from_stored((*self.dice.pick(&WORKERS).unwrap()).to_owned());
         let free = u32::try_from(1 + self.dice.roll(4)).unwrap();
-        let queued = self.jobs.values().filter(|job| job.state == State::Queued).count();
-        let claimed = self.queue.claim(self.lane, &worker, free, LEASE_MS).await.unwrap();
-        assert_eq!(claimed.len(), queued.min(usize::try_from(free).unwrap()), "all places are filled while jobs wait");
+        let room = Room { free, tokens: None };
+        let claimed = self.queue.claim(self.lane, &worker, room, LEASE_MS).await.unwrap();
+        let may_start = self.may_start().min(u64::from(free));
+        assert_eq!(u64::try_from(claimed.len()).unwrap(), may_start, "all places are filled while jobs wait");
         for lease in claimed {
             let job = self.jobs.get_mut(&lease.id).unwrap();
             job.happens(Event::Claim);
@@ -145,8 +160,66 @@ impl Run {
             self.leases.push((lease, worker.clone()));
         }
         if self.dice.roll(2) == 0 {
-            self.queue.heartbeat(self.lane, &worker, free, LEASE_MS, &[]).await.unwrap();
+            let slots = Slots { capacity: free, free: 0, tokens: None };
+            self.queue.heartbeat(self.lane, &worker, slots, LEASE_MS, &[]).await.unwrap();
         }
+    }
+
+    /// How many jobs may start, by what is paused and capped.
+    fn may_start(&self) -> u64 {
+        let set = |setting: Setting| self.settings.get(&setting).copied();
+        if set(Setting::PauseLane(self.lane)).is_some() {
+            return 0;
+        }
+        let in_state = |tenant: &Tenant, wanted: State, experiments: bool| {
+            let paused = |name: &Experiment| set(Setting::PauseExperiment(name.clone())).is_some();
+            let counts = |job: &&Known| {
+                job.tenant == *tenant
+                    && job.state == wanted
+                    && (experiments || !job.experiment.as_ref().is_some_and(paused))
+            };
+            u64::try_from(self.jobs.values().filter(counts).count()).unwrap()
+        };
+        let of = |name: &str| {
+            let tenant = Tenant::parse(name).unwrap();
+            let running = in_state(&tenant, State::Running, true);
+            let cap = set(Setting::TenantCap(tenant.clone())).unwrap_or(u64::MAX);
+            let paused = set(Setting::PauseTenant(tenant.clone())).is_some();
+            let queued = if paused { 0 } else { in_state(&tenant, State::Queued, false) };
+            (queued.min(cap.saturating_sub(running)), running)
+        };
+        let (waiting, running) = TENANTS.iter().map(|name| of(name)).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
+        waiting.min(set(Setting::LaneCap(self.lane)).unwrap_or(u64::MAX).saturating_sub(running))
+    }
+
+    async fn set(&mut self) {
+        let tenant = Tenant::parse(self.dice.pick(&TENANTS).unwrap()).unwrap();
+        let setting = match self.dice.roll(6) {
+            0 => Setting::PauseLane(self.lane),
+            1 => Setting::PauseTenant(tenant),
+            2 => Setting::PauseExperiment(Experiment::parse("e").unwrap()),
+            3 => Setting::LaneCap(self.lane),
+            4 => Setting::TenantWeight(tenant),
+            _ => Setting::TenantCap(tenant),
+        };
+        let value = (self.dice.roll(2) == 0).then(|| 1 + self.dice.roll(5));
+        self.queue.set(&setting, value).await.unwrap();
+        match value {
+            Some(value) => drop(self.settings.insert(setting, value)),
+            None => drop(self.settings.remove(&setting)),
+        }
+    }
+
+    async fn purge(&mut self) {
+        let query = ListQuery { lanes: &[self.lane], which: Which::All, before: None, limit: 1_000 };
+        let listed = self.queue.list(query).await.unwrap();
+        assert_eq!(listed.len(), self.jobs.len(), "every job is listed once");
+        let before = self.jobs.len();
+        self.jobs.retain(|_, job| !job.state.is_final());
+        let purged = before - self.jobs.len();
+        assert_eq!(self.queue.purge(&listed).await.unwrap(), u64::try_from(purged).unwrap());
+        self.purged += purged;
+        self.leases.retain(|(lease, _)| self.jobs.contains_key(&lease.id));
     }
 
     /// Any lease that was ever given may be finished, at any time, and more than once.
@@ -202,7 +275,9 @@ impl Run {
         let running: Vec<(Lease, WorkerId)> =
             self.leases.iter().filter(|(lease, _)| self.holds(lease)).cloned().collect();
         let Some((lease, worker)) = self.dice.pick(&running).cloned() else { return };
-        let told = self.queue.heartbeat(self.lane, &worker, 1, 0, &[lease.held()]).await.unwrap();
+        let slots = Slots { capacity: 1, free: 0, tokens: None };
+        let held = [Holding { held: lease.held(), started: true }];
+        let told = self.queue.heartbeat(self.lane, &worker, slots, 0, &held).await.unwrap();
         let job = &self.jobs[&lease.id];
         let expected = match (job.cancel_asked, job.overdue) {
             (true, _) => Beat::Cancel,
@@ -230,7 +305,7 @@ impl Run {
     async fn upkeep(&mut self) {
         if self.dice.roll(2) == 0 {
             self.queue.promote(self.lane).await.unwrap();
-            for job in self.jobs.values_mut().filter(|job| job.state == State::Delayed) {
+            for job in self.jobs.values_mut().filter(|job| job.state == State::Delayed && !job.parked) {
                 job.happens(Event::Promote);
                 job.ends_instead_of_waiting();
             }
@@ -258,7 +333,7 @@ impl Run {
         let counted = self.queue.open_jobs(&[self.lane], None).await.unwrap();
         assert_eq!(counted, u64::try_from(open).unwrap());
         let finished = self.queue.finished(self.lane, None, 10_000).await.unwrap();
-        assert_eq!(finished.len(), self.jobs.len() - open, "every final job is told once");
+        assert_eq!(finished.len(), self.jobs.len() - open + self.purged, "every final job is told once");
     }
 }
 
@@ -274,7 +349,15 @@ async fn scripts_and_model_agree_whatever_is_asked() {
         let options = Options { url: redis.url(), namespace: format!("seed-{seed}") };
         let queue = Queue::connect(&options).await.unwrap();
         let lane = queue.open_lane(&ModelName::parse("vllm_m").unwrap().lane()).await.unwrap();
-        let mut run = Run { queue, lane, dice: Dice(seed), jobs: BTreeMap::new(), leases: Vec::new() };
+        let mut run = Run {
+            queue,
+            lane,
+            dice: Dice(seed),
+            jobs: BTreeMap::new(),
+            leases: Vec::new(),
+            settings: BTreeMap::new(),
+            purged: 0,
+        };
         for step in 0..COMMANDS {
             // Shown only when the test fails: with it, a failing run replays.
             eprintln!("seed {seed}, step {step}");

@@ -1,4 +1,4 @@
-//! `genmill list`: jobs, newest first. Also the filter that `cancel` shares.
+//! `genmill list`: jobs, newest first. Also the filter that `cancel`, `redrive` and `purge` share.
 
 use crate::exit::Ending;
 use crate::table::{self, Column};
@@ -18,6 +18,9 @@ pub(crate) struct Args {
     /// Print each job as one line of JSON, without prompt, text and attempts
     #[arg(long)]
     json: bool,
+    /// With --json: whole jobs, with prompt, text and the history of their attempts
+    #[arg(long, requires = "json")]
+    whole: bool,
 }
 
 /// Which jobs.
@@ -26,6 +29,13 @@ pub(crate) struct FilterArgs {
     /// Only jobs in this state
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(State::ALL.map(State::name)))]
     state: Option<String>,
+    #[command(flatten)]
+    rest: FilterRest,
+}
+
+/// Which jobs, whatever their state.
+#[derive(Debug, clap::Args)]
+pub(crate) struct FilterRest {
     /// Only jobs of this model
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
@@ -40,8 +50,15 @@ pub(crate) struct FilterArgs {
 impl From<FilterArgs> for v1::JobFilter {
     fn from(args: FilterArgs) -> Self {
         let state = args.state.as_deref().and_then(State::from_name);
+        let state = state.map_or(v1::JobState::Unspecified, genmill_wire::to_pb::state).into();
+        Self { state, ..args.rest.into() }
+    }
+}
+
+impl From<FilterRest> for v1::JobFilter {
+    fn from(args: FilterRest) -> Self {
         Self {
-            state: state.map_or(v1::JobState::Unspecified, genmill_wire::to_pb::state).into(),
+            state: v1::JobState::Unspecified.into(),
             model: args.model.unwrap_or_default(),
             experiment: args.experiment.unwrap_or_default(),
             tenant: args.tenant.unwrap_or_default(),
@@ -51,7 +68,9 @@ impl From<FilterArgs> for v1::JobFilter {
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     let client = Client::connect(server).await?;
-    let mut jobs = std::pin::pin!(client.list(args.filter.into()).take(args.limit));
+    let filter = args.filter.into();
+    let jobs = if args.whole { client.list_whole(filter).left_stream() } else { client.list(filter).right_stream() };
+    let mut jobs = std::pin::pin!(jobs.take(args.limit));
     let mut rows = Vec::new();
     while let Some(job) = jobs.try_next().await? {
         if args.json {

@@ -9,10 +9,15 @@ mod exec_with_parent;
 mod exit;
 mod experiment;
 mod get;
+mod lanes;
+mod limit;
 mod list;
 mod messages;
 mod models;
 mod output;
+mod pause;
+mod purge;
+mod redrive;
 mod show;
 mod submit;
 mod table;
@@ -42,7 +47,13 @@ enum Command {
     Watch(watch::Args),
     Cancel(cancel::Args),
     List(list::Args),
+    Redrive(redrive::Args),
+    Purge(purge::Args),
     Models(models::Args),
+    Lanes(lanes::Args),
+    Pause(pause::PauseArgs),
+    Resume(pause::ResumeArgs),
+    Limit(limit::Args),
     Experiment(experiment::Args),
     Up(up::Args),
     #[command(hide = true)]
@@ -82,6 +93,12 @@ async fn run_command(command: Command, server: &str) -> anyhow::Result<Ending> {
         Command::Watch(args) => watch::run(args, server).await,
         Command::Cancel(args) => cancel::run(args, server).await,
         Command::List(args) => list::run(args, server).await,
+        Command::Redrive(args) => redrive::run(args, server).await,
+        Command::Purge(args) => purge::run(args, server).await,
+        Command::Lanes(args) => lanes::run(args, server).await,
+        Command::Pause(args) => pause::pause(args, server).await,
+        Command::Resume(args) => pause::resume(args, server).await,
+        Command::Limit(args) => limit::run(args, server).await,
         Command::Models(args) => models::run(args, server).await,
         Command::Experiment(args) => experiment::run(args, server).await,
         Command::Up(args) => up::run(args).await,
@@ -114,6 +131,16 @@ mod tests {
             "genmill cancel",
             "genmill cancel x --model vllm_x",
             "genmill list --state done",
+            "genmill redrive",
+            "genmill redrive nope",
+            "genmill redrive --state failed",
+            "genmill purge",
+            "genmill purge --state running",
+            "genmill purge --older-than yesterday",
+            "genmill pause",
+            "genmill pause lane",
+            "genmill limit lane vllm:x --max-running 0",
+            "genmill limit tenant t --weight-percent 10001",
             "genmill up --redis=",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).unwrap_err();

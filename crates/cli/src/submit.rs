@@ -79,6 +79,9 @@ struct RequestArgs {
     /// The job expires when it has not finished by then: an RFC 3339 time, or a duration from now such as 10m
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     deadline: Option<When>,
+    /// No attempt starts earlier: an RFC 3339 time, or a duration from now such as 10m
+    #[arg(long, value_name = "WHEN", value_parser = parse_when)]
+    not_before: Option<When>,
 }
 
 /// Which jobs go first.
@@ -162,6 +165,7 @@ impl RequestArgs {
             request_id: self.request_id.unwrap_or_default(),
             timeout_ms: self.timeout_ms,
             deadline: self.deadline.map(|when| when.timestamp(now_unix_ms)),
+            not_before: self.not_before.map(|when| when.timestamp(now_unix_ms)),
         })
     }
 }
@@ -190,7 +194,7 @@ mod tests {
     fn every_field_has_a_flag() {
         let line = "x --model vllm_x --prompt Hi --max-tokens 1 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 \
                     --stop a --stop b --label k=v=w --label e= --tenant t --experiment e --priority bulk \
-                    --request-id r --timeout-ms 5 --deadline 1s";
+                    --request-id r --timeout-ms 5 --deadline 1s --not-before 500ms";
         let request = Line::try_parse_from(line.split_whitespace()).unwrap().request.into_message(4_000).unwrap();
         let expect = v1::GenerationRequest {
             model: "vllm_x".to_owned(),
@@ -208,6 +212,7 @@ mod tests {
             request_id: "r".to_owned(),
             timeout_ms: Some(5),
             deadline: Some(prost_types::Timestamp { seconds: 5, nanos: 0 }),
+            not_before: Some(prost_types::Timestamp { seconds: 4, nanos: 500_000_000 }),
         };
         assert_eq!(request, expect);
     }

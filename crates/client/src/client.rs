@@ -11,6 +11,7 @@ use tonic::transport::Channel;
 use tonic::{Response, Status};
 use v1::job_service_client::JobServiceClient;
 use v1::model_service_client::ModelServiceClient;
+use v1::queue_service_client::QueueServiceClient;
 
 /// How many jobs are asked for at once by [`Client::list`].
 const PAGE_SIZE: u32 = 100;
@@ -22,6 +23,7 @@ pub struct Client {
     patience: Duration,
     jobs: JobServiceClient<Channel>,
     models: ModelServiceClient<Channel>,
+    queue: QueueServiceClient<Channel>,
 }
 
 /// A finished generation.
@@ -53,10 +55,11 @@ impl Client {
         let jobs = JobServiceClient::new(channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let queue = QueueServiceClient::new(channel.clone());
         let models = ModelServiceClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(Self { server, patience: PATIENCE, jobs, models })
+        Ok(Self { server, patience: PATIENCE, jobs, models, queue })
     }
 
     /// Changes how long a stream waits for a server that is away before it fails; a minute unless set.
@@ -74,11 +77,16 @@ impl Client {
         self.jobs.clone()
     }
 
+    /// The same for the queue's service.
+    pub(crate) fn queue(&self) -> QueueServiceClient<Channel> {
+        self.queue.clone()
+    }
+
     pub(crate) fn error(&self, status: Status) -> Error {
         Error::from_status(&self.server, status)
     }
 
-    fn answer<T>(&self, answered: Result<Response<T>, Status>) -> Result<T, Error> {
+    pub(crate) fn answer<T>(&self, answered: Result<Response<T>, Status>) -> Result<T, Error> {
         answered.map(Response::into_inner).map_err(|status| self.error(status))
     }
 
@@ -124,12 +132,21 @@ impl Client {
     /// Lists the jobs that match `filter`, newest first, without prompt, text and attempts. Pages are fetched as the
     /// stream is read.
     pub fn list(&self, filter: v1::JobFilter) -> impl Stream<Item = Result<v1::Job, Error>> + Send + use<> {
+        self.pages(filter, false)
+    }
+
+    /// Lists the jobs that match `filter`, newest first, with all their parts.
+    pub fn list_whole(&self, filter: v1::JobFilter) -> impl Stream<Item = Result<v1::Job, Error>> + Send + use<> {
+        self.pages(filter, true)
+    }
+
+    fn pages(&self, filter: v1::JobFilter, whole: bool) -> impl Stream<Item = Result<v1::Job, Error>> + Send + use<> {
         let client = self.clone();
         let pages = stream::try_unfold(Some(String::new()), move |token| {
             let (client, filter) = (client.clone(), filter.clone());
             async move {
                 let Some(page_token) = token else { return Ok(None) };
-                let request = v1::ListJobsRequest { filter: Some(filter), page_size: PAGE_SIZE, page_token };
+                let request = v1::ListJobsRequest { filter: Some(filter), page_size: PAGE_SIZE, page_token, whole };
                 let page = client.answer(client.jobs().list_jobs(request).await)?;
                 let next = Some(page.next_page_token).filter(|token| !token.is_empty());
                 Ok(Some((stream::iter(page.jobs).map(Ok), next)))

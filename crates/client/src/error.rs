@@ -26,7 +26,7 @@ pub enum Error {
         #[source]
         source: Box<dyn StdError + Send + Sync>,
     },
-    /// No job has the id.
+    /// No job has the id, or no lane the name.
     #[error("{message}")]
     NotFound {
         /// What the server said.
@@ -62,7 +62,7 @@ impl Error {
     pub(crate) fn from_status(server: &str, status: Status) -> Self {
         let message = status.message().to_owned();
         match reason_of(&status) {
-            Some(Reason::JobNotFound) => Self::NotFound { message },
+            Some(Reason::JobNotFound | Reason::LaneNotFound) => Self::NotFound { message },
             Some(reason) => Self::Refused { reason, message },
             None if is_broken_connection(&status) => {
                 let why = status.source().map_or(message, root_cause);

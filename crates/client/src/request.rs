@@ -145,6 +145,11 @@ impl Request {
         self.with(|message| message.deadline = Some(at.into()))
     }
 
+    /// No attempt starts earlier.
+    pub fn not_before(self, at: SystemTime) -> Self {
+        self.with(|message| message.not_before = Some(at.into()))
+    }
+
     fn with(mut self, change: impl FnOnce(&mut v1::GenerationRequest)) -> Self {
         change(&mut self.message);
         self

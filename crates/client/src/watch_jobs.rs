@@ -46,13 +46,24 @@ impl Client {
         cursor: String,
         until: Until,
     ) -> impl Stream<Item = Result<FinishedJob, Error>> + Send + use<> {
-        follow(self, WatchJobs { filter, cursor, until })
+        follow(self, WatchJobs { filter, cursor, from_now: false, until })
+    }
+
+    /// Follows every job that matches `filter` and finishes from now on, until it is dropped. Resumes by itself when the
+    /// connection breaks.
+    pub fn watch_jobs_from_now(
+        &self,
+        filter: v1::JobFilter,
+    ) -> impl Stream<Item = Result<FinishedJob, Error>> + Send + use<> {
+        follow(self, WatchJobs { filter, cursor: String::new(), from_now: true, until: Until::Dropped })
     }
 }
 
 struct WatchJobs {
     filter: v1::JobFilter,
     cursor: String,
+    /// Until the first response, which tells where that was.
+    from_now: bool,
     until: Until,
 }
 
@@ -65,12 +76,14 @@ impl Follow for WatchJobs {
             filter: Some(self.filter.clone()),
             cursor: self.cursor.clone(),
             until_idle: self.until == Until::Idle,
+            from_now: self.from_now,
         };
         client.jobs().watch_jobs(request).await
     }
 
     fn accept(&mut self, response: v1::WatchJobsResponse) -> Result<Option<FinishedJob>, Error> {
         self.cursor = response.cursor;
+        self.from_now = false;
         Ok(response.job.map(|job| FinishedJob { job, cursor: self.cursor.clone() }))
     }
 

@@ -4,6 +4,7 @@
 use crate::ids::WorkerId;
 use crate::job::JobSpec;
 use crate::model::{BadModelName, ModelName};
+use crate::prefix::PrefixKey;
 use crate::registration::{Availability, Registration, ServedModel};
 use crate::request::{Invalid, Request, Sampling, TEXT_BYTES_MAX};
 use crate::time::UnixMs;
@@ -169,6 +170,7 @@ pub fn admit(
     facts.check(&request.model)?;
     let remote = request.model.prefix().is_remote();
     Ok(JobSpec {
+        prefix: if remote { None } else { PrefixKey::of(&request.input) },
         sampling: Sampling {
             max_tokens: request.max_tokens.unwrap_or(defaults.max_tokens),
             temperature: request.temperature.unwrap_or(defaults.temperature),
@@ -187,6 +189,8 @@ pub fn admit(
         priority: request.priority,
         request_id: request.request_id,
         deadline: request.deadline,
+        not_before: request.not_before,
+        redriven_from: None,
     })
 }
 

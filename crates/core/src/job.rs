@@ -5,13 +5,14 @@ use crate::ids::{Epoch, JobId, WorkerId};
 use crate::model::ModelName;
 use crate::money::Picodollars;
 use crate::names::{Experiment, Tenant};
+use crate::prefix::PrefixKey;
 use crate::request::{Input, Priority, Sampling};
 use crate::state::State;
 use crate::time::UnixMs;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// What is to be done, with nothing left open: a retry does exactly the same again.
+/// What is to be done, with nothing left open: a retry does exactly the same again. What is usually unset is not stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobSpec {
     /// The model.
@@ -21,19 +22,33 @@ pub struct JobSpec {
     /// How tokens are picked.
     pub sampling: Sampling,
     /// Free key-value pairs.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
     /// Who the job belongs to.
     pub tenant: Tenant,
     /// What it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experiment: Option<Experiment>,
     /// Which jobs go first.
     pub priority: Priority,
     /// Makes submission idempotent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
     /// Bound of one attempt, in milliseconds; `None`: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
     /// When the job expires.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<UnixMs>,
+    /// No attempt starts earlier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<UnixMs>,
+    /// What its prompt begins with, for a local model and where that is worth sharing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<PrefixKey>,
+    /// The failed job that it repeats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redriven_from: Option<JobId>,
 }
 
 impl JobSpec {
@@ -42,6 +57,30 @@ impl JobSpec {
     pub fn estimated_tokens(&self) -> u64 {
         let input = u64::try_from(self.input.text_bytes()).unwrap_or(u64::MAX) / 4;
         input.saturating_add(u64::from(self.sampling.max_tokens)).max(1)
+    }
+
+    /// The fields in which two specs differ, as the API names them. What admission chose for `self` (the seed, when the
+    /// caller gave none) is the caller's to compare.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let (a, b) = (&self.sampling, &other.sampling);
+        let fields = [
+            ("model", self.model == other.model),
+            ("input", self.input == other.input),
+            ("max_tokens", a.max_tokens == b.max_tokens),
+            ("temperature", a.temperature.to_bits() == b.temperature.to_bits()),
+            ("top_p", a.top_p == b.top_p),
+            ("top_k", a.top_k == b.top_k),
+            ("seed", a.seed == b.seed),
+            ("stop", a.stop == b.stop),
+            ("labels", self.labels == other.labels),
+            ("experiment", self.experiment == other.experiment),
+            ("priority", self.priority == other.priority),
+            ("timeout_ms", self.timeout_ms == other.timeout_ms),
+            ("deadline", self.deadline == other.deadline),
+            ("not_before", self.not_before == other.not_before),
+        ];
+        fields.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
     }
 }
 
@@ -70,6 +109,8 @@ pub struct Job {
     pub not_before: Option<UnixMs>,
     /// The worker of the newest attempt.
     pub worker: Option<WorkerId>,
+    /// The job that repeats it, once it was redriven.
+    pub redriven_as: Option<JobId>,
     /// What it produced.
     pub generation: Option<Generation>,
     /// Why its newest failed attempt failed; kept in a final state only when that is `Failed`.

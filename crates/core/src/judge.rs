@@ -80,25 +80,27 @@ impl Verdict {
     }
 }
 
-/// Decides what follows from `outcome` when `failures` attempts of the job had failed before.
+/// Decides what follows from `outcome` when `failures` attempts of the job had failed before. `random` spreads retries
+/// of jobs that failed together.
 #[must_use]
-pub fn judge(outcome: Outcome, failures: u32, policy: &Policy) -> Verdict {
+pub fn judge(outcome: Outcome, failures: u32, policy: &Policy, random: u64) -> Verdict {
     match outcome {
         Outcome::Generated(generation) => Verdict::Succeed(generation),
         Outcome::Cancelled => Verdict::Cancel,
         Outcome::DeadlinePassed => Verdict::Expire,
         Outcome::HandedBack => Verdict::HandBack,
         Outcome::Failed(failure) if failure.class.is_retried() && failures < policy.retries_max => {
-            Verdict::Retry { delay_ms: delay_ms(failures, &failure, policy), failure }
+            Verdict::Retry { delay_ms: delay_ms(failures, &failure, policy, random), failure }
         }
         Outcome::Failed(failure) => Verdict::Fail(failure),
     }
 }
 
-/// First delay times 2 for every failure before, and at least what the provider asked for.
-fn delay_ms(failures: u32, failure: &Failure, policy: &Policy) -> u64 {
+/// First delay times 2 for every failure before, at least what the provider asked for, and up to a quarter more.
+fn delay_ms(failures: u32, failure: &Failure, policy: &Policy, random: u64) -> u64 {
     let doubled = policy.delay_ms_first.saturating_mul(2_u64.saturating_pow(failures));
-    doubled.max(failure.retry_after_ms.unwrap_or(0)).min(policy.delay_ms_max)
+    let delay_ms = doubled.max(failure.retry_after_ms.unwrap_or(0)).min(policy.delay_ms_max);
+    delay_ms + random % (delay_ms / 4 + 1)
 }
 
 /// What a lost worker means for a job that had lost `losses` workers before: back to the queue, or the end as poison.
@@ -123,7 +125,7 @@ mod tests {
     }
 
     fn check(outcome: Outcome, failures: u32, delay_ms: Option<u64>) {
-        let verdict = judge(outcome, failures, &Policy::default());
+        let verdict = judge(outcome, failures, &Policy::default(), 0);
         let delay = match verdict {
             Verdict::Retry { delay_ms, .. } => Some(delay_ms),
             Verdict::Fail(_) => None,
@@ -160,6 +162,16 @@ mod tests {
         check(failed(FailureClass::Throttled, Some(30_000)), 0, Some(30_000));
         check(failed(FailureClass::Throttled, Some(1)), 1, Some(2_000));
         check(failed(FailureClass::Throttled, Some(u64::MAX)), 0, Some(600_000));
+    }
+
+    #[test]
+    fn jitter_makes_a_delay_up_to_a_quarter_longer() {
+        for random in [0, 1, 250, 251, u64::MAX] {
+            let failure = Failure::new(FailureClass::Transient, "x");
+            let delay_ms = delay_ms(0, &failure, &Policy::default(), random);
+            assert!((1_000..=1_250).contains(&delay_ms), "{delay_ms}");
+        }
+        assert_eq!(delay_ms(0, &Failure::new(FailureClass::Transient, "x"), &Policy::default(), 250), 1_250);
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod judge;
 pub mod model;
 pub mod money;
 pub mod names;
+pub mod prefix;
 pub mod registration;
 pub mod request;
 pub mod state;

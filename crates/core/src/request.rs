@@ -74,11 +74,17 @@ pub enum Priority {
 }
 
 impl Priority {
+    /// The weight of the highest class, which a job that waits grows towards and never beyond.
+    pub const WEIGHT_MAX: u32 = 100;
+
+    /// A waiting job weighs twice as much after each such time, in milliseconds.
+    pub const AGING_MS: u64 = 60_000;
+
     /// The share of a lane that a tenant's class gets, relative to other classes and tenants that have work.
     #[must_use]
     pub const fn weight(self) -> u32 {
         match self {
-            Self::Interactive => 100,
+            Self::Interactive => Self::WEIGHT_MAX,
             Self::Normal => 10,
             Self::Bulk => 1,
         }
@@ -103,12 +109,15 @@ pub struct Sampling {
     /// 0 is greedy.
     pub temperature: f64,
     /// Nucleus sampling, in (0, 1].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f64>,
     /// Only the k most likely tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
     /// Seed of the random numbers.
     pub seed: u64,
     /// Generation ends before the first of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
 }
 
@@ -145,6 +154,9 @@ pub struct Request {
     pub timeout_ms: Option<u64>,
     /// When the job expires.
     pub deadline: Option<UnixMs>,
+    /// No attempt starts earlier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<UnixMs>,
 }
 
 /// A rule that a request breaks.
@@ -222,7 +234,9 @@ impl Request {
         rule(self.timeout_ms.is_none_or(|ms| (1..=86_400_000).contains(&ms)), "timeout_ms", || {
             "must be 1 to 86,400,000 (a day)".to_owned()
         })?;
-        rule(self.deadline.is_none_or(|deadline| deadline > now), "deadline", || "has passed already".to_owned())
+        rule(self.deadline.is_none_or(|deadline| deadline > now), "deadline", || "has passed already".to_owned())?;
+        let in_time = self.not_before.zip(self.deadline).is_none_or(|(start, end)| start < end);
+        rule(in_time, "not_before", || "must be before the deadline".to_owned())
     }
 }
 
@@ -251,6 +265,7 @@ pub(crate) mod tests {
             request_id: None,
             timeout_ms: None,
             deadline: None,
+            not_before: None,
         }
     }
 
@@ -282,5 +297,6 @@ pub(crate) mod tests {
         check(|r| r.request_id = Some("x".repeat(257)), Some("request_id"));
         check(|r| r.timeout_ms = Some(0), Some("timeout_ms"));
         check(|r| r.deadline = Some(UnixMs(1_000)), Some("deadline"));
+        check(|r| (r.deadline, r.not_before) = (Some(UnixMs(2_000)), Some(UnixMs(2_000))), Some("not_before"));
     }
 }

@@ -12,36 +12,62 @@
 //! | `NS:{N}:r:ID` | string | its result |
 //! | `NS:{N}:a:ID` | list | its ended attempts |
 //! | `NS:{N}:stream` | stream | jobs delivered to workers |
-//! | `NS:{N}:flows` | sorted set | flows with waiting jobs, by virtual time |
-//! | `NS:{N}:b:FLOW` | sorted set | the waiting jobs of a flow, by submission |
-//! | `NS:{N}:flow` | hash | number of each flow name, `n` counts them |
-//! | `NS:{N}:weights` | hash | weight of each flow |
+//! | `NS:{N}:flows` | sorted set | flows (a class of a tenant) with waiting jobs, by virtual time |
+//! | `NS:{N}:f:FLOW` | sorted set | leaves of a flow (an experiment, a remote model) with waiting jobs, by virtual time |
+//! | `NS:{N}:b:LEAF` | sorted set | the waiting jobs of a leaf, by submission, those of a prefix group together |
+//! | `NS:{N}:numbers` | hash | number of each name of a flow or a leaf, `n` counts them |
+//! | `NS:{N}:leaves` | hash | what each leaf is part of: `FLOW:WEIGHT:TENANT:EXPERIMENT` |
+//! | `NS:{N}:used` | hash | virtual time that a flow or leaf had used up when it left; `in/FLOW` virtual time among its leaves |
+//! | `NS:{N}:paused` | set | flows and leaves set aside because they are paused |
+//! | `NS:{N}:full:TENANT` | set | flows set aside because their tenant has reached its cap |
+//! | `NS:{N}:places` | hash | how many jobs are in the stream or run, by tenant; `` is the whole lane |
+//! | `NS:{N}:settings` | hash | `VERSION:VALUE` of each setting that was ever made |
+//! | `NS:{N}:g:LEAF:PREFIX` | string | when a prefix group started, expiring |
 //! | `NS:{N}:leases` | sorted set | running jobs, by end of lease |
 //! | `NS:{N}:delayed` | sorted set | delayed jobs, by due time |
 //! | `NS:{N}:deadlines` | sorted set | unfinished jobs with a deadline, by it |
-//! | `NS:{N}:jobs` | sorted set | all jobs, by id |
-//! | `NS:{N}:x:EXPERIMENT` | sorted set | all jobs of an experiment, by id |
+//! | `NS:{N}:jobs` | stream | all jobs, in the order of acceptance |
+//! | `NS:{N}:x:EXPERIMENT` | stream | all jobs of an experiment, at the same places as in `jobs` |
 //! | `NS:{N}:open` | hash | how many jobs are unfinished, by experiment; `` is the whole lane |
 //! | `NS:{N}:done` | stream | finished jobs, in order |
-//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `la` look-ahead |
-//! | `NS:{N}:slots` | hash | each live worker's capacity and until when it counts |
+//! | `NS:{N}:dead` | stream | failed jobs, in order |
+//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `ut` their tokens, `la` look-ahead, `lt` in tokens, `ag` when flows were aged |
+//! | `NS:{N}:slots` | hash | of each live worker: places, until when they count, free places, tokens that it can hold |
 //! | `NS:{N}:hints` | channel | to workers: `w` there is work, `c` a running job was cancelled |
 //! | `NS:{N}:events` | channel | to schedulers: jobs' ids, after `t` (more text) or `f` (finished); several ids may follow each other |
-//! | `NS:{T:TENANT}:q:ID` | string | the job that a tenant's request id stands for |
+//! | `NS:{T:TENANT}:q:BUCKET` | hash | the job and content that each of a tenant's request ids stands for, by its hash |
 //! | `NS:{registry}:lanes` | hash | number of each lane name, `#` counts them |
+//! | `NS:{registry}:settings` | hash | `VERSION:VALUE` of each setting, `#` counts versions |
 //! | `NS:{registry}:workers` | set | every registered worker |
 //! | `NS:{registry}:w:WORKER` | string | its registration, expiring |
 //!
-//! Fields of a job: `st` state, `ep` epoch, `fl` flow, `tk` estimated tokens, `ex` experiment, `dl` deadline, `cr`
-//! created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses, `en` stream entry, `cx`
-//! cancel asked for, `kN` once a verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
+//! Fields of a job: `st` state, `ep` epoch, `lf` leaf, `tk` estimated tokens, `gp` order byte and start of its prefix
+//! group, `dl` deadline, `cr` created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses,
+//! `en` stream entry, `de` entry among failed jobs, `rd` job that it was redriven as, `cx` cancel asked for, `kN` once a
+//! verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
 
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::names::{Experiment, Tenant};
+use genmill_core::request::Priority;
 use genmill_core::state::State;
 
 /// The consumer group that reads every lane's stream.
 pub(crate) const GROUP: &str = "workers";
+
+/// How long jobs with the same prefix join the group that the first of them started. So a group overtakes only what
+/// was submitted within that time.
+const GROUP_MS: u64 = 30_000;
+
+/// Which jobs of a lane are listed.
+#[derive(Clone, Copy, Debug)]
+pub enum Which<'a> {
+    /// All, in the order of acceptance.
+    All,
+    /// Those of an experiment, in the order of acceptance.
+    Of(&'a Experiment),
+    /// Those that failed, in the order of failing.
+    Failed,
+}
 
 /// Builds keys in a namespace.
 #[derive(Clone, Debug)]
@@ -85,11 +111,17 @@ impl Keys {
         self.of_job('a', id)
     }
 
-    pub(crate) fn jobs(&self, lane: LaneNumber, experiment: Option<&Experiment>) -> String {
-        match experiment {
-            Some(experiment) => format!("{}:x:{experiment}", self.lane(lane)),
-            None => format!("{}:jobs", self.lane(lane)),
+    /// The stream that lists the jobs of a lane which are `which`.
+    pub(crate) fn listed(&self, lane: LaneNumber, which: Which<'_>) -> String {
+        match which {
+            Which::All => format!("{}:jobs", self.lane(lane)),
+            Which::Of(experiment) => format!("{}:x:{experiment}", self.lane(lane)),
+            Which::Failed => format!("{}:dead", self.lane(lane)),
         }
+    }
+
+    pub(crate) fn of_lane(&self, lane: LaneNumber, what: &str) -> String {
+        format!("{}:{what}", self.lane(lane))
     }
 
     pub(crate) fn open(&self, lane: LaneNumber) -> String {
@@ -113,9 +145,14 @@ impl Keys {
         format!("{}:{{*}}:events", self.namespace)
     }
 
-    /// The job that `request_id` of `tenant` stands for.
-    pub(crate) fn request(&self, tenant: &Tenant, request_id: &str) -> String {
-        format!("{}:{{T:{tenant}}}:q:{request_id}", self.namespace)
+    /// Where a tenant's request ids are kept whose hashes begin with the same bits: small hashes are stored tightly.
+    pub(crate) fn request_ids(&self, tenant: &Tenant, hash: &[u8; 12]) -> String {
+        let bucket = u16::from_be_bytes([hash[0], hash[1]]) >> 2;
+        format!("{}:{{T:{tenant}}}:q:{bucket}", self.namespace)
+    }
+
+    pub(crate) fn settings(&self) -> String {
+        format!("{}:{{registry}}:settings", self.namespace)
     }
 
     pub(crate) fn lanes(&self) -> String {
@@ -137,9 +174,12 @@ pub(crate) fn lua_prelude() -> String {
     let finals = State::ALL.into_iter().filter(|state| state.is_final());
     let finals: Vec<String> = finals.map(|state| format!("['{}'] = true", state.name())).collect();
     format!(
-        "{}local FINAL = {{{}}}\nlocal GROUP = '{GROUP}'\n{}",
+        "{}local FINAL = {{{}}}\nlocal GROUP, GROUP_MS, WEIGHT_MAX, AGING_MS = '{GROUP}', {}, {}, {}\n{}",
         states.concat(),
         finals.join(", "),
+        GROUP_MS,
+        Priority::WEIGHT_MAX,
+        Priority::AGING_MS,
         r"local base = KEYS[1]
 local function key(name) return base .. ':' .. name end
 local function job_key(id) return base .. ':j:' .. id end
@@ -147,7 +187,10 @@ local function spec_key(id) return base .. ':s:' .. id end
 local function text_key(id) return base .. ':t:' .. id end
 local function result_key(id) return base .. ':r:' .. id end
 local function attempts_key(id) return base .. ':a:' .. id end
-local function backlog_key(flow) return base .. ':b:' .. flow end
+local function flow_key(flow) return base .. ':f:' .. flow end
+local function backlog_key(leaf) return base .. ':b:' .. leaf end
+local function full_key(tenant) return base .. ':full:' .. tenant end
+local function group_key(leaf, prefix) return base .. ':g:' .. leaf .. ':' .. prefix end
 local function experiment_key(name) return base .. ':x:' .. name end
 "
     )

@@ -25,6 +25,25 @@ impl Lanes {
     }
 }
 
+/// How a lane stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LaneState {
+    /// Jobs that wait: in backlogs or delivered to no worker yet.
+    pub queued: u64,
+    /// Jobs that wait for a time.
+    pub delayed: u64,
+    /// Jobs that run.
+    pub running: u64,
+    /// Of those that wait, what lies in the stream already.
+    pub look_ahead: u64,
+    /// Failed jobs that are kept.
+    pub failed: u64,
+    /// Jobs that its live workers can run at once.
+    pub capacity: u64,
+    /// Classes of tenants that have jobs waiting and may be fed.
+    pub flows: u64,
+}
+
 impl Queue {
     /// The number of `lane`, which is made ready for jobs if it is new.
     ///
@@ -52,6 +71,8 @@ impl Queue {
             Err(error) if error.code() != Some("BUSYGROUP") => return Err(fail(error)),
             Ok(()) | Err(_) => {}
         }
+        // Whoever sets something while this happens finds the lane in the registry, or is found here.
+        self.apply(number, &self.settings().await?).await?;
         self.lanes.remember(lane, number);
         Ok(number)
     }
@@ -78,5 +99,36 @@ impl Queue {
         }
         lanes.sort_unstable_by_key(|(number, _)| *number);
         Ok(lanes)
+    }
+
+    /// How `lane` stands: a look at one moment.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn lane_state(&self, lane: LaneNumber) -> Result<LaneState, QueueError> {
+        let mut connection = self.connection.clone();
+        let key = |what| self.keys.of_lane(lane, what);
+        type Answer = (Option<u64>, u64, u64, (Option<u64>, Option<u64>), u64, u64);
+        let (open, delayed, running, (undelivered, look_ahead), failed, flows): Answer = redis::pipe()
+            .atomic()
+            .hget(key("open"), "")
+            .zcard(key("delayed"))
+            .zcard(key("leases"))
+            .hmget(key("meta"), &["un", "la"])
+            .xlen(key("dead"))
+            .zcard(key("flows"))
+            .query_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("looking at a lane", source))?;
+        let queued = open.unwrap_or(0).saturating_sub(delayed + running);
+        Ok(LaneState {
+            queued,
+            delayed,
+            running,
+            look_ahead: undelivered.unwrap_or(0),
+            failed,
+            capacity: look_ahead.unwrap_or(0) / 2,
+            flows,
+        })
     }
 }

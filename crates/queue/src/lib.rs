@@ -3,6 +3,7 @@
 //! Only this crate speaks Redis, and only `keys` builds a key. A job's state changes only inside a script, one
 //! transition each. Never here: protobuf, HTTP, or how work is done.
 
+mod dead;
 pub mod error;
 mod events;
 mod keys;
@@ -13,14 +14,19 @@ mod queue;
 mod read;
 mod registry;
 mod scripts;
+mod settings;
 mod submit;
 mod upkeep;
 mod work;
 
+pub use dead::Redrive;
 pub use error::QueueError;
 pub use events::{Event, Events, Hint, Hints};
-pub use list::{Finished, ListQuery, Listed, Tally};
+pub use keys::Which;
+pub use lanes::LaneState;
+pub use list::{Finished, ListQuery, Listed, Place, Tally};
 pub use queue::{Options, Queue};
 pub use read::Watched;
+pub use settings::{Setting, Settings};
 pub use submit::{ContentHash, Enqueued, NewJob, RequestId, Reservation, content_hash};
-pub use work::{Beat, Booked, Ended, Finish, Held, Kept, Lease, Piece};
+pub use work::{Beat, Booked, Ended, Finish, Held, Holding, Kept, Lease, Piece, Room, Slots};

@@ -1,26 +1,72 @@
 //! Finding jobs: pages by id, finished jobs in order, cancelling.
 
 use crate::error::QueueError;
+use crate::keys::Which;
 use crate::payload::corrupt;
 use crate::queue::Queue;
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::names::Experiment;
 
-/// Which ids to list.
+/// Which jobs to list.
 #[derive(Clone, Copy, Debug)]
 pub struct ListQuery<'a> {
     /// The lanes to look in.
     pub lanes: &'a [LaneNumber],
-    /// Only jobs of this experiment.
-    pub experiment: Option<&'a Experiment>,
-    /// Only jobs older than this one.
-    pub before: Option<JobId>,
+    /// Which of their jobs.
+    pub which: Which<'a>,
+    /// Only jobs before this place.
+    pub before: Option<Place>,
     /// At most so many.
     pub limit: usize,
 }
 
-/// A page of ids, newest first. Fewer than asked for: there are no more.
-pub type Listed = Vec<JobId>;
+/// A place in the lists of jobs of all lanes: when the job was put there by the clock of Redis, a count within that
+/// millisecond, and the lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    ms: u64,
+    count: u64,
+    lane: LaneNumber,
+}
+
+impl Place {
+    fn in_lane(lane: LaneNumber, entry: &str) -> Option<Self> {
+        let (ms, count) = entry.split_once('-')?;
+        Some(Self { ms: ms.parse().ok()?, count: count.parse().ok()?, lane })
+    }
+
+    /// The place that its text names.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let (lane, entry) = text.split_once('@')?;
+        Self::in_lane(LaneNumber(lane.parse().ok()?), entry)
+    }
+
+    /// Where to begin in `lane`, going back: entries at the same time stand in the order of their lanes.
+    fn start_in(self, lane: LaneNumber) -> String {
+        let exclusive = if lane < self.lane { "" } else { "(" };
+        format!("{exclusive}{}", self.entry())
+    }
+
+    pub(crate) fn entry(self) -> String {
+        format!("{}-{}", self.ms, self.count)
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}@{}-{}", self.lane.0, self.ms, self.count)
+    }
+}
+
+/// A job in a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Where it stands there.
+    pub place: Place,
+    /// The job.
+    pub id: JobId,
+}
 
 /// An entry of a lane's stream of finished jobs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,34 +89,34 @@ pub struct Tally {
 }
 
 impl Queue {
-    /// Lists ids, newest first.
+    /// Lists jobs, newest first. Fewer than asked for: there are no more.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
-    pub async fn list(&self, query: ListQuery<'_>) -> Result<Listed, QueueError> {
+    pub async fn list(&self, query: ListQuery<'_>) -> Result<Vec<Listed>, QueueError> {
         let mut connection = self.connection.clone();
-        let top: Vec<u8> = match query.before {
-            Some(id) => [b"(".as_slice(), id.as_bytes()].concat(),
-            None => b"+".to_vec(),
-        };
         let mut pipe = redis::pipe();
         for lane in query.lanes {
-            pipe.cmd("ZRANGE")
-                .arg(self.keys.jobs(*lane, query.experiment))
-                .arg(&top)
+            pipe.cmd("XREVRANGE")
+                .arg(self.keys.listed(*lane, query.which))
+                .arg(query.before.map_or_else(|| "+".to_owned(), |place| place.start_in(*lane)))
                 .arg("-")
-                .arg("BYLEX")
-                .arg("REV")
-                .arg("LIMIT")
-                .arg(0)
+                .arg("COUNT")
                 .arg(query.limit);
         }
-        let found: Vec<Vec<Vec<u8>>> =
+        let found: Vec<redis::streams::StreamRangeReply> =
             pipe.query_async(&mut connection).await.map_err(|source| QueueError::from_redis("listing jobs", source))?;
-        let mut ids: Vec<JobId> = found.iter().flatten().filter_map(|id| JobId::from_bytes(id)).collect();
-        ids.sort_unstable_by(|a, b| b.cmp(a));
-        ids.truncate(query.limit);
-        Ok(ids)
+        let mut listed = Vec::new();
+        for (lane, entries) in query.lanes.iter().zip(found) {
+            let job = |entry: redis::streams::StreamId| {
+                let id = entry.get::<Vec<u8>>("j").and_then(|id| JobId::from_bytes(&id))?;
+                Some(Listed { place: Place::in_lane(*lane, &entry.id)?, id })
+            };
+            listed.extend(entries.ids.into_iter().filter_map(job));
+        }
+        listed.sort_unstable_by_key(|job| std::cmp::Reverse(job.place));
+        listed.truncate(query.limit);
+        Ok(listed)
     }
 
     /// How many jobs of `lanes` are unfinished, those of `experiment` only when one is given.
@@ -116,6 +162,24 @@ impl Queue {
             Ok(Finished { id, experiment: entry.get("x"), position: entry.id })
         };
         entries.ids.into_iter().map(finished).collect()
+    }
+
+    /// The position of the job of `lane` that finished last; `None` when none has.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn last_finished(&self, lane: LaneNumber) -> Result<Option<String>, QueueError> {
+        let mut connection = self.connection.clone();
+        let newest: redis::streams::StreamRangeReply = redis::cmd("XREVRANGE")
+            .arg(self.keys.done(lane))
+            .arg("+")
+            .arg("-")
+            .arg("COUNT")
+            .arg(1)
+            .query_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("reading finished jobs", source))?;
+        Ok(newest.ids.into_iter().next().map(|entry| entry.id))
     }
 
     /// Cancels unfinished jobs, all of one lane.

@@ -130,6 +130,7 @@ fn job(id: JobId, record: &[redis::Value]) -> Result<Option<Job>, QueueError> {
         finished_at: number("fa").map(UnixMs),
         not_before: number("du").map(UnixMs),
         worker: text("wk").map(|worker| WorkerId::from_stored(worker.to_owned())),
+        redriven_as: fields.get("rd").and_then(|id| JobId::from_bytes(id)),
         generation: result.map(|result| decode("result", &result)).transpose()?,
         failure,
         attempts,

@@ -6,7 +6,9 @@ use redis::Script;
 /// All scripts, ready to be called.
 #[derive(Clone, Debug)]
 pub(crate) struct Scripts {
+    pub(crate) age: Script,
     pub(crate) append: Script,
+    pub(crate) apply: Script,
     pub(crate) cancel: Script,
     pub(crate) claim: Script,
     pub(crate) enqueue: Script,
@@ -16,16 +18,21 @@ pub(crate) struct Scripts {
     pub(crate) leave: Script,
     pub(crate) open_lane: Script,
     pub(crate) promote: Script,
+    pub(crate) purge: Script,
     pub(crate) reclaim: Script,
+    pub(crate) redrive: Script,
+    pub(crate) set: Script,
 }
 
 impl Scripts {
     pub(crate) fn new() -> Self {
         let prelude = lua_prelude();
-        // The one script below that is not of a lane must not get the lane's prelude.
+        // The scripts below that are not of a lane must not get the lane's prelude.
         let of_lane = |code: &str| Script::new(&[&prelude, include_str!("scripts/common.lua"), code].concat());
         Self {
+            age: of_lane(include_str!("scripts/age.lua")),
             append: of_lane(include_str!("scripts/append.lua")),
+            apply: of_lane(include_str!("scripts/apply.lua")),
             cancel: of_lane(include_str!("scripts/cancel.lua")),
             claim: of_lane(include_str!("scripts/claim.lua")),
             enqueue: of_lane(include_str!("scripts/enqueue.lua")),
@@ -35,7 +42,10 @@ impl Scripts {
             leave: of_lane(include_str!("scripts/leave.lua")),
             open_lane: Script::new(include_str!("scripts/open_lane.lua")),
             promote: of_lane(include_str!("scripts/promote.lua")),
+            purge: of_lane(include_str!("scripts/purge.lua")),
             reclaim: of_lane(include_str!("scripts/reclaim.lua")),
+            redrive: of_lane(include_str!("scripts/redrive.lua")),
+            set: Script::new(include_str!("scripts/set.lua")),
         }
     }
 }

@@ -3,6 +3,7 @@
 use crate::error::QueueError;
 use crate::payload::{corrupt, encode};
 use crate::queue::Queue;
+use crate::work::or_empty;
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
@@ -49,14 +50,25 @@ pub struct Reservation<'a> {
     pub content: &'a ContentHash,
 }
 
+/// What stands for a request id in its tenant's keys: long ones cost no more than short ones.
+type RequestHash = [u8; 12];
+
+fn request_hash(request_id: &str) -> RequestHash {
+    let mut hash = RequestHash::default();
+    hash.copy_from_slice(&Sha256::digest(request_id)[..12]);
+    hash
+}
+
 impl Reservation<'_> {
     fn value(&self) -> Vec<u8> {
         [self.id.as_bytes().as_slice(), self.content].concat()
     }
 
-    fn judge(&self, earlier: Option<Vec<u8>>) -> Result<RequestId, QueueError> {
-        let Some(earlier) = earlier.filter(|earlier| *earlier != self.value()) else { return Ok(RequestId::Fresh) };
-        let (id, content) = earlier.split_at_checked(16).unwrap_or((&earlier, &[]));
+    fn judge(&self, stored: &[u8]) -> Result<RequestId, QueueError> {
+        if stored == self.value() {
+            return Ok(RequestId::Fresh);
+        }
+        let (id, content) = stored.split_at_checked(16).unwrap_or((stored, &[]));
         let id = JobId::from_bytes(id).ok_or_else(|| corrupt("request id", "it names no job"))?;
         Ok(if content == self.content { RequestId::Same(id) } else { RequestId::Other(id) })
     }
@@ -92,17 +104,15 @@ impl Queue {
         let mut connection = self.connection.clone();
         let mut pipe = redis::pipe();
         for reservation in reservations {
-            pipe.cmd("SET")
-                .arg(self.keys.request(reservation.tenant, reservation.request_id))
-                .arg(reservation.value())
-                .arg("NX")
-                .arg("GET");
+            let hash = request_hash(reservation.request_id);
+            let key = self.keys.request_ids(reservation.tenant, &hash);
+            pipe.hset_nx(&key, &hash, reservation.value()).ignore().hget(&key, &hash);
         }
-        let earlier: Vec<Option<Vec<u8>>> = pipe
+        let stored: Vec<Vec<u8>> = pipe
             .query_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("reserving request ids", source))?;
-        reservations.iter().zip(earlier).map(|(reservation, earlier)| reservation.judge(earlier)).collect()
+        reservations.iter().zip(stored).map(|(reservation, stored)| reservation.judge(&stored)).collect()
     }
 
     /// The job that `request_id` of `tenant` stands for, when it was submitted with the same content.
@@ -116,8 +126,10 @@ impl Queue {
         content: &ContentHash,
     ) -> Result<Option<JobId>, QueueError> {
         let mut connection = self.connection.clone();
-        let stored: Option<Vec<u8>> = redis::cmd("GET")
-            .arg(self.keys.request(tenant, request_id))
+        let name = request_hash(request_id);
+        let stored: Option<Vec<u8>> = redis::cmd("HGET")
+            .arg(self.keys.request_ids(tenant, &name))
+            .arg(&name)
             .query_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("looking up a request id", source))?;
@@ -126,6 +138,23 @@ impl Queue {
             JobId::from_bytes(id).filter(|_| hash == content)
         };
         Ok(stored.and_then(same))
+    }
+
+    /// Frees the request ids that stand for jobs which were purged.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub(crate) async fn free_request_ids(&self, reservations: &[(Tenant, String)]) -> Result<(), QueueError> {
+        if reservations.is_empty() {
+            return Ok(());
+        }
+        let mut connection = self.connection.clone();
+        let mut pipe = redis::pipe();
+        for (tenant, request_id) in reservations {
+            let hash = request_hash(request_id);
+            pipe.hdel(self.keys.request_ids(tenant, &hash), &hash).ignore();
+        }
+        pipe.query_async(&mut connection).await.map_err(|source| QueueError::from_redis("freeing request ids", source))
     }
 
     /// Stores `jobs`, all of the lane `lane`, and feeds them to its workers. A job that exists is left alone.
@@ -142,11 +171,16 @@ impl Queue {
             let spec = &job.spec;
             call.arg(job.id.as_bytes())
                 .arg(encode("spec", spec)?)
-                .arg(flow(spec))
+                .arg(format!("{}/{}", spec.priority.code(), spec.tenant))
                 .arg(spec.priority.weight())
+                .arg(spec.tenant.as_str())
+                .arg(spec.experiment.as_ref().map_or("", |name| name.as_str()))
+                .arg(split(spec))
                 .arg(spec.estimated_tokens())
-                .arg(spec.deadline.map(|at| at.0.to_string()).unwrap_or_default())
-                .arg(spec.experiment.as_ref().map_or("", |name| name.as_str()));
+                .arg(or_empty(spec.deadline.map(|at| at.0)))
+                .arg(or_empty(spec.not_before.map(|at| at.0)))
+                .arg(or_empty(spec.prefix.map(|prefix| prefix.0)))
+                .arg(&[order(spec)]);
         }
         let mut connection = self.connection.clone();
         let stored: Vec<u8> =
@@ -155,9 +189,14 @@ impl Queue {
     }
 }
 
-/// The unit of fairness: jobs of one class of one tenant. Remote lanes are split by model as well, so that a throttled
-/// model cannot fill the look-ahead.
-fn flow(spec: &JobSpec) -> String {
-    let model = if spec.model.prefix().is_remote() { spec.model.as_str() } else { "" };
-    format!("{}/{}/{model}", spec.priority.code(), spec.tenant)
+/// What splits the jobs of an experiment: remote models wait apart, so that a throttled one cannot fill the look-ahead.
+fn split(spec: &JobSpec) -> &str {
+    if spec.model.prefix().is_remote() { spec.model.as_str() } else { "" }
+}
+
+/// The order in a prefix group, smallest first: by the bound of output, halved steps, longest first, because what
+/// takes longest should not begin last.
+fn order(spec: &JobSpec) -> u8 {
+    let halvings = spec.sampling.max_tokens.leading_zeros();
+    u8::try_from(halvings).unwrap_or(u8::MAX)
 }

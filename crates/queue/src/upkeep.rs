@@ -56,4 +56,15 @@ impl Queue {
             .await
             .map_err(|source| QueueError::from_redis("expiring jobs", source))
     }
+
+    /// Brings flows nearer to their turn whose next job has waited long; does so once in a while, however often it is
+    /// called. Returns how many.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn age(&self, lane: LaneNumber) -> Result<u32, QueueError> {
+        let mut connection = self.connection.clone();
+        let call = self.scripts.age.key(self.keys.lane(lane));
+        call.invoke_async(&mut connection).await.map_err(|source| QueueError::from_redis("ageing flows", source))
+    }
 }

@@ -37,6 +37,35 @@ impl Lease {
     }
 }
 
+/// What a worker can take from a lane now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// So many jobs.
+    pub free: u32,
+    /// And only until their estimated tokens fill this, of which the last may take more; `None`: no bound.
+    pub tokens: Option<u64>,
+}
+
+/// What a worker can run in a lane, and how much of it is unused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slots {
+    /// Jobs that it runs at once.
+    pub capacity: u32,
+    /// Of these, what is free.
+    pub free: u32,
+    /// Tokens that it can hold at once; `None`: no bound.
+    pub tokens: Option<u64>,
+}
+
+/// A lease as its holder tells of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// The lease.
+    pub held: Held,
+    /// Whether work on it has begun; before, it may be handed to an idle worker.
+    pub started: bool,
+}
+
 /// What became of a lease, as a heartbeat tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beat {
@@ -48,6 +77,8 @@ pub enum Beat {
     Cancel,
     /// The job's deadline passed: stop and finish.
     DeadlinePassed,
+    /// Another worker could start it now: hand it back.
+    HandBack,
 }
 
 /// Names a lease without its work.
@@ -134,7 +165,7 @@ pub enum Booked {
 }
 
 impl Queue {
-    /// Leases up to `free` jobs of `lane` to `worker` for `lease_ms` milliseconds.
+    /// Leases jobs of `lane` to `worker` for `lease_ms` milliseconds, as many as there is room for.
     ///
     /// # Errors
     /// [`QueueError`]. A job that was leased when the answer got lost is reclaimed after its lease.
@@ -142,14 +173,15 @@ impl Queue {
         &self,
         lane: LaneNumber,
         worker: &WorkerId,
-        free: u32,
+        room: Room,
         lease_ms: u64,
     ) -> Result<Vec<Lease>, QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.claim.key(self.keys.lane(lane));
         let claimed: Vec<Claimed> = call
             .arg(worker.as_str())
-            .arg(free)
+            .arg(room.free)
+            .arg(or_empty(room.tokens))
             .arg(lease_ms)
             .invoke_async(&mut connection)
             .await
@@ -172,7 +204,7 @@ impl Queue {
         Ok(leases)
     }
 
-    /// Renews the leases that `worker` holds in `lane`, and says how many jobs it can run there.
+    /// Renews the leases that `worker` holds in `lane`, and says what it can run there.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
@@ -180,15 +212,15 @@ impl Queue {
         &self,
         lane: LaneNumber,
         worker: &WorkerId,
-        capacity: u32,
+        slots: Slots,
         lease_ms: u64,
-        held: &[Held],
+        leases: &[Holding],
     ) -> Result<Vec<Beat>, QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.heartbeat.key(self.keys.lane(lane));
-        call.arg(worker.as_str()).arg(lease_ms).arg(capacity);
-        for lease in held {
-            call.arg(lease.id.as_bytes()).arg(lease.epoch.0);
+        call.arg(worker.as_str()).arg(lease_ms).arg(slots.capacity).arg(slots.free).arg(or_empty(slots.tokens));
+        for Holding { held, started } in leases {
+            call.arg(held.id.as_bytes()).arg(held.epoch.0).arg(u8::from(*started));
         }
         let answer: Vec<String> = call
             .invoke_async(&mut connection)
@@ -199,6 +231,7 @@ impl Queue {
             "l" => Ok(Beat::Lost),
             "c" => Ok(Beat::Cancel),
             "d" => Ok(Beat::DeadlinePassed),
+            "h" => Ok(Beat::HandBack),
             other => Err(corrupt("heartbeat", format!("`{other}` is no answer"))),
         };
         answer.into_iter().map(beat).collect()
@@ -256,6 +289,11 @@ impl Queue {
             .map_err(|source| QueueError::from_redis("leaving a lane", source))?;
         Ok(if gone == 1 { Booked::Gone } else { Booked::Pending })
     }
+}
+
+/// A number as scripts take it.
+pub(crate) fn or_empty(number: Option<u64>) -> String {
+    number.map(|number| number.to_string()).unwrap_or_default()
 }
 
 /// The name under which serde stores a unit variant, for scripts that store it themselves.

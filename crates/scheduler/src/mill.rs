@@ -57,5 +57,5 @@ pub(crate) fn api_error(error: QueueError) -> ApiError {
     if reason == Reason::Internal {
         tracing::error!(message, "internal error");
     }
-    ApiError { reason, message }
+    ApiError::new(reason, message)
 }

@@ -23,10 +23,19 @@ pub(crate) struct Accepted {
 /// What became of one request. An `Err` is for its caller alone.
 pub(crate) type Answer = Result<Accepted, ApiError>;
 
+/// A job that is to be stored if its request id is free.
+#[derive(Clone)]
+struct Wanted {
+    job: NewJob,
+    content: ContentHash,
+    /// Whether the caller gave a seed, or admission drew one.
+    seeded: bool,
+}
+
 /// Where a request stands on its way.
 enum Plan {
     /// It has a request id, which is to be reserved.
-    Reserve(Box<NewJob>, ContentHash),
+    Reserve(Box<Wanted>),
     /// It is to be stored.
     Enqueue(Box<NewJob>),
     /// It is done.
@@ -45,7 +54,7 @@ impl Mill {
         self.enqueue(&mut plans).await?;
         let answer = |plan| match plan {
             Plan::Answer(answer) => answer,
-            Plan::Reserve(..) | Plan::Enqueue(_) => Err(ApiError::new(Reason::Internal, "the job was not stored")),
+            Plan::Reserve(_) | Plan::Enqueue(_) => Err(ApiError::new(Reason::Internal, "the job was not stored")),
         };
         Ok(plans.into_iter().map(answer).collect())
     }
@@ -62,10 +71,10 @@ impl Mill {
             Err(refusal) => return self.refuse(&request, content, refusal).await,
         };
         let lane = self.queue.open_lane(&lane).await.map_err(api_error)?;
-        let job = Box::new(NewJob { id: JobId::new(self.now(), lane, self.random()?), spec });
+        let job = NewJob { id: JobId::new(self.now(), lane, self.random()?), spec };
         Ok(match content {
-            Some(content) => Plan::Reserve(job, content),
-            None => Plan::Enqueue(job),
+            Some(content) => Plan::Reserve(Box::new(Wanted { job, content, seeded: request.seed.is_some() })),
+            None => Plan::Enqueue(Box::new(job)),
         })
     }
 
@@ -94,27 +103,32 @@ impl Mill {
 
     /// Reserves all request ids in one round trip.
     async fn reserve(&self, plans: &mut [Plan]) -> Result<(), ApiError> {
-        let reservation = |plan: &Plan| match plan {
-            Plan::Reserve(job, content) => Some((job.clone(), *content)),
+        let wanted = |plan: &Plan| match plan {
+            Plan::Reserve(wanted) => Some(wanted.clone()),
             Plan::Enqueue(_) | Plan::Answer(_) => None,
         };
-        let wanted: Vec<(usize, (Box<NewJob>, ContentHash))> =
-            plans.iter().enumerate().filter_map(|(index, plan)| Some((index, reservation(plan)?))).collect();
+        let wanted: Vec<(usize, Box<Wanted>)> =
+            plans.iter().enumerate().filter_map(|(index, plan)| Some((index, wanted(plan)?))).collect();
         if wanted.is_empty() {
             return Ok(());
         }
         let reservations: Vec<Reservation<'_>> = wanted
             .iter()
-            .map(|(_, (job, content))| Reservation {
-                tenant: &job.spec.tenant,
-                request_id: job.spec.request_id.as_deref().unwrap_or_default(),
-                id: job.id,
-                content,
+            .map(|(_, wanted)| Reservation {
+                tenant: &wanted.job.spec.tenant,
+                request_id: wanted.job.spec.request_id.as_deref().unwrap_or_default(),
+                id: wanted.job.id,
+                content: &wanted.content,
             })
             .collect();
         let reserved = self.queue.reserve_request_ids(&reservations).await.map_err(api_error)?;
-        for ((index, (job, _)), reserved) in wanted.iter().zip(reserved) {
-            plans[*index] = reserved_plan(job, reserved);
+        for ((index, wanted), reserved) in wanted.into_iter().zip(reserved) {
+            plans[index] = match reserved {
+                RequestId::Fresh => Plan::Enqueue(Box::new(wanted.job)),
+                // Enqueueing what exists does nothing; what was lost between reserving and enqueueing is made good.
+                RequestId::Same(id) => Plan::Enqueue(Box::new(NewJob { id, ..wanted.job })),
+                RequestId::Other(earlier) => Plan::Answer(Err(self.reused(&wanted, earlier).await?)),
+            };
         }
         Ok(())
     }
@@ -136,23 +150,23 @@ impl Mill {
         }
         Ok(())
     }
-}
 
-/// What follows from what a request id stands for.
-fn reserved_plan(job: &NewJob, reserved: RequestId) -> Plan {
-    let spec = job.spec.clone();
-    match reserved {
-        RequestId::Fresh => Plan::Enqueue(Box::new(NewJob { id: job.id, spec })),
-        // Enqueueing what exists does nothing; what was lost between reserving and enqueueing is made good.
-        RequestId::Same(id) => Plan::Enqueue(Box::new(NewJob { id, spec })),
-        RequestId::Other(earlier) => {
-            let request_id = spec.request_id.unwrap_or_default();
-            let message = format!(
-                "request_id: `{request_id}` of tenant `{}` was used with other content for job {earlier}; use another \
-                 request_id for another request",
-                spec.tenant
-            );
-            Plan::Answer(Err(ApiError::new(Reason::RequestIdReused, message)))
+    /// Tells that a request id stands for an earlier job, and what is different there.
+    async fn reused(&self, wanted: &Wanted, earlier: JobId) -> Result<ApiError, ApiError> {
+        let spec = &wanted.job.spec;
+        let request_id = spec.request_id.as_deref().unwrap_or_default();
+        let stored = self.queue.get_many(&[earlier]).await.map_err(api_error)?;
+        let mut differs = stored.first().map(|job| job.spec.differences(spec)).unwrap_or_default();
+        // A drawn seed always differs; it is only to blame when nothing else is.
+        if !wanted.seeded && differs.len() > 1 {
+            differs.retain(|field| *field != "seed");
         }
+        let differs = if differs.is_empty() { "what is left to defaults".to_owned() } else { differs.join(",") };
+        let message = format!(
+            "request_id: `{request_id}` of tenant `{}` was used for job {earlier}, which differs in: {differs}; use \
+             another request_id for another request",
+            spec.tenant
+        );
+        Ok(ApiError::new(Reason::RequestIdReused, message).with("job_id", earlier.to_string()).with("differs", differs))
     }
 }

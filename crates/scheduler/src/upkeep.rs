@@ -4,7 +4,8 @@ use futures_util::future::BoxFuture;
 use genmill_core::ids::LaneNumber;
 use genmill_core::judge::Policy;
 use genmill_daemon::health::Readiness;
-use genmill_queue::{Queue, QueueError};
+use genmill_queue::{Queue, QueueError, Settings};
+use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -26,6 +27,7 @@ type Task = for<'a> fn(&'a Queue, LaneNumber, &'a Policy) -> BoxFuture<'a, Resul
 const TASKS: &[(&str, Judges, Task)] = &[
     ("expire", Judges::Jobs, |queue, lane, _| Box::pin(queue.expire(lane))),
     ("reclaim", Judges::Workers, |queue, lane, policy| Box::pin(queue.reclaim(lane, policy))),
+    ("age", Judges::Jobs, |queue, lane, _| Box::pin(queue.age(lane))),
     ("promote", Judges::Jobs, |queue, lane, _| Box::pin(queue.promote(lane))),
 ];
 
@@ -43,6 +45,7 @@ pub(crate) async fn run(queue: Queue, policy: Policy, readiness: Readiness, stop
     let mut tick = interval(EVERY);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
+    let mut applied = Applied::new();
     let mut leases_wait_until = Instant::now();
     loop {
         tokio::select! {
@@ -50,7 +53,7 @@ pub(crate) async fn run(queue: Queue, policy: Policy, readiness: Readiness, stop
             _ = tick.tick() => {}
         }
         let leases_count = !failing && Instant::now() >= leases_wait_until;
-        match round(&queue, &policy, |judges| leases_count || judges == Judges::Jobs).await {
+        match round(&queue, &policy, &mut applied, |judges| leases_count || judges == Judges::Jobs).await {
             Ok(()) => {
                 if failing {
                     leases_wait_until = Instant::now() + RECLAIM_GRACE;
@@ -70,8 +73,22 @@ pub(crate) async fn run(queue: Queue, policy: Policy, readiness: Readiness, stop
     }
 }
 
-async fn round(queue: &Queue, policy: &Policy, wanted: impl Fn(Judges) -> bool) -> Result<(), QueueError> {
+/// What this scheduler has seen applied to each lane. Whoever changes a setting applies it; should that fail half way,
+/// it is made good here.
+type Applied = HashMap<LaneNumber, Settings>;
+
+async fn round(
+    queue: &Queue,
+    policy: &Policy,
+    applied: &mut Applied,
+    wanted: impl Fn(Judges) -> bool,
+) -> Result<(), QueueError> {
+    let settings = queue.settings().await?;
     for (lane, _) in queue.all_lanes().await? {
+        if applied.get(&lane) != Some(&settings) {
+            queue.apply(lane, &settings).await?;
+            applied.insert(lane, settings.clone());
+        }
         for (name, _, task) in TASKS.iter().filter(|(_, judges, _)| wanted(*judges)) {
             for _ in 0..REPEATS_MAX {
                 let handled = match task(queue, lane, policy).await {

@@ -2,6 +2,7 @@
 
 use genmill_core::admit::Refusal;
 use genmill_core::model::BadModelName;
+use std::collections::{BTreeMap, HashMap};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -27,6 +28,10 @@ pub enum Reason {
     NoLiveWorker,
     /// No job has the id.
     JobNotFound,
+    /// The job has not failed.
+    JobNotFailed,
+    /// No lane has the name.
+    LaneNotFound,
     /// The request_id was used for other content.
     RequestIdReused,
     /// Redis does not answer.
@@ -37,7 +42,7 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::InvalidRequest,
         Self::TooLarge,
         Self::UnknownPrefix,
@@ -46,6 +51,8 @@ impl Reason {
         Self::KeyMissing,
         Self::NoLiveWorker,
         Self::JobNotFound,
+        Self::JobNotFailed,
+        Self::LaneNotFound,
         Self::RequestIdReused,
         Self::QueueUnavailable,
         Self::Internal,
@@ -63,6 +70,8 @@ impl Reason {
             Self::KeyMissing => "KEY_MISSING",
             Self::NoLiveWorker => "NO_LIVE_WORKER",
             Self::JobNotFound => "JOB_NOT_FOUND",
+            Self::JobNotFailed => "JOB_NOT_FAILED",
+            Self::LaneNotFound => "LANE_NOT_FOUND",
             Self::RequestIdReused => "REQUEST_ID_REUSED",
             Self::QueueUnavailable => "QUEUE_UNAVAILABLE",
             Self::Internal => "INTERNAL",
@@ -80,8 +89,10 @@ impl Reason {
     pub const fn code(self) -> Code {
         match self {
             Self::InvalidRequest | Self::TooLarge | Self::UnknownPrefix => Code::InvalidArgument,
-            Self::ModelNotListed | Self::JobNotFound => Code::NotFound,
-            Self::ModelUnavailable | Self::KeyMissing | Self::NoLiveWorker => Code::FailedPrecondition,
+            Self::ModelNotListed | Self::JobNotFound | Self::LaneNotFound => Code::NotFound,
+            Self::ModelUnavailable | Self::KeyMissing | Self::NoLiveWorker | Self::JobNotFailed => {
+                Code::FailedPrecondition
+            }
             Self::RequestIdReused => Code::AlreadyExists,
             Self::QueueUnavailable => Code::Unavailable,
             Self::Internal => Code::Internal,
@@ -97,19 +108,29 @@ pub struct ApiError {
     pub reason: Reason,
     /// For a person: what was wrong, where, what to do.
     pub message: String,
+    /// Details for programs, by name.
+    pub metadata: BTreeMap<&'static str, String>,
 }
 
 impl ApiError {
     /// Makes an error.
     #[must_use]
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into() }
+        Self { reason, message: message.into(), metadata: BTreeMap::new() }
+    }
+
+    /// The same error with a detail for programs.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.metadata.insert(name, value.into());
+        self
     }
 }
 
 impl From<ApiError> for Status {
     fn from(error: ApiError) -> Self {
-        let details = ErrorDetails::with_error_info(error.reason.name(), DOMAIN, std::collections::HashMap::new());
+        let metadata: HashMap<String, String> = error.metadata.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
+        let details = ErrorDetails::with_error_info(error.reason.name(), DOMAIN, metadata);
         Self::with_error_details(error.reason.code(), error.message, details)
     }
 }
@@ -125,7 +146,7 @@ impl From<Refusal> for ApiError {
             Refusal::KeyMissing { .. } => Reason::KeyMissing,
             Refusal::Unavailable { .. } => Reason::ModelUnavailable,
         };
-        Self { reason, message: refusal.to_string() }
+        Self::new(reason, refusal.to_string())
     }
 }
 

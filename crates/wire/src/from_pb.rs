@@ -39,6 +39,7 @@ pub fn request(pb: v1::GenerationRequest) -> Result<Request, Refusal> {
         request_id: text(pb.request_id),
         timeout_ms: pb.timeout_ms,
         deadline: pb.deadline.map(|at| unix_ms("deadline", &at)).transpose()?,
+        not_before: pb.not_before.map(|at| unix_ms("not_before", &at)).transpose()?,
     })
 }
 
@@ -75,7 +76,11 @@ fn priority(pb: i32) -> Result<Priority, Refusal> {
 /// 9999-12-31T23:59:59Z, the last second that a google.protobuf.Timestamp may name.
 const SECONDS_MAX: u64 = 253_402_300_799;
 
-fn unix_ms(field: &'static str, at: &prost_types::Timestamp) -> Result<UnixMs, Refusal> {
+/// Reads a time of the field `field`.
+///
+/// # Errors
+/// [`Refusal`] when it is out of range.
+pub fn unix_ms(field: &'static str, at: &prost_types::Timestamp) -> Result<UnixMs, Refusal> {
     let seconds = u64::try_from(at.seconds).ok().filter(|seconds| *seconds <= SECONDS_MAX);
     let seconds = seconds.ok_or_else(|| invalid(field, "must be a time from 1970 to 9999"))?;
     let nanos = u64::try_from(at.nanos).ok().filter(|nanos| *nanos < 1_000_000_000);
@@ -83,12 +88,20 @@ fn unix_ms(field: &'static str, at: &prost_types::Timestamp) -> Result<UnixMs, R
     Ok(UnixMs(seconds * 1_000 + nanos / 1_000_000))
 }
 
-fn tenant(name: &str) -> Result<Option<Tenant>, Refusal> {
+/// Reads a tenant's name; `None` when it is empty.
+///
+/// # Errors
+/// [`Refusal`] when it is no name.
+pub fn tenant(name: &str) -> Result<Option<Tenant>, Refusal> {
     let parse = || Tenant::parse(name).map_err(|error| invalid("tenant", error.to_string()));
     (!name.is_empty()).then(parse).transpose()
 }
 
-fn experiment(name: &str) -> Result<Option<Experiment>, Refusal> {
+/// Reads an experiment's name; `None` when it is empty.
+///
+/// # Errors
+/// [`Refusal`] when it is no name.
+pub fn experiment(name: &str) -> Result<Option<Experiment>, Refusal> {
     let parse = || Experiment::parse(name).map_err(|error| invalid("experiment", error.to_string()));
     (!name.is_empty()).then(parse).transpose()
 }

@@ -13,6 +13,7 @@ use genmill_core::time::UnixMs;
 pub fn job(job: Job) -> v1::Job {
     let cost = job.cost().map(cost);
     let result = job.generation.as_ref().map(|generation| result(generation, &job));
+    let redriven_from = job.spec.redriven_from.map(|id| id.to_string()).unwrap_or_default();
     v1::Job {
         id: job.id.to_string(),
         state: state(job.state).into(),
@@ -29,6 +30,8 @@ pub fn job(job: Job) -> v1::Job {
         cost,
         error: job.failure.map(failure),
         attempt_history: job.attempts.into_iter().map(attempt).collect(),
+        redriven_from,
+        redriven_as: job.redriven_as.map(|id| id.to_string()).unwrap_or_default(),
     }
 }
 
@@ -63,6 +66,7 @@ fn request(spec: JobSpec) -> v1::GenerationRequest {
         request_id: spec.request_id.unwrap_or_default(),
         timeout_ms: spec.timeout_ms,
         deadline: spec.deadline.map(timestamp),
+        not_before: spec.not_before.map(timestamp),
     }
 }
 

@@ -19,6 +19,9 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
         request_id: None,
         timeout_ms: None,
         deadline: None,
+        not_before: None,
+        prefix: None,
+        redriven_from: None,
     }
 }
 

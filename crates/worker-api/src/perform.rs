@@ -51,7 +51,7 @@ impl Performer {
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
         let lanes = self.catalog.endpoints.keys();
-        lanes.map(|lane| Offer { lane: lane.clone(), capacity: self.calls_max }).collect()
+        lanes.map(|lane| Offer { lane: lane.clone(), capacity: self.calls_max, tokens: None }).collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {
@@ -59,6 +59,7 @@ impl Perform for Performer {
     }
 
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
+        progress.started.set();
         let lane = task.spec.model.lane();
         let Some(endpoint) = self.catalog.endpoints.get(&lane) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));

@@ -2,6 +2,7 @@
 //! the text of one request.
 
 use genmill_engine::{Completion, Event, RequestError, Sink};
+use genmill_worker::perform::Started;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
@@ -18,12 +19,18 @@ struct Letters {
 /// Text and end of one request.
 #[derive(Default)]
 pub(crate) struct Mailbox {
+    started: Started,
     letters: Mutex<Letters>,
     first_text: Notify,
     end: Notify,
 }
 
 impl Mailbox {
+    /// An empty one, whose request has not `started`.
+    pub(crate) fn new(started: Started) -> Self {
+        Self { started, ..Self::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Letters> {
         self.letters.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -39,7 +46,7 @@ impl Mailbox {
     fn put(&self, event: Event) {
         let mut letters = self.lock();
         let wake = match event {
-            Event::Started => return,
+            Event::Started => return self.started.set(),
             Event::Text { delta } => {
                 let first = letters.text.is_empty();
                 letters.text.push_str(&delta);

@@ -45,8 +45,12 @@ impl Drop for Running {
 
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
-        let loaded = self.models.iter().filter(|model| model.engine.is_some());
-        loaded.map(|model| Offer { lane: model.served.name.lane(), capacity: model.sequences }).collect()
+        let offer = |model: &LocalModel| {
+            // Nothing runs yet, so what is free is all there is.
+            let tokens = u64::try_from(model.engine.as_ref()?.free().kv_tokens).ok();
+            Some(Offer { lane: model.served.name.lane(), capacity: model.sequences, tokens })
+        };
+        self.models.iter().filter_map(offer).collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {
@@ -59,7 +63,7 @@ impl Perform for Performer {
             // A job of another worker's model in the same lane; that worker takes it.
             return Performed { outcome: Outcome::HandedBack, cost: None };
         };
-        let mailbox = Arc::new(Mailbox::default());
+        let mailbox = Arc::new(Mailbox::new(progress.started.clone()));
         let running = match submit(&engine, request(&task), &mailbox, task.spec.input.text_bytes()).await {
             Ok(id) => Running { engine, id },
             Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)) },

@@ -1,10 +1,11 @@
 //! One attempt: perform the job, judge the outcome, finish. Ends when told to.
 
 use crate::finisher::Finisher;
-use crate::perform::{Perform, Progress, Task};
+use crate::perform::{Perform, Progress, Started, Task};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::judge::{Policy, judge};
 use genmill_core::request::TEXT_BYTES_MAX;
+use genmill_daemon::random::random_u64;
 use genmill_queue::{Finish, Kept, Lease, Piece};
 use std::future::Future;
 use std::pin::pin;
@@ -31,6 +32,8 @@ pub(crate) enum Stop {
     LeaseLost,
     /// The worker drains and has waited long enough.
     Draining,
+    /// It has not started, and another worker could start it now.
+    HandBack,
     /// The attempt took longer than it may.
     TimedOut,
 }
@@ -55,10 +58,15 @@ impl<P> Clone for Bench<P> {
 }
 
 /// Runs one attempt to its end, verdict included.
-pub(crate) async fn attempt<P: Perform>(bench: Bench<P>, lease: Lease, told: watch::Receiver<Option<Stop>>) {
+pub(crate) async fn attempt<P: Perform>(
+    bench: Bench<P>,
+    lease: Lease,
+    started: Started,
+    told: watch::Receiver<Option<Stop>>,
+) {
     let token = CancellationToken::new();
     let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone() };
-    let progress = Progress::new(&task, bench.pieces.clone());
+    let progress = Progress::new(&task, started, bench.pieces.clone());
     let performer = bench.performer.clone();
     let work = performer.perform(task, progress, token.clone());
     let (performed, stop) = until_stopped(work, &lease, told, &token).await;
@@ -117,14 +125,15 @@ fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Pe
             let ms = lease.spec.timeout_ms.unwrap_or_default();
             Outcome::Failed(Failure::new(FailureClass::Timeout, format!("the attempt took longer than {ms} ms")))
         }
-        (_, Some(Stop::LeaseLost | Stop::Draining)) | (None, None) => Outcome::HandedBack,
+        (_, Some(Stop::LeaseLost | Stop::Draining | Stop::HandBack)) | (None, None) => Outcome::HandedBack,
     };
     Performed { outcome, cost }
 }
 
 /// Judges what was performed and finishes the job, for as long as it takes Redis to answer.
 pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Performed) {
-    let verdict = judge(performed.outcome, lease.failures, &bench.policy);
+    // Without random numbers retries are not spread, which is no reason to stop.
+    let verdict = judge(performed.outcome, lease.failures, &bench.policy, random_u64().unwrap_or_default());
     let event = verdict.event();
     if let Some(failure) = verdict.failure() {
         tracing::warn!(job = %lease.id, class = ?failure.class, message = failure.message, ?event, "attempt failed");

@@ -7,6 +7,8 @@ use genmill_core::model::Lane;
 use genmill_core::registration::ServedModel;
 use genmill_queue::{Held, Piece};
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -28,6 +30,8 @@ pub struct Offer {
     pub lane: Lane,
     /// How many of its jobs run at once.
     pub capacity: u32,
+    /// How many tokens, of prompts and bounds of output, it can hold at once; `None`: no bound.
+    pub tokens: Option<u64>,
 }
 
 /// Something that performs jobs: a GPU engine, a caller of remote providers.
@@ -49,10 +53,29 @@ pub trait Perform: Send + Sync + 'static {
     ) -> impl Future<Output = Performed> + Send;
 }
 
+/// Whether work on a job has begun. Until then it may be handed to a worker that is idle.
+#[derive(Clone, Debug, Default)]
+pub struct Started(Arc<AtomicBool>);
+
+impl Started {
+    /// Work has begun.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// True once it has.
+    #[must_use]
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// Takes the text of a running job, piece by piece.
 #[derive(Debug)]
 pub struct Progress {
     held: Held,
+    /// To be set as soon as work on the job begins.
+    pub started: Started,
     /// Bytes of text reported so far.
     reported: u64,
     pieces: mpsc::Sender<Piece>,
@@ -61,8 +84,8 @@ pub struct Progress {
 impl Progress {
     /// The progress of `task`, told to whoever receives `pieces`.
     #[must_use]
-    pub const fn new(task: &Task, pieces: mpsc::Sender<Piece>) -> Self {
-        Self { held: Held { id: task.id, epoch: task.epoch }, reported: 0, pieces }
+    pub const fn new(task: &Task, started: Started, pieces: mpsc::Sender<Piece>) -> Self {
+        Self { held: Held { id: task.id, epoch: task.epoch }, started, reported: 0, pieces }
     }
 
     /// Reports more text; whole characters only. Waits while the queue is slow, so that memory stays bounded. Text is

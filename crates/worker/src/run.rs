@@ -2,7 +2,7 @@
 
 use crate::attempt::{Bench, Stop, attempt, finish};
 use crate::finisher::Finisher;
-use crate::perform::{Offer, Perform};
+use crate::perform::{Offer, Perform, Started};
 use crate::text::{PIECES_MAX, pass_on};
 use futures_util::future::join_all;
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
@@ -10,8 +10,8 @@ use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::judge::Policy;
 use genmill_core::registration::Registration;
 use genmill_core::time::UnixMs;
-use genmill_queue::{Beat, Held, Hint, Hints, Lease, Queue, QueueError};
-use std::collections::{BTreeMap, HashMap};
+use genmill_queue::{Beat, Hint, Hints, Holding, Lease, Queue, QueueError, Room, Slots};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -51,13 +51,43 @@ pub struct Options {
 struct ServedLane {
     offer: Offer,
     running: u32,
+    /// Estimated tokens of what runs.
+    tokens: u64,
     /// Work may wait there.
     hungry: bool,
+    /// It has handed jobs back to others, and leaves them there until the next beat.
+    rests: bool,
+}
+
+impl ServedLane {
+    const fn new(offer: Offer) -> Self {
+        Self { offer, running: 0, tokens: 0, hungry: true, rests: false }
+    }
+
+    /// What it can take now.
+    fn room(&self) -> Room {
+        Room {
+            free: self.offer.capacity.saturating_sub(self.running),
+            tokens: self.offer.tokens.map(|tokens| tokens.saturating_sub(self.tokens)),
+        }
+    }
+
+    fn wants(&self) -> bool {
+        let room = self.room();
+        self.hungry && !self.rests && room.free > 0 && room.tokens != Some(0)
+    }
+
+    fn slots(&self) -> Slots {
+        let room = self.room();
+        let free = if room.tokens == Some(0) { 0 } else { room.free };
+        Slots { capacity: self.offer.capacity, free, tokens: self.offer.tokens }
+    }
 }
 
 /// A job that runs.
 struct Running {
     lease: Lease,
+    started: Started,
     tell: watch::Sender<Option<Stop>>,
 }
 
@@ -85,7 +115,7 @@ pub async fn run<P: Perform>(
     let mut lanes = BTreeMap::new();
     for offer in performer.offers() {
         let number = queue.open_lane(&offer.lane).await?;
-        lanes.insert(number, ServedLane { offer, running: 0, hungry: true });
+        lanes.insert(number, ServedLane::new(offer));
     }
     let numbers: Vec<LaneNumber> = lanes.keys().copied().collect();
     // The subscription comes before the first claim, so that no hint falls between.
@@ -148,15 +178,11 @@ impl<P: Perform> Loop<P> {
     }
 
     async fn claim_where_hungry(&mut self) {
-        let claims: Vec<(LaneNumber, u32)> = self
-            .lanes
-            .iter()
-            .filter(|(_, lane)| lane.hungry && lane.running < lane.offer.capacity)
-            .map(|(number, lane)| (*number, lane.offer.capacity - lane.running))
-            .collect();
+        let hungry = self.lanes.iter().filter(|(_, lane)| lane.wants());
+        let claims: Vec<(LaneNumber, Room)> = hungry.map(|(number, lane)| (*number, lane.room())).collect();
         let (queue, worker, lease_ms) = (&self.queue, &self.options.worker, self.options.lease_ms);
         let claimed = join_all(
-            claims.into_iter().map(async |(number, free)| (number, queue.claim(number, worker, free, lease_ms).await)),
+            claims.into_iter().map(async |(number, room)| (number, queue.claim(number, worker, room, lease_ms).await)),
         );
         for (number, leases) in claimed.await {
             if let Some(lane) = self.lanes.get_mut(&number) {
@@ -174,10 +200,12 @@ impl<P: Perform> Loop<P> {
         tracing::debug!(job = %lease.id, epoch = lease.epoch.0, "claimed");
         if let Some(lane) = self.lanes.get_mut(&lease.id.lane()) {
             lane.running += 1;
+            lane.tokens += lease.spec.estimated_tokens();
         }
         let (tell, told) = watch::channel(None);
-        let task = self.attempts.spawn(attempt(self.bench.clone(), lease.clone(), told));
-        self.running.insert(task.id(), Running { lease, tell });
+        let started = Started::default();
+        let task = self.attempts.spawn(attempt(self.bench.clone(), lease.clone(), started.clone(), told));
+        self.running.insert(task.id(), Running { lease, started, tell });
     }
 
     fn attempt_ended(&mut self, ended: Result<(Id, ()), JoinError>) {
@@ -185,7 +213,7 @@ impl<P: Perform> Loop<P> {
             Ok((task, ())) => (*task, false),
             Err(error) => (error.id(), error.is_panic()),
         };
-        let Some(Running { lease, tell }) = self.running.remove(&task) else { return };
+        let Some(Running { lease, started, tell }) = self.running.remove(&task) else { return };
         if panicked {
             // The job must not hang for a defect of ours: the same place finishes it as failed.
             let failure = Failure::new(FailureClass::Internal, "the worker's own code failed; its log tells more");
@@ -193,11 +221,12 @@ impl<P: Perform> Loop<P> {
             let performed = Performed { outcome: Outcome::Failed(failure), cost: None };
             let again = lease.clone();
             let task = self.attempts.spawn(async move { finish(&bench, &again, performed).await });
-            self.running.insert(task.id(), Running { lease, tell });
+            self.running.insert(task.id(), Running { lease, started, tell });
             return;
         }
         if let Some(lane) = self.lanes.get_mut(&lease.id.lane()) {
             lane.running -= 1;
+            lane.tokens = lane.tokens.saturating_sub(lease.spec.estimated_tokens());
             lane.hungry = true;
         }
     }
@@ -222,22 +251,26 @@ impl<P: Perform> Loop<P> {
     }
 
     /// One call for each lane renews all its leases; attempts that must stop are told.
-    async fn heartbeat(&self) {
+    async fn heartbeat(&mut self) {
         let (queue, worker, lease_ms) = (&self.queue, &self.options.worker, self.options.lease_ms);
         let beats = join_all(self.lanes.iter().map(async |(number, lane)| {
             let running = self.running.values().filter(|running| running.lease.id.lane() == *number);
-            let held: Vec<Held> =
-                running.map(|running| Held { id: running.lease.id, epoch: running.lease.epoch }).collect();
-            let beats = queue.heartbeat(*number, worker, lane.offer.capacity, lease_ms, &held).await;
-            (held, beats)
+            let held: Vec<Holding> =
+                running.map(|running| Holding { held: running.lease.held(), started: running.started.get() }).collect();
+            let beats = queue.heartbeat(*number, worker, lane.slots(), lease_ms, &held).await;
+            (*number, held, beats)
         }));
         // By lease, not by job: after an outage one worker may hold two leases of a job, of which only one is lost.
         let by_lease: HashMap<(JobId, Epoch), &Running> =
             self.running.values().map(|running| ((running.lease.id, running.lease.epoch), running)).collect();
-        for (held, beats) in beats.await {
+        let mut handing_back = BTreeSet::new();
+        for (number, held, beats) in beats.await {
             match beats {
                 Ok(beats) => {
-                    for (held, beat) in held.iter().zip(beats) {
+                    for (Holding { held, .. }, beat) in held.iter().zip(beats) {
+                        if beat == Beat::HandBack {
+                            handing_back.insert(number);
+                        }
                         if let (Some(running), Some(stop)) = (by_lease.get(&(held.id, held.epoch)), stop_for(beat)) {
                             running.tell.send_replace(Some(stop));
                         }
@@ -245,6 +278,9 @@ impl<P: Perform> Loop<P> {
                 }
                 Err(error) => tracing::warn!(%error, "cannot renew leases; trying again at the next beat"),
             }
+        }
+        for (number, lane) in &mut self.lanes {
+            lane.rests = handing_back.contains(number);
         }
     }
 
@@ -300,6 +336,7 @@ const fn stop_for(beat: Beat) -> Option<Stop> {
         Beat::Lost => Some(Stop::LeaseLost),
         Beat::Cancel => Some(Stop::Cancelled),
         Beat::DeadlinePassed => Some(Stop::DeadlinePassed),
+        Beat::HandBack => Some(Stop::HandBack),
     }
 }
 

@@ -5,18 +5,18 @@
 local now = now_ms()
 local answer, running = {}, false
 for _, id in ipairs(ARGV) do
-  local job = redis.call('HMGET', job_key(id), 'st', 'fl')
-  if not job[1] then
+  local job = read_job(id)
+  if not job.state then
     answer[#answer + 1] = 'n'
-  elseif FINAL[job[1]] then
+  elseif FINAL[job.state] then
     answer[#answer + 1] = 'f'
-  elseif job[1] == RUNNING then
+  elseif job.state == RUNNING then
     redis.call('HSET', job_key(id), 'cx', 1)
     running = true
     answer[#answer + 1] = 'r'
   else
-    stop_waiting(id, job[2])
-    finish_job(id, CANCELLED, now)
+    stop_waiting(id, job)
+    finish_job(id, job, CANCELLED, now)
     answer[#answer + 1] = 'c'
   end
 end

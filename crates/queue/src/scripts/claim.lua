@@ -1,34 +1,56 @@
--- Feeds, then leases up to `free` jobs to a worker: nothing is ever delivered without a lease.
+-- Feeds, then leases jobs to a worker: nothing is ever delivered without a lease. A paused lane gives none.
 -- KEYS  1 lane
--- ARGV  1 worker   2 free places   3 lease ms
+-- ARGV  1 worker   2 free places   3 free tokens or '', of which the last job may take more   4 lease ms
 -- Returns a list of {id, epoch, spec, failures, started at} for each job.
-local worker, free, lease_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local worker, free, tokens, lease_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = now_ms()
 local leases, ends, specs = {}, {}, {}
--- Cancelled jobs leave empty entries behind, so one reading may bring less than asked for. Bounded, for Redis's sake.
-for _ = 1, 10 do
-  local wanted = free - #leases
-  if wanted <= 0 then break end
-  feed(math.max(look_ahead(), wanted))
-  local read = redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', wanted, 'STREAMS', key('stream'), '>')
-  if not read then break end
-  for _, entry in ipairs(read[1][2]) do
+
+local function lease(id, entry, epoch, failures)
+  redis.call('HSET', job_key(id), 'st', RUNNING, 'ep', epoch, 'wk', worker, 'sa', now, 'en', entry)
+  if epoch > 1 then redis.call('DEL', text_key(id)) end
+  ends[#ends + 1] = now + lease_ms
+  ends[#ends + 1] = id
+  specs[#specs + 1] = spec_key(id)
+  leases[#leases + 1] = { id, epoch, false, failures, now }
+  event('t', id)
+end
+
+-- Takes entries from the stream and leases what may start. Returns how many entries it took.
+local function read(count)
+  local read = redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', key('stream'), '>')
+  if not read then return 0 end
+  local entries, seen = read[1][2], 0
+  for _, entry in ipairs(entries) do
     local id = entry[2][2]
-    local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'fc')
-    if job[1] == QUEUED then
-      local epoch = (tonumber(job[2]) or 0) + 1
-      redis.call('HSET', job_key(id), 'st', RUNNING, 'ep', epoch, 'wk', worker, 'sa', now, 'en', entry[1])
-      if epoch > 1 then redis.call('DEL', text_key(id)) end
-      ends[#ends + 1] = now + lease_ms
-      ends[#ends + 1] = id
-      specs[#specs + 1] = spec_key(id)
-      leases[#leases + 1] = { id, epoch, false, job[3] or '0', now }
-      event('t', id)
-    else
+    local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'fc', 'tk', 'lf', 'cr', 'gp')
+    local size = tonumber(job[4]) or 0
+    seen = seen + size
+    if job[1] ~= QUEUED then
       acknowledged[#acknowledged + 1] = entry[1]
+    elseif must_wait(leaf_of(job[5])) then
+      acknowledged[#acknowledged + 1] = entry[1]
+      give_places(leaf_of(job[5]).tenant, 1)
+      wait_in_backlog(job[5], { backlog_entry(id, job[6], job[7]) })
+    else
+      lease(id, entry[1], (tonumber(job[2]) or 0) + 1, job[3] or '0')
+      if tokens then tokens = tokens - size end
     end
   end
-  redis.call('HINCRBY', key('meta'), 'un', -#read[1][2])
+  redis.call('HINCRBY', key('meta'), 'un', 0 - #entries)
+  redis.call('HINCRBY', key('meta'), 'ut', 0 - seen)
+  return #entries
+end
+
+if not lane_is_paused() then
+  -- Cancelled jobs leave empty entries behind, so one reading may bring less than asked for. Bounded, for Redis's sake.
+  local looked_at = 0
+  while #leases < free and looked_at < free + 1000 and (not tokens or tokens > 0) do
+    feed(now, free - #leases)
+    local entries = read(tokens and 1 or free - #leases)
+    if entries == 0 then break end
+    looked_at = looked_at + entries
+  end
 end
 call_with(ends, 'ZADD', key('leases'))
 for at = 1, #specs, 4000 do

@@ -12,6 +12,7 @@ local hints = {}
 local events = { t = {}, f = {} }
 local opened = {}
 local acknowledged = {}
+local places = {}
 
 local function hint(what)
   hints[what] = true
@@ -20,12 +21,6 @@ end
 local function event(kind, id)
   local ids = events[kind]
   ids[#ids + 1] = id
-end
-
--- Counts unfinished jobs, of the lane and of an experiment.
-local function count_open(experiment, by)
-  opened[''] = (opened[''] or 0) + by
-  if experiment then opened[experiment] = (opened[experiment] or 0) + by end
 end
 
 -- Calls a command with `first` and then all of `list`, in parts that fit onto Lua's stack.
@@ -39,78 +34,233 @@ local function call_with(list, ...)
   end
 end
 
--- Writes what was collected.
-local function settle()
-  for experiment, by in pairs(opened) do
-    if redis.call('HINCRBY', key('open'), experiment, by) <= 0 and experiment ~= '' then
-      redis.call('HDEL', key('open'), experiment)
-    end
-  end
-  if #acknowledged > 0 then
-    call_with(acknowledged, 'XACK', key('stream'), GROUP)
-    call_with(acknowledged, 'XDEL', key('stream'))
-  end
-  for kind, ids in pairs(events) do
-    if #ids > 0 then redis.call('PUBLISH', key('events'), kind .. table.concat(ids)) end
-  end
-  for what in pairs(hints) do redis.call('PUBLISH', key('hints'), what) end
+-- What a leaf is part of: its flow, the weight of the flow's class, its tenant, its experiment or ''.
+local leaves = {}
+local function leaf_of(number)
+  local leaf = leaves[number]
+  if leaf then return leaf end
+  leaf = { number = number }
+  local stored = redis.call('HGET', key('leaves'), number) or ''
+  leaf.flow, leaf.weight, leaf.tenant, leaf.experiment = string.match(stored, '^(%d+):(%d+):([^:]*):(.*)$')
+  leaf.weight = tonumber(leaf.weight)
+  leaves[number] = leaf
+  return leaf
 end
 
--- Moves waiting jobs into the stream until it holds `ahead` undelivered ones. The flow with the smallest virtual time
--- is next and pays with the job's estimated tokens over its weight (start-time fair queueing).
-local function feed(ahead)
-  local meta = redis.call('HMGET', key('meta'), 'un', 'vt')
-  local undelivered = tonumber(meta[1]) or 0
-  local wanted, fed, virtual = ahead - undelivered, 0, meta[2]
-  while fed < wanted do
+-- Counts unfinished jobs, of the lane and of an experiment.
+local function count_open(experiment, by)
+  opened[''] = (opened[''] or 0) + by
+  if experiment ~= '' then opened[experiment] = (opened[experiment] or 0) + by end
+end
+
+-- A setting, or nil. All are read once for each call, and only where there are any.
+local settings
+local function setting(name)
+  if not settings then
+    settings = {}
+    local stored = redis.call('HGETALL', key('settings'))
+    for at = 1, #stored, 2 do settings[stored[at]] = string.match(stored[at + 1], ':(.+)$') end
+  end
+  return settings[name]
+end
+
+local function lane_is_paused()
+  return setting('pause/lane') ~= nil
+end
+
+-- How many jobs are in the stream or run: of a tenant, or of the lane with ''. The first never exceeds a cap, so
+-- neither do the running ones.
+local in_flight_read = {}
+local function in_flight(tenant)
+  local stored = in_flight_read[tenant]
+  if not stored then
+    stored = tonumber(redis.call('HGET', key('places'), tenant)) or 0
+    in_flight_read[tenant] = stored
+  end
+  return stored + (places[tenant] or 0)
+end
+
+local function take_places(tenant, count)
+  places[tenant] = (places[tenant] or 0) + count
+  places[''] = (places[''] or 0) + count
+end
+
+-- How many more jobs may be in flight.
+local function room(tenant)
+  local cap = setting(tenant == '' and 'cap/lane' or 'cap/tenant/' .. tenant)
+  return cap and tonumber(cap) - in_flight(tenant) or math.huge
+end
+
+-- Lets a flow or a leaf stand in `set` again, not before the virtual time that it has used up.
+local function stand(set, number, virtual)
+  local used = tonumber(redis.call('HGET', key('used'), number)) or 0
+  redis.call('ZADD', set, 'NX', math.max(used, tonumber(virtual) or 0), number)
+end
+
+-- Takes a flow or a leaf out of `set` and remembers what it has used up, so that going away gains nothing.
+local function stand_down(set, number, time)
+  redis.call('ZREM', set, number)
+  redis.call('HSET', key('used'), number, time)
+end
+
+-- Lets a flow be fed again when it has anything that waits.
+local function stand_flow(flow)
+  if redis.call('EXISTS', flow_key(flow)) == 1 then stand(key('flows'), flow, redis.call('HGET', key('meta'), 'vt')) end
+end
+
+local function stand_leaf(number)
+  local flow = leaf_of(number).flow
+  stand(flow_key(flow), number, redis.call('HGET', key('used'), 'in/' .. flow))
+  stand_flow(flow)
+end
+
+-- Gives places back. Flows that waited for one are fed again.
+local function give_places(tenant, count)
+  take_places(tenant, -count)
+  if setting('cap/tenant/' .. tenant) then
+    for _, flow in ipairs(redis.call('SMEMBERS', full_key(tenant))) do stand_flow(flow) end
+    redis.call('DEL', full_key(tenant))
+  end
+end
+
+-- Puts jobs into the backlog of their leaf; `entries` are pairs of order and member.
+local function wait_in_backlog(leaf, entries)
+  call_with(entries, 'ZADD', backlog_key(leaf))
+  stand_leaf(leaf)
+end
+
+-- Order and member of a job in its backlog: by acceptance; with `group`, by the start of its prefix group and in that
+-- by the byte before its id, longest output first.
+local function backlog_entry(id, created, group)
+  if group then return string.sub(group, 2), string.sub(group, 1, 1) .. id end
+  return created, id
+end
+
+-- The job of a member of a backlog.
+local function job_of(member)
+  return string.sub(member, -16)
+end
+
+-- Why a flow's or a leaf's jobs may not be fed: the set in which it waits until they may.
+local function held(leaf)
+  if setting('pause/tenant/' .. leaf.tenant) then return key('paused'), key('flows'), leaf.flow end
+  if leaf.experiment ~= '' and setting('pause/experiment/' .. leaf.experiment) then
+    return key('paused'), flow_key(leaf.flow), leaf.number
+  end
+  if room(leaf.tenant) <= 0 then return full_key(leaf.tenant), key('flows'), leaf.flow end
+end
+
+-- Whether a job that was fed must not start all the same: its tenant or experiment was paused, or a cap lowered.
+local function must_wait(leaf)
+  return setting('pause/tenant/' .. leaf.tenant)
+    or (leaf.experiment ~= '' and setting('pause/experiment/' .. leaf.experiment))
+    or room(leaf.tenant) < 0
+    or room('') < 0
+end
+
+-- The tokens that a job of an age is charged as: the longer one waited, the less, as if it were of a higher
+-- class.
+local function charge(leaf, tokens, age_ms)
+  local weight = math.min(WEIGHT_MAX, leaf.weight * 2 ^ (math.max(0, age_ms) / AGING_MS))
+  return tokens / (weight * (tonumber(setting('weight/tenant/' .. leaf.tenant)) or 100) / 100)
+end
+
+-- Moves waiting jobs into the stream until it holds `ahead` undelivered ones, or the tokens that workers can hold. The
+-- flow with the smallest virtual time is next, in it the leaf with the smallest, and both pay with the job's estimated
+-- tokens over their weight (start-time fair queueing).
+local function feed(now, at_least)
+  local meta = redis.call('HMGET', key('meta'), 'un', 'vt', 'ut', 'la', 'lt')
+  local undelivered, virtual, tokens = tonumber(meta[1]) or 0, tonumber(meta[2]) or 0, tonumber(meta[3]) or 0
+  local ahead, tokens_ahead = math.max(tonumber(meta[4]) or 0, at_least or 0), tonumber(meta[5]) or math.huge
+  local wanted, fed = ahead - undelivered, 0
+  if wanted <= 0 or lane_is_paused() then return 0 end
+  wanted = math.min(wanted, room(''))
+  if undelivered == 0 then tokens = 0 end
+  while fed < wanted and (tokens < tokens_ahead or undelivered + fed == 0) do
     local flows = redis.call('ZRANGE', key('flows'), 0, 1, 'WITHSCORES')
-    if #flows == 0 then break end
     local flow, time = flows[1], tonumber(flows[2])
-    local weight = tonumber(redis.call('HGET', key('weights'), flow)) or 1
-    -- It stays next until it has passed the one behind it. Alone, it may take all places at once.
-    local alone, limit = #flows == 2, tonumber(flows[4])
-    local empty = false
-    repeat
-      local popped = redis.call('ZPOPMIN', backlog_key(flow), alone and wanted - fed or 1)
-      for at = 1, #popped, 2 do
-        local id = popped[at]
-        redis.call('XADD', key('stream'), '*', 'j', id)
-        virtual = time
-        time = time + (tonumber(redis.call('HGET', job_key(id), 'tk')) or 1) / weight
-        fed = fed + 1
-      end
-      empty = #popped == 0 or (alone and fed < wanted)
-    until empty or fed >= wanted or time > limit
-    if empty or redis.call('EXISTS', backlog_key(flow)) == 0 then
-      redis.call('ZREM', key('flows'), flow)
+    if not flow then break end
+    local found = redis.call('ZRANGE', flow_key(flow), 0, 1, 'WITHSCORES')
+    local number, leaf_time = found[1], tonumber(found[2])
+    local leaf = number and leaf_of(number)
+    local waits, from, who = nil, nil, nil
+    if leaf then waits, from, who = held(leaf) end
+    if not leaf then
+      stand_down(key('flows'), flow, time)
+    elseif waits then
+      redis.call('SADD', waits, who)
+      stand_down(from, who, who == flow and time or leaf_time)
     else
-      redis.call('ZADD', key('flows'), time, flow)
+      -- They stay next until they have passed those behind them. Alone, they may take all places at once.
+      local limit, leaf_limit = tonumber(flows[4]) or math.huge, tonumber(found[4]) or math.huge
+      local alone = #flows == 2 and #found == 2 and tokens_ahead == math.huge
+      local most, taken, empty, leaf_virtual = math.min(wanted - fed, room(leaf.tenant)), 0, false, leaf_time
+      repeat
+        local asked = alone and most or 1
+        local popped = redis.call('ZPOPMIN', backlog_key(number), asked)
+        virtual, leaf_virtual = time, leaf_time
+        for at = 1, #popped, 2 do
+          local id = job_of(popped[at])
+          redis.call('XADD', key('stream'), '*', 'j', id)
+          local size = tonumber(redis.call('HGET', job_key(id), 'tk')) or 1
+          tokens = tokens + size
+          time = time + charge(leaf, size, now - tonumber(popped[at + 1]))
+          leaf_time = leaf_time + size
+        end
+        taken = taken + #popped / 2
+        empty = #popped / 2 < asked
+      until empty or taken >= most or time > limit or leaf_time > leaf_limit or tokens >= tokens_ahead
+      fed = fed + taken
+      redis.call('HSET', key('used'), 'in/' .. flow, leaf_virtual)
+      take_places(leaf.tenant, taken)
+      if empty or redis.call('EXISTS', backlog_key(number)) == 0 then
+        stand_down(flow_key(flow), number, leaf_time)
+      else
+        redis.call('ZADD', flow_key(flow), leaf_time, number)
+      end
+      if redis.call('EXISTS', flow_key(flow)) == 0 then
+        stand_down(key('flows'), flow, time)
+      else
+        redis.call('ZADD', key('flows'), time, flow)
+      end
     end
   end
   if fed > 0 then
-    redis.call('HSET', key('meta'), 'un', undelivered + fed, 'vt', virtual)
+    redis.call('HSET', key('meta'), 'un', undelivered + fed, 'vt', virtual, 'ut', tokens)
     hint('w')
   end
   return fed
 end
 
--- The look-ahead that live workers' capacities allow; kept by the heartbeat.
-local function look_ahead()
-  return tonumber(redis.call('HGET', key('meta'), 'la') or '0')
-end
-
--- Puts jobs into the backlog of their flow; `entries` are pairs of order and id. A flow that had nothing waiting starts
--- at the lane's virtual time.
-local function wait_in_backlog(flow, entries)
-  redis.call('ZADD', key('flows'), 'NX', redis.call('HGET', key('meta'), 'vt') or '0', flow)
-  call_with(entries, 'ZADD', backlog_key(flow))
+-- Adds up what live workers can run, which bounds the look-ahead to twice that: a stream stays short, and no worker
+-- waits for a feed. Returns how many places of others than `worker` are free.
+local function count_slots(now, worker)
+  local slots = redis.call('HGETALL', key('slots'))
+  local total, tokens, free = 0, 0, 0
+  for at = 1, #slots, 2 do
+    local size, ends, unused, held_tokens = string.match(slots[at + 1], '(%d+):(%d+):(%d+):(%d*)')
+    if tonumber(ends) > now then
+      total = total + tonumber(size)
+      tokens = tokens + (tonumber(held_tokens) or math.huge)
+      if slots[at] ~= worker then free = free + tonumber(unused) end
+    elseif #redis.call('XPENDING', key('stream'), GROUP, '-', '+', 1, slots[at]) == 0 then
+      -- A worker that died: its consumer goes once its leases have been taken back.
+      redis.call('XGROUP', 'DELCONSUMER', key('stream'), GROUP, slots[at])
+      redis.call('HDEL', key('slots'), slots[at])
+    end
+  end
+  redis.call('HSET', key('meta'), 'la', total * 2, 'lt', tokens < math.huge and tokens * 2 or '')
+  return free
 end
 
 -- Takes a job that has not started out of wherever it waits. An entry in the stream stays: claim skips it.
-local function stop_waiting(id, flow)
-  redis.call('ZREM', key('delayed'), id)
-  redis.call('ZREM', backlog_key(flow), id)
-  if redis.call('EXISTS', backlog_key(flow)) == 0 then redis.call('ZREM', key('flows'), flow) end
+local function stop_waiting(id, job)
+  if job.state == DELAYED then
+    redis.call('ZREM', key('delayed'), id)
+  else
+    local _, member = backlog_entry(id, nil, job.group)
+    if redis.call('ZREM', backlog_key(job.leaf), member) == 0 then give_places(leaf_of(job.leaf).tenant, 1) end
+  end
 end
 
 -- Books an attempt that has ended: a line of the job's ledger. An empty cost is unknown, an empty class no failure.
@@ -124,34 +274,66 @@ local function book(id, attempt)
   redis.call('RPUSH', attempts_key(id), '\1' .. cmsgpack.pack(line))
 end
 
--- Moves a job to a final state and tells everybody. The text of a running attempt goes; a result has it.
-local function finish_job(id, state, now)
-  local job = redis.call('HMGET', job_key(id), 'ex', 'dl', 'du', 'cx')
-  redis.call('HSET', job_key(id), 'st', state, 'fa', now)
-  if job[3] or job[4] then redis.call('HDEL', job_key(id), 'cx', 'du') end
-  if job[2] then redis.call('ZREM', key('deadlines'), id) end
+-- What moving a job on needs to know of it.
+local function read_job(id)
+  local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'gp', 'cr', 'dl', 'cx', 'du')
+  return {
+    state = job[1], leaf = job[2], group = job[3], created = job[4], deadline = job[5], cancelled = job[6], due = job[7],
+  }
+end
+
+-- Moves a job to a final state and tells everybody. The text of a running attempt goes; a result has it. `...` are
+-- further fields to be set.
+local function finish_job(id, job, state, now, ...)
+  redis.call('HSET', job_key(id), 'st', state, 'fa', now, ...)
+  if job.cancelled or job.due then redis.call('HDEL', job_key(id), 'cx', 'du') end
+  if job.deadline then redis.call('ZREM', key('deadlines'), id) end
   redis.call('DEL', text_key(id))
-  count_open(job[1] or nil, -1)
-  if job[1] then
-    redis.call('XADD', key('done'), '*', 'j', id, 'x', job[1])
-  else
+  local experiment = leaf_of(job.leaf).experiment
+  count_open(experiment, -1)
+  if experiment == '' then
     redis.call('XADD', key('done'), '*', 'j', id)
+  else
+    redis.call('XADD', key('done'), '*', 'j', id, 'x', experiment)
   end
+  if state == FAILED then redis.call('HSET', job_key(id), 'de', redis.call('XADD', key('dead'), '*', 'j', id)) end
   event('f', id)
 end
 
--- Ends a running job's hold on its stream entry and its lease.
-local function release(id, entry)
+-- Ends a running job's hold on its stream entry, its lease and its place.
+local function release(id, job, entry)
   redis.call('ZREM', key('leases'), id)
   if entry then acknowledged[#acknowledged + 1] = entry end
+  give_places(leaf_of(job.leaf).tenant, 1)
 end
 
 -- Queues a job again in its old place, unless it was cancelled or its deadline passed meanwhile.
-local function queue_again(id, now)
-  local job = redis.call('HMGET', job_key(id), 'cx', 'dl', 'fl', 'cr')
-  if job[1] then return finish_job(id, CANCELLED, now) end
-  if job[2] and tonumber(job[2]) <= now then return finish_job(id, EXPIRED, now) end
-  redis.call('HSET', job_key(id), 'st', QUEUED)
-  redis.call('HDEL', job_key(id), 'du')
-  wait_in_backlog(job[3], { job[4], id })
+local function queue_again(id, job, now, ...)
+  if job.cancelled then return finish_job(id, job, CANCELLED, now, ...) end
+  if job.deadline and tonumber(job.deadline) <= now then return finish_job(id, job, EXPIRED, now, ...) end
+  redis.call('HSET', job_key(id), 'st', QUEUED, ...)
+  if job.due then redis.call('HDEL', job_key(id), 'du') end
+  wait_in_backlog(job.leaf, { backlog_entry(id, job.created, job.group) })
+end
+
+-- Writes what was collected.
+local function settle()
+  for experiment, by in pairs(opened) do
+    if redis.call('HINCRBY', key('open'), experiment, by) <= 0 and experiment ~= '' then
+      redis.call('HDEL', key('open'), experiment)
+    end
+  end
+  for tenant, by in pairs(places) do
+    if by ~= 0 and redis.call('HINCRBY', key('places'), tenant, by) == 0 then
+      redis.call('HDEL', key('places'), tenant)
+    end
+  end
+  if #acknowledged > 0 then
+    call_with(acknowledged, 'XACK', key('stream'), GROUP)
+    call_with(acknowledged, 'XDEL', key('stream'))
+  end
+  for kind, ids in pairs(events) do
+    if #ids > 0 then redis.call('PUBLISH', key('events'), kind .. table.concat(ids)) end
+  end
+  for what in pairs(hints) do redis.call('PUBLISH', key('hints'), what) end
 end

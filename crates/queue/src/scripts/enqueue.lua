@@ -1,61 +1,83 @@
 -- Stores new jobs, puts them into their backlogs and feeds. A job that exists is left as it is, so this may be repeated.
 -- KEYS  1 lane
--- ARGV  then for each job: id, spec, flow name, weight, estimated tokens, deadline or '', experiment or ''
+-- ARGV  then for each job: id, spec, flow name, weight of its class, tenant, experiment or '', what else splits its
+--       leaf, estimated tokens, deadline or '', not before or '', prefix group or '', order byte in it
 -- Returns for each job 1 when it is new, 0 when it existed.
 local now = now_ms()
-local answer, jobs, flows, backlogs, experiments, deadlines = {}, {}, {}, {}, {}, {}
+local answer, backlogs, deadlines, delayed = {}, {}, {}, {}
+local numbers, starts = {}, {}
 
--- The number of a flow, which keys and jobs carry instead of its name.
-local function flow_number(name, weight)
-  if flows[name] then return flows[name] end
-  local flow = redis.call('HGET', key('flow'), name)
-  if not flow then
-    flow = redis.call('HINCRBY', key('flow'), 'n', 1)
-    redis.call('HSET', key('flow'), name, flow)
-    redis.call('HSET', key('weights'), flow, weight)
+-- The number that keys and jobs carry instead of the name of a flow or a leaf.
+local function number_of(name, describe)
+  if numbers[name] then return numbers[name] end
+  local number = redis.call('HGET', key('numbers'), name)
+  if not number then
+    number = tostring(redis.call('HINCRBY', key('numbers'), 'n', 1))
+    redis.call('HSET', key('numbers'), name, number)
+    if describe then redis.call('HSET', key('leaves'), number, describe()) end
   end
-  flows[name] = flow
-  return flow
+  numbers[name] = number
+  return number
 end
 
-local function add(lists, name, score, id)
-  local list = lists[name] or {}
-  lists[name] = list
-  list[#list + 1] = score
-  list[#list + 1] = id
+local function leaf_number(flow, weight, tenant, experiment, split)
+  return number_of(flow .. '/' .. experiment .. '/' .. split, function()
+    return number_of(flow) .. ':' .. weight .. ':' .. tenant .. ':' .. experiment
+  end)
 end
 
-for at = 1, #ARGV, 7 do
-  local id, deadline, experiment = ARGV[at], ARGV[at + 5], ARGV[at + 6]
+-- When the group of jobs with this prefix started, for a while the same.
+local function group_start(leaf, prefix)
+  local name = group_key(leaf, prefix)
+  if not starts[name] then starts[name] = redis.call('SET', name, now, 'NX', 'GET', 'PX', GROUP_MS) or tostring(now) end
+  return starts[name]
+end
+
+local function list_in(lists, name)
+  lists[name] = lists[name] or {}
+  return lists[name]
+end
+
+for at = 1, #ARGV, 12 do
+  local id, spec, flow, weight, tenant, experiment, split, tokens, deadline, not_before, prefix, order =
+    unpack(ARGV, at, at + 11)
   -- A spec is as old as its job, and the same id may stand twice in one call.
-  if not redis.call('SET', spec_key(id), ARGV[at + 1], 'NX') then
+  if not redis.call('SET', spec_key(id), spec, 'NX') then
     answer[#answer + 1] = 0
   else
-    local flow = flow_number(ARGV[at + 2], ARGV[at + 3])
-    local fields = { 'HSET', job_key(id), 'st', QUEUED, 'fl', flow, 'tk', ARGV[at + 4], 'cr', now }
-    jobs[#jobs + 1] = 0
-    jobs[#jobs + 1] = id
-    add(backlogs, flow, now, id)
-    if deadline ~= '' then
-      fields[#fields + 1] = 'dl'
-      fields[#fields + 1] = deadline
-      add(deadlines, 'all', deadline, id)
+    local leaf = leaf_number(flow, weight, tenant, experiment, split)
+    local group = prefix ~= '' and order .. group_start(leaf, prefix) or nil
+    local waits = not_before ~= '' and tonumber(not_before) > now
+    local fields = { 'HSET', job_key(id), 'st', waits and DELAYED or QUEUED, 'lf', leaf, 'tk', tokens, 'cr', now }
+    local function set(name, value)
+      fields[#fields + 1] = name
+      fields[#fields + 1] = value
     end
-    if experiment ~= '' then
-      fields[#fields + 1] = 'ex'
-      fields[#fields + 1] = experiment
-      add(experiments, experiment, 0, id)
+    if group then set('gp', group) end
+    if deadline ~= '' then
+      set('dl', deadline)
+      deadlines[#deadlines + 1] = deadline
+      deadlines[#deadlines + 1] = id
+    end
+    if waits then
+      set('du', not_before)
+      delayed[#delayed + 1] = not_before
+      delayed[#delayed + 1] = id
+    else
+      local waiting = list_in(backlogs, leaf)
+      waiting[#waiting + 1], waiting[#waiting + 2] = backlog_entry(id, now, group)
     end
     redis.call(unpack(fields))
-    count_open(experiment ~= '' and experiment or nil, 1)
+    local place = redis.call('XADD', key('jobs'), '*', 'j', id)
+    if experiment ~= '' then redis.call('XADD', experiment_key(experiment), place, 'j', id) end
+    count_open(experiment, 1)
     answer[#answer + 1] = 1
   end
 end
-call_with(jobs, 'ZADD', key('jobs'))
-call_with(deadlines.all or {}, 'ZADD', key('deadlines'))
-for experiment, list in pairs(experiments) do call_with(list, 'ZADD', experiment_key(experiment)) end
-for flow, list in pairs(backlogs) do wait_in_backlog(flow, list) end
+call_with(deadlines, 'ZADD', key('deadlines'))
+call_with(delayed, 'ZADD', key('delayed'))
+for leaf, list in pairs(backlogs) do wait_in_backlog(leaf, list) end
 -- Workers that are full hear nothing new: they claim again when a job of theirs ends.
-if feed(look_ahead()) == 0 and #jobs > 0 then hint('w') end
+if next(backlogs) and feed(now) == 0 then hint('w') end
 settle()
 return answer

@@ -6,10 +6,10 @@ local now = now_ms()
 local passed = redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, ARGV[1])
 for _, id in ipairs(passed) do
   redis.call('ZREM', key('deadlines'), id)
-  local job = redis.call('HMGET', job_key(id), 'st', 'fl')
-  if job[1] == QUEUED or job[1] == DELAYED then
-    stop_waiting(id, job[2])
-    finish_job(id, EXPIRED, now)
+  local job = read_job(id)
+  if job.state == QUEUED or job.state == DELAYED then
+    stop_waiting(id, job)
+    finish_job(id, job, EXPIRED, now)
   end
 end
 settle()

@@ -7,37 +7,40 @@
 local now = now_ms()
 
 local function finish(id, epoch, worker, started, state, ended, cost, class, message, result, delay_ms)
-  local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl')
-  if not job[1] then return 0 end
+  local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf', 'gp', 'cr')
+  if not stored[1] then return 0 end
   local attempt = {
     epoch = tonumber(epoch), worker = worker, started = tonumber(started), ended = now, ['end'] = ended,
     cost = cost, class = class, message = message,
   }
-  if job[1] ~= RUNNING or job[2] ~= epoch or job[3] ~= worker then
+  if stored[1] ~= RUNNING or stored[2] ~= epoch or stored[3] ~= worker then
     -- Either this very call was made before, or the lease went to somebody else.
-    if job[6] then return 1 end
+    if stored[6] then return 1 end
     if redis.call('HSETNX', job_key(id), 'f' .. epoch, 1) == 1 then
       attempt['end'] = ARGV[1]
       book(id, attempt)
     end
     return 0
   end
-  release(id, job[4])
+  local job = {
+    state = RUNNING, cancelled = stored[5], deadline = stored[7], leaf = stored[8], group = stored[9], created = stored[10],
+  }
+  release(id, job, stored[4])
   book(id, attempt)
-  redis.call('HSET', job_key(id), 'k' .. epoch, 1)
+  local kept = 'k' .. epoch
   if class ~= '' then redis.call('HINCRBY', job_key(id), 'fc', 1) end
   if state == QUEUED then
-    queue_again(id, now)
+    queue_again(id, job, now, kept, 1)
   elseif state ~= DELAYED then
     if result ~= '' then redis.call('SET', result_key(id), result) end
-    finish_job(id, state, now)
-  elseif job[5] then
-    finish_job(id, CANCELLED, now)
-  elseif job[7] and tonumber(job[7]) <= now then
-    finish_job(id, EXPIRED, now)
+    finish_job(id, job, state, now, kept, 1)
+  elseif job.cancelled then
+    finish_job(id, job, CANCELLED, now, kept, 1)
+  elseif job.deadline and tonumber(job.deadline) <= now then
+    finish_job(id, job, EXPIRED, now, kept, 1)
   else
     local due = now + tonumber(delay_ms)
-    redis.call('HSET', job_key(id), 'st', DELAYED, 'du', due)
+    redis.call('HSET', job_key(id), 'st', DELAYED, 'du', due, kept, 1)
     redis.call('ZADD', key('delayed'), due, id)
   end
   return 1
@@ -45,6 +48,6 @@ end
 
 local answer = {}
 for at = 2, #ARGV, 11 do answer[#answer + 1] = finish(unpack(ARGV, at, at + 10)) end
-feed(look_ahead())
+feed(now)
 settle()
 return answer

@@ -6,8 +6,9 @@ local now = now_ms()
 local due = redis.call('ZRANGEBYSCORE', key('delayed'), '-inf', now, 'LIMIT', 0, ARGV[1])
 for _, id in ipairs(due) do
   redis.call('ZREM', key('delayed'), id)
-  if redis.call('HGET', job_key(id), 'st') == DELAYED then queue_again(id, now) end
+  local job = read_job(id)
+  if job.state == DELAYED then queue_again(id, job, now) end
 end
-if #due > 0 and feed(look_ahead()) == 0 then hint('w') end
+if #due > 0 and feed(now) == 0 then hint('w') end
 settle()
 return #due

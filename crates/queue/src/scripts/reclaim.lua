@@ -5,21 +5,24 @@
 local now = now_ms()
 local lost = redis.call('ZRANGEBYSCORE', key('leases'), '-inf', now, 'LIMIT', 0, ARGV[1])
 for _, id in ipairs(lost) do
-  local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'sa')
-  release(id, job[4])
-  if job[1] == RUNNING then
+  local job = read_job(id)
+  if job.state == RUNNING then
+    local lease = redis.call('HMGET', job_key(id), 'ep', 'wk', 'en', 'sa')
+    release(id, job, lease[3])
     local losses = redis.call('HINCRBY', job_key(id), 'lc', 1)
     local attempt = {
-      epoch = tonumber(job[2]), worker = job[3], started = tonumber(job[5]), ended = now, ['end'] = ARGV[3],
+      epoch = tonumber(lease[1]), worker = lease[2], started = tonumber(lease[4]), ended = now, ['end'] = ARGV[3],
     }
     local poison = losses >= tonumber(ARGV[2])
     if poison then
       attempt.class, attempt.message = ARGV[4], ARGV[5]
     end
     book(id, attempt)
-    if poison then finish_job(id, FAILED, now) else queue_again(id, now) end
+    if poison then finish_job(id, job, FAILED, now) else queue_again(id, job, now) end
+  else
+    redis.call('ZREM', key('leases'), id)
   end
 end
-if #lost > 0 then feed(look_ahead()) end
+if #lost > 0 then feed(now) end
 settle()
 return #lost

@@ -1,6 +1,6 @@
 //! `CancelJobs`: every unfinished job of a filter.
 
-use super::matching::{STEP, candidates, lanes, unfinished};
+use super::matching::{STEP, candidates, lanes, list_of, unfinished};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::JobId;
 use genmill_wire::error::{ApiError, Reason};
@@ -19,9 +19,9 @@ pub(super) async fn serve(mill: &Mill, asked: v1::CancelJobsRequest) -> Result<v
     let mut response = v1::CancelJobsResponse::default();
     let mut before = None;
     loop {
-        let ids = candidates(mill, &filter, &lanes, before, STEP).await?;
+        let listed = candidates(mill, list_of(&filter), &lanes, before, STEP).await?;
         let mut by_lane: BTreeMap<_, Vec<JobId>> = BTreeMap::new();
-        for id in unfinished(mill, &filter, &ids).await? {
+        for id in unfinished(mill, &filter, &listed).await? {
             by_lane.entry(id.lane()).or_default().push(id);
         }
         for (lane, ids) in by_lane {
@@ -29,8 +29,8 @@ pub(super) async fn serve(mill: &Mill, asked: v1::CancelJobsRequest) -> Result<v
             response.cancelled += tally.cancelled;
             response.cancelling += tally.cancelling;
         }
-        match ids.last() {
-            Some(last) if ids.len() == STEP => before = Some(*last),
+        match listed.last() {
+            Some(last) if listed.len() == STEP => before = Some(last.place),
             _ => return Ok(response),
         }
     }

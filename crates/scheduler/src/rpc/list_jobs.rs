@@ -1,8 +1,9 @@
-//! `ListJobs`: pages of jobs, newest first. A page token is the last id that was looked at.
+//! `ListJobs`: pages of jobs, newest first. A page token is the last place that was looked at.
 
-use super::matching::{candidates, lanes, matches};
+use super::matching::{candidates, lanes, list_of, matches};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::JobId;
+use genmill_queue::{Listed, Place};
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::{from_pb, to_pb, v1};
 use tonic::Status;
@@ -10,13 +11,13 @@ use tonic::Status;
 const PAGE_DEFAULT: usize = 100;
 const PAGE_MAX: usize = 1_000;
 
-/// How many ids are looked at together at least: a small page may have to skip many that do not match.
+/// How many jobs are looked at together at least: a small page may have to skip many that do not match.
 const STEP_MIN: usize = 200;
 
 /// How large a page may get, in bytes: far below what clients take by default (4 MiB).
 const PAGE_BYTES_MAX: usize = 2 * 1024 * 1024;
 
-/// How many ids one call looks at: a filter that matches little gives short pages, not long calls.
+/// How many jobs one call looks at: a filter that matches little gives short pages, not long calls.
 const LOOKED_AT_MAX: usize = 10_000;
 
 pub(super) async fn serve(mill: &Mill, asked: v1::ListJobsRequest) -> Result<v1::ListJobsResponse, Status> {
@@ -32,27 +33,30 @@ pub(super) async fn serve(mill: &Mill, asked: v1::ListJobsRequest) -> Result<v1:
     let mut before = match asked.page_token.as_str() {
         "" => None,
         token => Some(
-            JobId::parse(token)
-                .map_err(|_| ApiError::new(Reason::InvalidRequest, "page_token: is not one that a page gave"))?,
+            Place::parse(token)
+                .ok_or_else(|| ApiError::new(Reason::InvalidRequest, "page_token: is not one that a page gave"))?,
         ),
     };
     let lanes = lanes(mill, &filter).await?;
     let mut page = Page::new(size);
     let step = size.max(STEP_MIN);
     let mut looked_at = 0;
+    let shown = if asked.whole { to_pb::job } else { to_pb::job_in_list };
     loop {
-        let ids = candidates(mill, &filter, &lanes, before, step).await?;
-        for job in mill.queue.get_many(&ids).await.map_err(api_error)? {
-            let (id, wanted) = (job.id, matches(&filter, &job));
+        let listed = candidates(mill, list_of(&filter), &lanes, before, step).await?;
+        let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
+        let mut jobs = mill.queue.get_many(&ids).await.map_err(api_error)?.into_iter().peekable();
+        for Listed { place, id } in &listed {
+            // A job that was purged meanwhile is not among them.
+            let job = jobs.next_if(|job| job.id == *id).filter(|job| matches(&filter, job));
             // A full page ends right behind its last job, so that the next page begins there.
-            if wanted && !page.add(to_pb::job_in_list(job)) {
+            if job.is_some_and(|job| !page.add(shown(job))) {
                 return Ok(page.end(before));
             }
-            before = Some(id);
+            before = Some(*place);
         }
-        before = ids.last().copied().or(before);
-        looked_at += ids.len();
-        if ids.len() < step {
+        looked_at += listed.len();
+        if listed.len() < step {
             return Ok(page.end(None));
         }
         if looked_at >= LOOKED_AT_MAX {
@@ -85,8 +89,8 @@ impl Page {
     }
 
     /// The page; the next one begins behind `last`, if there may be one.
-    fn end(self, last: Option<JobId>) -> v1::ListJobsResponse {
-        let next_page_token = last.map(|id| id.to_string()).unwrap_or_default();
+    fn end(self, last: Option<Place>) -> v1::ListJobsResponse {
+        let next_page_token = last.map(|place| place.to_string()).unwrap_or_default();
         v1::ListJobsResponse { jobs: self.jobs, next_page_token }
     }
 }

@@ -3,11 +3,12 @@
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::Job;
-use genmill_queue::ListQuery;
+use genmill_core::state::State;
+use genmill_queue::{ListQuery, Listed, Place, Which};
 use genmill_wire::error::ApiError;
 use genmill_wire::from_pb::Filter;
 
-/// How many ids are looked at in one step.
+/// How many jobs are looked at in one step.
 pub(super) const STEP: usize = 1_000;
 
 pub(super) fn matches(filter: &Filter, job: &Job) -> bool {
@@ -30,23 +31,31 @@ pub(super) async fn lanes(mill: &Mill, filter: &Filter) -> Result<Vec<LaneNumber
     Ok(wanted.map(|(number, _)| number).collect())
 }
 
-/// The next ids in which jobs of the filter can be, newest first.
-pub(super) async fn candidates(
-    mill: &Mill,
-    filter: &Filter,
-    lanes: &[LaneNumber],
-    before: Option<JobId>,
-    limit: usize,
-) -> Result<Vec<JobId>, ApiError> {
-    let query = ListQuery { lanes, experiment: filter.experiment.as_ref(), before, limit };
-    mill.queue.list(query).await.map_err(api_error)
+/// The shortest list that has all jobs of the filter.
+pub(super) fn list_of(filter: &Filter) -> Which<'_> {
+    match (filter.state, &filter.experiment) {
+        (Some(State::Failed), _) => Which::Failed,
+        (_, Some(experiment)) => Which::Of(experiment),
+        (_, None) => Which::All,
+    }
 }
 
-/// Those of `ids` that are unfinished and match the filter.
-pub(super) async fn unfinished(mill: &Mill, filter: &Filter, ids: &[JobId]) -> Result<Vec<JobId>, ApiError> {
-    let states = mill.queue.states(ids).await.map_err(api_error)?;
-    let wanted =
-        |state: genmill_core::state::State| !state.is_final() && filter.state.is_none_or(|wanted| state == wanted);
+/// The next jobs of a list, newest first.
+pub(super) async fn candidates(
+    mill: &Mill,
+    which: Which<'_>,
+    lanes: &[LaneNumber],
+    before: Option<Place>,
+    limit: usize,
+) -> Result<Vec<Listed>, ApiError> {
+    mill.queue.list(ListQuery { lanes, which, before, limit }).await.map_err(api_error)
+}
+
+/// Those of `listed` that are unfinished and match the filter.
+pub(super) async fn unfinished(mill: &Mill, filter: &Filter, listed: &[Listed]) -> Result<Vec<JobId>, ApiError> {
+    let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
+    let states = mill.queue.states(&ids).await.map_err(api_error)?;
+    let wanted = |state: State| !state.is_final() && filter.state.is_none_or(|wanted| state == wanted);
     let open = ids.iter().zip(states).filter(|(_, state)| state.is_some_and(wanted));
     let open: Vec<JobId> = open.map(|(id, _)| *id).collect();
     if filter.tenant.is_none() && filter.model.is_none() {

@@ -1,7 +1,7 @@
 //! `WatchJobs`: the jobs of a filter as they finish. A cursor is the position in each lane's stream of finished jobs.
 
 use super::Answers;
-use super::matching::{STEP, candidates, lanes, matches, unfinished};
+use super::matching::{STEP, candidates, lanes, list_of, matches, unfinished};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_queue::Finished;
@@ -29,8 +29,13 @@ const REST: Duration = Duration::from_millis(20);
 pub(super) fn serve(mill: Mill, asked: v1::WatchJobsRequest) -> Result<Answers<v1::WatchJobsResponse>, Status> {
     let filter = from_pb::filter(asked.filter).map_err(ApiError::from)?;
     let cursor = Cursor::parse(&asked.cursor)?;
+    if asked.from_now && cursor != Cursor::default() {
+        let message = "from_now: cannot be set with a cursor, which says already where to begin";
+        return Err(ApiError::new(Reason::InvalidRequest, message).into());
+    }
     let (out, answers) = mpsc::channel(JOBS_MAX);
-    let watcher = Watcher { mill: mill.clone(), filter, cursor, until_idle: asked.until_idle, out };
+    let watcher =
+        Watcher { mill: mill.clone(), filter, cursor, from_now: asked.from_now, until_idle: asked.until_idle, out };
     mill.shutdown.spawn(watcher.run());
     Ok(Box::pin(ReceiverStream::new(answers)))
 }
@@ -74,6 +79,7 @@ struct Watcher {
     mill: Mill,
     filter: Filter,
     cursor: Cursor,
+    from_now: bool,
     until_idle: bool,
     out: mpsc::Sender<Result<v1::WatchJobsResponse, Status>>,
 }
@@ -103,6 +109,13 @@ impl Watcher {
     }
 
     async fn follow(&mut self, mut finished: watch::Receiver<()>) -> Step<()> {
+        if self.from_now {
+            self.skip_the_past().await?;
+            // So that even a watcher that has seen no job yet can resume where it began.
+            if self.send(None).await.is_err() {
+                return Ok(Err(Gone));
+            }
+        }
         loop {
             finished.mark_unchanged();
             let lanes = lanes(&self.mill, &self.filter).await?;
@@ -119,6 +132,15 @@ impl Watcher {
             drop(tokio::time::timeout(LOOK_EVERY, finished.changed()).await);
             tokio::time::sleep(REST).await;
         }
+    }
+
+    /// Puts the cursor behind everything that has finished. Lanes that come later are watched from their beginning.
+    async fn skip_the_past(&mut self) -> Result<(), ApiError> {
+        for lane in lanes(&self.mill, &self.filter).await? {
+            let position = self.mill.queue.last_finished(lane).await.map_err(api_error)?;
+            self.cursor.0.extend(position.map(|position| (lane, position)));
+        }
+        Ok(())
     }
 
     /// Sends what has finished in `lane` since the cursor.
@@ -172,12 +194,12 @@ impl Watcher {
         let filter = Filter { state: None, ..self.filter.clone() };
         let mut before = None;
         loop {
-            let ids = candidates(&self.mill, &filter, lanes, before, STEP).await?;
-            if !unfinished(&self.mill, &filter, &ids).await?.is_empty() {
+            let listed = candidates(&self.mill, list_of(&filter), lanes, before, STEP).await?;
+            if !unfinished(&self.mill, &filter, &listed).await?.is_empty() {
                 return Ok(false);
             }
-            match ids.last() {
-                Some(last) if ids.len() == STEP => before = Some(*last),
+            match listed.last() {
+                Some(last) if listed.len() == STEP => before = Some(last.place),
                 _ => return Ok(true),
             }
         }

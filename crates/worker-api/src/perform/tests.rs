@@ -9,6 +9,7 @@ use genmill_core::request::Role;
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::ListedModel;
 use genmill_standin::{BAD_KEY, Options, Standin};
+use genmill_worker::perform::Started;
 use std::path::PathBuf;
 use tokio::sync::mpsc;
 
@@ -53,7 +54,7 @@ fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Perfo
 async fn perform(performer: &Performer, spec: JobSpec, stop: CancellationToken) -> (Performed, String) {
     let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec };
     let (pieces, mut reported) = mpsc::channel(1);
-    let progress = Progress::new(&task, pieces);
+    let progress = Progress::new(&task, Started::default(), pieces);
     let listen = async {
         let mut text = String::new();
         while let Some(piece) = reported.recv().await {

@@ -1,0 +1,86 @@
+//! `genmill lanes`: what waits and runs where, and what is paused or limited.
+
+use crate::exit::Ending;
+use crate::table::{self, Column};
+use crate::{output, show};
+use genmill_client::{Client, v1};
+
+/// List the lanes, with what waits and runs there, and what is paused or limited
+#[derive(Debug, clap::Args)]
+#[command(after_help = MEANING)]
+pub(crate) struct Args {
+    /// Print each lane as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const MEANING: &str = "\
+A lane is a local model (vllm:NAME) or a remote provider (litellm:openai). LIMIT is the most jobs
+that run there at once: `genmill limit` sets it, without one the workers' capacity bounds it.";
+
+pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
+    let client = Client::connect(server).await?;
+    let lanes = client.list_lanes().await?;
+    if args.json {
+        for lane in &lanes {
+            output::line(&genmill_wire::json::to_json("Lane", lane)?)?;
+        }
+        return Ok(Ending::Done);
+    }
+    output::line(&table::render(COLUMNS, lanes.iter().map(row).collect()))?;
+    let settings = client.list_settings().await?;
+    if !settings.paused_experiments.is_empty() {
+        output::line(&format!("\npaused experiments: {}", settings.paused_experiments.join(", ")))?;
+    }
+    if !settings.tenants.is_empty() {
+        output::line(&format!(
+            "\n{}",
+            table::render(TENANT_COLUMNS, settings.tenants.iter().map(tenant_row).collect())
+        ))?;
+    }
+    Ok(Ending::Done)
+}
+
+const COLUMNS: [Column; 8] = [
+    Column::Text("lane"),
+    Column::Text("paused"),
+    Column::Number("queued"),
+    Column::Number("delayed"),
+    Column::Number("running"),
+    Column::Number("capacity"),
+    Column::Number("limit"),
+    Column::Number("failed"),
+];
+
+fn row(lane: &v1::Lane) -> [String; 8] {
+    [
+        lane.name.clone(),
+        yes_or_nothing(lane.paused),
+        lane.queued.to_string(),
+        lane.delayed.to_string(),
+        lane.running.to_string(),
+        lane.capacity.to_string(),
+        number_or_nothing(lane.max_running),
+        lane.failed.to_string(),
+    ]
+}
+
+const TENANT_COLUMNS: [Column; 4] =
+    [Column::Text("tenant"), Column::Text("paused"), Column::Number("limit"), Column::Number("weight")];
+
+fn tenant_row(settings: &v1::TenantSettings) -> [String; 4] {
+    [
+        settings.tenant.clone(),
+        yes_or_nothing(settings.paused),
+        number_or_nothing(settings.max_running),
+        format!("{} %", settings.weight_percent.unwrap_or(100)),
+    ]
+}
+
+fn yes_or_nothing(is: bool) -> String {
+    if is { "yes" } else { show::NOTHING }.to_owned()
+}
+
+fn number_or_nothing(number: Option<u32>) -> String {
+    number.map_or_else(|| show::NOTHING.to_owned(), |number| number.to_string())
+}

@@ -1,0 +1,46 @@
+//! `genmill limit`: how much of a lane, or of every lane for a tenant, may run at once.
+
+use crate::exit::Ending;
+use clap::value_parser;
+use genmill_client::{Client, TenantLimits};
+
+/// Set the limits of a lane or a tenant, all of them: what is left out is lifted
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    of: Of,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Of {
+    /// A lane, such as vllm:NAME or litellm:openai; `genmill lanes` lists them
+    Lane {
+        /// Its name
+        name: String,
+        /// At most so many jobs run at once
+        #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+        max_running: Option<u32>,
+    },
+    /// A tenant
+    Tenant {
+        /// Its name
+        name: String,
+        /// At most so many of its jobs run at once in each lane
+        #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+        max_running: Option<u32>,
+        /// Its share where tenants compete for a lane, in percent of the usual one, 1 to 10,000
+        #[arg(long, value_name = "PERCENT", value_parser = value_parser!(u32).range(1..=10_000))]
+        weight_percent: Option<u32>,
+    },
+}
+
+pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
+    let client = Client::connect(server).await?;
+    match args.of {
+        Of::Lane { name, max_running } => client.set_lane_limits(&name, max_running).await?,
+        Of::Tenant { name, max_running, weight_percent } => {
+            client.set_tenant_limits(&name, TenantLimits { max_running, weight_percent }).await?;
+        }
+    }
+    Ok(Ending::Done)
+}

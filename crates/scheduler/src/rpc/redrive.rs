@@ -1,0 +1,91 @@
+//! `Redrive`: failed jobs once more, as new jobs.
+
+use super::matching::{STEP, candidates, lanes, matches_spec};
+use crate::mill::{Mill, api_error};
+use genmill_core::ids::{JobId, LaneNumber};
+use genmill_core::job::{Job, JobSpec};
+use genmill_core::state::State;
+use genmill_queue::{Enqueued, NewJob, Redrive, Which};
+use genmill_wire::error::{ApiError, Reason};
+use genmill_wire::v1::redrive_request::Which as Asked;
+use genmill_wire::{from_pb, v1};
+use std::collections::BTreeMap;
+use tonic::Status;
+
+/// How many of the new jobs an answer names.
+const NAMED_MAX: usize = 1_000;
+
+pub(super) async fn serve(mill: &Mill, asked: v1::RedriveRequest) -> Result<v1::RedriveResponse, Status> {
+    match asked.which {
+        Some(Asked::JobId(id)) => Ok(one(mill, from_pb::job_id(&id)?).await?),
+        Some(Asked::Filter(filter)) => {
+            Ok(matching(mill, from_pb::filter(Some(filter)).map_err(ApiError::from)?).await?)
+        }
+        None => Err(ApiError::new(Reason::InvalidRequest, "which: either job_id or filter must be set").into()),
+    }
+}
+
+async fn one(mill: &Mill, id: JobId) -> Result<v1::RedriveResponse, ApiError> {
+    let job = mill.queue.get(id).await.map_err(api_error)?;
+    if job.state != State::Failed {
+        let message = format!("job_id: job {id} is {}; only failed jobs can be redriven", job.state);
+        return Err(ApiError::new(Reason::JobNotFailed, message));
+    }
+    let mut response = v1::RedriveResponse::default();
+    redrive(mill, vec![job], &mut response).await?;
+    Ok(response)
+}
+
+async fn matching(mill: &Mill, filter: from_pb::Filter) -> Result<v1::RedriveResponse, ApiError> {
+    if filter.state.is_some_and(|state| state != State::Failed) {
+        return Err(ApiError::new(Reason::InvalidRequest, "filter.state: only failed jobs can be redriven"));
+    }
+    let lanes = lanes(mill, &filter).await?;
+    let mut response = v1::RedriveResponse::default();
+    let mut before = None;
+    loop {
+        let listed = candidates(mill, Which::Failed, &lanes, before, STEP).await?;
+        let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
+        let jobs = mill.queue.get_many(&ids).await.map_err(api_error)?;
+        redrive(mill, jobs.into_iter().filter(|job| matches_spec(&filter, job)).collect(), &mut response).await?;
+        match listed.last() {
+            Some(last) if listed.len() == STEP => before = Some(last.place),
+            _ => return Ok(response),
+        }
+    }
+}
+
+/// Redrives failed jobs. A crash half way is healed by asking again: what a job is redriven as is decided once, and
+/// enqueueing twice does nothing.
+async fn redrive(mill: &Mill, jobs: Vec<Job>, response: &mut v1::RedriveResponse) -> Result<(), ApiError> {
+    let mut by_lane: BTreeMap<LaneNumber, Vec<Job>> = BTreeMap::new();
+    for job in jobs {
+        mill.registrations.about(&job.spec.model).await.map_err(api_error)?.check(&job.spec.model)?;
+        by_lane.entry(job.id.lane()).or_default().push(job);
+    }
+    for (lane, jobs) in by_lane {
+        let proposed =
+            jobs.iter().map(|job| Ok(Redrive { from: job.id, to: JobId::new(mill.now(), lane, mill.random()?) }));
+        let proposed: Vec<Redrive> = proposed.collect::<Result<_, ApiError>>()?;
+        let decided = mill.queue.redrive(lane, &proposed).await.map_err(api_error)?;
+        let new = jobs.into_iter().zip(decided);
+        let new: Vec<NewJob> = new.filter_map(|(job, id)| Some(NewJob { id: id?, spec: again(job) })).collect();
+        let Some(first) = new.first() else { continue };
+        let stored = mill.queue.enqueue(&first.spec.model.lane(), &new).await.map_err(api_error)?;
+        for (job, stored) in new.iter().zip(stored) {
+            match stored {
+                Enqueued::New => response.redriven += 1,
+                Enqueued::Existed => response.redriven_before += 1,
+            }
+            if response.job_ids.len() < NAMED_MAX {
+                response.job_ids.push(job.id.to_string());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same work once more. Its times belong to the first job, and so does its request id.
+fn again(job: Job) -> JobSpec {
+    JobSpec { redriven_from: Some(job.id), request_id: None, deadline: None, not_before: None, ..job.spec }
+}
