@@ -1,4 +1,4 @@
-//! A job's life: its states and the one function that tells what may follow.
+//! A job's life: its states and the one table that tells what may follow.
 //!
 //! Never here: how a transition is carried out (each is one script of the queue).
 
@@ -57,21 +57,45 @@ pub struct IllegalTransition {
     pub event: Event,
 }
 
+/// Everything that may ever happen to a job: in which state, what, and the state after it.
+pub const TRANSITIONS: [(State, Event, State); 13] = [
+    (State::Queued, Event::Claim, State::Running),
+    (State::Running, Event::Succeed, State::Succeeded),
+    (State::Running, Event::Fail, State::Failed),
+    (State::Running, Event::Retry, State::Delayed),
+    (State::Delayed, Event::Promote, State::Queued),
+    (State::Running, Event::HandBack, State::Queued),
+    (State::Running, Event::Reclaim, State::Queued),
+    (State::Queued, Event::Cancel, State::Cancelled),
+    (State::Delayed, Event::Cancel, State::Cancelled),
+    (State::Running, Event::Cancel, State::Cancelled),
+    (State::Queued, Event::Expire, State::Expired),
+    (State::Delayed, Event::Expire, State::Expired),
+    (State::Running, Event::Expire, State::Expired),
+];
+
 /// The state after `event` in `state`.
 ///
 /// # Errors
 /// [`IllegalTransition`] when `event` may not happen then. Final states never change.
 pub fn transition(state: State, event: Event) -> Result<State, IllegalTransition> {
-    match (state, event) {
-        (State::Queued, Event::Claim) => Ok(State::Running),
-        (State::Running, Event::Succeed) => Ok(State::Succeeded),
-        (State::Running, Event::Fail) => Ok(State::Failed),
-        (State::Running, Event::Retry) => Ok(State::Delayed),
-        (State::Running, Event::HandBack | Event::Reclaim) | (State::Delayed, Event::Promote) => Ok(State::Queued),
-        (State::Queued | State::Delayed | State::Running, Event::Cancel) => Ok(State::Cancelled),
-        (State::Queued | State::Delayed | State::Running, Event::Expire) => Ok(State::Expired),
-        (state, event) => Err(IllegalTransition { state, event }),
-    }
+    let row = TRANSITIONS.iter().find(|(from, what, _)| (*from, *what) == (state, event));
+    row.map(|(_, _, to)| *to).ok_or(IllegalTransition { state, event })
+}
+
+impl Event {
+    /// Every event.
+    pub const ALL: [Self; 9] = [
+        Self::Claim,
+        Self::Succeed,
+        Self::Fail,
+        Self::Retry,
+        Self::HandBack,
+        Self::Reclaim,
+        Self::Promote,
+        Self::Cancel,
+        Self::Expire,
+    ];
 }
 
 impl State {
@@ -116,22 +140,10 @@ impl std::fmt::Display for State {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 9] = [
-        Event::Claim,
-        Event::Succeed,
-        Event::Fail,
-        Event::Retry,
-        Event::HandBack,
-        Event::Reclaim,
-        Event::Promote,
-        Event::Cancel,
-        Event::Expire,
-    ];
-
     #[test]
     fn final_states_never_change_and_all_others_can_end() {
         for state in State::ALL {
-            let can_change = EVENTS.iter().any(|event| transition(state, *event).is_ok());
+            let can_change = Event::ALL.into_iter().any(|event| transition(state, event).is_ok());
             assert_eq!(can_change, !state.is_final(), "{state}");
         }
     }
@@ -150,5 +162,44 @@ mod tests {
         for state in State::ALL {
             assert_eq!(State::from_name(state.name()), Some(state));
         }
+    }
+    #[test]
+    fn each_event_happens_somewhere_and_leads_to_one_state() {
+        for event in Event::ALL {
+            let mut from: Vec<State> = TRANSITIONS.iter().filter(|row| row.1 == event).map(|row| row.0).collect();
+            assert!(!from.is_empty(), "{event:?} never happens");
+            let rows = from.len();
+            from.sort_unstable();
+            from.dedup();
+            assert_eq!(from.len(), rows, "{event:?} has two rows for one state");
+        }
+    }
+
+    /// The transitions that a diagram shows. A line is `A --Event--> B --Event--> C`, with `|` between alternatives.
+    fn drawn(diagram: &str) -> Vec<String> {
+        let names = |part: &str| part.split('|').map(|name| name.trim().to_owned()).collect::<Vec<_>>();
+        let mut arrows = Vec::new();
+        for line in diagram.lines() {
+            let parts: Vec<_> = line.split("--").map(|part| names(part.trim_start_matches('>'))).collect();
+            assert!(parts.len() >= 3 && parts.len() % 2 == 1, "no arrow, or half of one: {line}");
+            for arrow in parts.windows(3).step_by(2) {
+                let [from, events, to] = arrow else { unreachable!("windows of three") };
+                for (from, event) in from.iter().flat_map(|from| events.iter().map(move |event| (from, event))) {
+                    arrows.extend(to.iter().map(|to| format!("{from} --{event}--> {to}")));
+                }
+            }
+        }
+        arrows.sort_unstable();
+        arrows
+    }
+
+    #[test]
+    fn the_diagram_in_the_architecture_shows_this_table() {
+        let architecture = include_str!("../../../ARCHITECTURE.md");
+        let (_, states) = architecture.split_once("\n## States\n\n```\n").unwrap();
+        let (diagram, _) = states.split_once("\n```\n").unwrap();
+        let mut table = TRANSITIONS.map(|(from, event, to)| format!("{from:?} --{event:?}--> {to:?}"));
+        table.sort_unstable();
+        assert_eq!(drawn(diagram), table);
     }
 }
