@@ -305,7 +305,7 @@ impl Mill {
             }
             Step::End(worker, outcome) => {
                 let run = self.workers[worker].run.unwrap();
-                let verdict = judge(outcome, run.failures, &POLICY);
+                let verdict = judge(outcome, run.failures, &POLICY, 0);
                 let to = transition(State::Running, verdict.event()).unwrap();
                 self.calls.insert(Call { worker, run, to, failed: verdict.failure().is_some() });
             }
