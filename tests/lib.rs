@@ -3,5 +3,6 @@
 //! Never here: mocks of our own code.
 
 pub mod daemons;
+pub mod redis_cluster;
 pub mod redis_server;
 pub mod specs;

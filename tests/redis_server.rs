@@ -12,6 +12,7 @@ use tempfile::TempDir;
 pub struct RedisServer {
     folder: TempDir,
     port: u16,
+    settings: Vec<String>,
     process: Child,
 }
 
@@ -23,9 +24,9 @@ pub fn free_port() -> anyhow::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
-fn spawn(folder: &TempDir, port: u16, settings: &[&str]) -> anyhow::Result<Child> {
+fn spawn(folder: &TempDir, port: u16, settings: &[String]) -> anyhow::Result<Child> {
     Command::new("redis-server")
-        .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"])
+        .args(["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--appendfsync", "always"])
         .args(["--port", &port.to_string()])
         .arg("--dir")
         .arg(folder.path())
@@ -37,7 +38,8 @@ fn spawn(folder: &TempDir, port: u16, settings: &[&str]) -> anyhow::Result<Child
 }
 
 impl RedisServer {
-    /// Starts a Redis with an append-only file.
+    /// Starts a Redis with an append-only file, synced always: one that is killed must have what it acknowledged, and
+    /// synced every second it may hold writes back for up to two.
     ///
     /// # Errors
     /// When redis-server is not installed or does not answer.
@@ -50,11 +52,12 @@ impl RedisServer {
     /// # Errors
     /// When redis-server is not installed or does not answer.
     pub fn start_with(settings: &[&str]) -> anyhow::Result<Self> {
+        let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
         for _ in 0..5 {
             let folder = tempfile::tempdir()?;
             let port = free_port()?;
-            let process = spawn(&folder, port, settings)?;
-            let mut server = Self { folder, port, process };
+            let process = spawn(&folder, port, &settings)?;
+            let mut server = Self { folder, port, settings: settings.clone(), process };
             if server.wait_until_it_answers()? {
                 return Ok(server);
             }
@@ -69,14 +72,37 @@ impl RedisServer {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
+    /// The port it listens on.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Kills it without warning and starts it again on the same data.
     ///
     /// # Errors
     /// When it does not answer again.
     pub fn kill_and_restart(&mut self) -> anyhow::Result<()> {
+        self.kill()?;
+        self.restart()
+    }
+
+    /// Kills it without warning.
+    ///
+    /// # Errors
+    /// When it cannot be killed.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
         self.process.kill()?;
         self.process.wait()?;
-        self.process = spawn(&self.folder, self.port, &[])?;
+        Ok(())
+    }
+
+    /// Starts it again on its data, after it was killed.
+    ///
+    /// # Errors
+    /// When it does not answer again.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.process = spawn(&self.folder, self.port, &self.settings)?;
         if !self.wait_until_it_answers()? {
             bail!("redis-server did not come back");
         }

@@ -81,7 +81,7 @@ struct Spent {
 
 impl Bench {
     async fn start(appendonly: &str, jobs: u64) -> anyhow::Result<Self> {
-        let redis = RedisServer::start_with(&["--appendonly", appendonly])?;
+        let redis = RedisServer::start_with(&["--appendonly", appendonly, "--appendfsync", "everysec"])?;
         let folder = std::env::temp_dir();
         let scheduler = Start::new("genmill-scheduler", &folder)?
             .env("GENMILL__REDIS__URL", &redis.url())

@@ -1,4 +1,5 @@
-//! The queue against a real Redis: every transition, the fence, and what happens when something is repeated.
+//! The queue against a real Redis: every transition, the fence, and what happens when something is repeated. All of it
+//! runs on a single server, and on a cluster in `queue_cluster.rs`.
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
@@ -17,6 +18,7 @@ use genmill_queue::{
     Beat, Booked, Ended, Enqueued, Finish, Held, Holding, Kept, Lease, ListQuery, Listed, NewJob, Options, Piece,
     Queue, QueueError, Redrive, RequestId, Reservation, Room, Setting, Slots, Tally, Which,
 };
+use genmill_tests::redis_cluster::{Redis, ask};
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -24,7 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const LEASE_MS: u64 = 60_000;
 
 struct Bench {
-    _redis: RedisServer,
+    redis: Redis,
     queue: Queue,
     lane: LaneNumber,
     next: u64,
@@ -77,11 +79,11 @@ fn held(id: JobId, lease: &Lease) -> Holding {
 
 impl Bench {
     async fn new() -> Self {
-        let redis = RedisServer::start().unwrap();
+        let redis = Redis::start_for(env!("CARGO_CRATE_NAME")).unwrap();
         let options = Options { url: redis.url(), namespace: "test".to_owned() };
         let queue = Queue::connect(&options).await.unwrap();
         let lane = queue.open_lane(&spec().model.lane()).await.unwrap();
-        Self { _redis: redis, queue, lane, next: 0 }
+        Self { redis, queue, lane, next: 0 }
     }
 
     async fn submit(&mut self, change: impl FnOnce(&mut JobSpec)) -> JobId {
@@ -131,22 +133,18 @@ impl Bench {
     }
 
     /// Makes all that waits as old as if it had been submitted `ms` earlier.
-    async fn age_backlogs(&self, ms: i64) {
-        let client = redis::Client::open(self._redis.url()).unwrap();
-        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
-        let backlogs: Vec<String> = redis::cmd("KEYS").arg("test:{*}:b:*").query_async(&mut connection).await.unwrap();
-        for backlog in backlogs {
-            let waiting: Vec<(Vec<u8>, i64)> = redis::cmd("ZRANGE")
-                .arg(&backlog)
-                .arg(0)
-                .arg(-1)
-                .arg("WITHSCORES")
-                .query_async(&mut connection)
-                .await
-                .unwrap();
-            for (job, created) in waiting {
-                let mut add = redis::cmd("ZADD");
-                add.arg(&backlog).arg(created - ms).arg(job).query_async::<()>(&mut connection).await.unwrap();
+    fn age_backlogs(&self, ms: i64) {
+        for node in self.redis.nodes() {
+            let backlogs: Vec<String> = ask(node, redis::cmd("KEYS").arg("test:{*}:b:*")).unwrap();
+            for backlog in backlogs {
+                let list = redis::cmd("ZRANGE").arg(&backlog).arg(0).arg(-1).arg("WITHSCORES").to_owned();
+                let waiting: Vec<(Vec<u8>, i64)> = ask(node, &list).unwrap();
+                let mut older = redis::cmd("ZADD");
+                older.arg(&backlog);
+                for (job, created) in waiting {
+                    older.arg(created - ms).arg(job);
+                }
+                ask::<()>(node, &older).unwrap();
             }
         }
     }
@@ -409,6 +407,17 @@ async fn a_request_id_stands_for_one_job() {
 }
 
 #[tokio::test]
+async fn asking_for_nothing_finds_nothing() {
+    let queue = Bench::new().await.queue;
+    assert_eq!(queue.states(&[]).await.unwrap(), []);
+    assert_eq!(queue.get_many(&[]).await.unwrap(), []);
+    assert_eq!(queue.open_jobs(&[], None).await.unwrap(), 0);
+    assert_eq!(queue.reserve_request_ids(&[]).await.unwrap(), []);
+    let query = ListQuery { lanes: &[], which: Which::All, before: None, limit: 1 };
+    assert_eq!(queue.list(query).await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn a_bulk_run_does_not_starve_a_small_tenant() {
     let mut bench = Bench::new().await;
     for _ in 0..200 {
@@ -501,7 +510,8 @@ async fn nothing_is_lost_when_redis_is_killed_and_comes_back() {
     let mut bench = Bench::new().await;
     let id = bench.submit(|_| ()).await;
     let lease = bench.claim_one("w").await;
-    bench._redis.kill_and_restart().unwrap();
+    bench.redis.kill().unwrap();
+    bench.redis.restart().unwrap();
     // The first call may find the broken connection; every call may be repeated.
     let mut kept = bench.try_finish(&lease, "w", done("x")).await;
     while kept.as_ref().is_err_and(QueueError::is_passing) {
@@ -793,7 +803,7 @@ async fn what_waits_long_weighs_more() {
 
     let mut bench = Bench::new().await;
     submit_bulk_and_interactive(&mut bench).await;
-    bench.age_backlogs(8 * 60_000).await;
+    bench.age_backlogs(8 * 60_000);
     let share = share_of_bulk(&bench, 40).await;
     assert!((18..=22).contains(&share), "after eight minutes bulk weighs as much as anything, but got {share} of 40");
 }
@@ -804,7 +814,7 @@ async fn a_large_charge_is_halved_while_a_job_waits() {
     submit_bulk_and_interactive(&mut bench).await;
     assert_eq!(share_of_bulk(&bench, 10).await, 1);
     assert_eq!(share_of_bulk(&bench, 50).await, 0, "the one that ran is to be paid for by a hundred others");
-    bench.age_backlogs(60_000).await;
+    bench.age_backlogs(60_000);
     assert!(bench.queue.age(bench.lane).await.unwrap() > 0);
     assert_eq!(bench.queue.age(bench.lane).await.unwrap(), 0, "once in a while");
     assert_eq!(share_of_bulk(&bench, 30).await, 1);

@@ -1,4 +1,5 @@
-//! Random commands against the scripts on a real Redis, and against a small model in memory: both must always agree.
+//! Random commands against the scripts on a real Redis, and against a small model in memory: both must always agree. On
+//! a single server and on a cluster of three, in several lanes at once, so that every node of a cluster has some.
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
@@ -14,17 +15,24 @@ use genmill_core::request::Priority;
 use genmill_core::state::{Event, State, transition};
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Queue, Room, Setting, Slots, Which,
+    Beat, ContentHash, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Queue, RequestId, Reservation,
+    Room, Setting, Slots, Which,
 };
+use genmill_tests::redis_cluster::RedisCluster;
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 const SEEDS: u64 = 20;
-const COMMANDS: u64 = 150;
+const COMMANDS: u64 = 300;
+/// Their numbers, and so their slots, are given in this order: the first, third and fourth are on different nodes.
+const MODELS: [&str; 4] = ["vllm_a", "vllm_b", "vllm_c", "litellm_d"];
 const LEASE_MS: u64 = 3_600_000;
 const WORKERS: [&str; 3] = ["a", "b", "c"];
-const TENANTS: [&str; 2] = ["x", "y"];
+const TENANTS: [&str; 3] = ["x", "y", "z"];
+const REQUEST_IDS: [&str; 3] = ["r", "s", "t"];
 
 /// The same numbers for the same seed, on every machine (splitmix64).
 struct Dice(u64);
@@ -80,18 +88,19 @@ impl Known {
 
 struct Run {
     queue: Queue,
+    model: ModelName,
     lane: LaneNumber,
     dice: Dice,
     jobs: BTreeMap<JobId, Known>,
     /// Every lease that was ever given, with its worker.
     leases: Vec<(Lease, WorkerId)>,
-    /// What is paused and capped now.
-    settings: BTreeMap<Setting, u64>,
+    /// What is paused and capped now, shared by the runs of all lanes.
+    settings: Rc<RefCell<BTreeMap<Setting, u64>>>,
     /// Jobs that finished and were purged.
     purged: usize,
 }
 
-fn spec(dice: &mut Dice) -> JobSpec {
+fn spec(dice: &mut Dice, model: &ModelName) -> JobSpec {
     JobSpec {
         tenant: Tenant::parse(dice.pick(&TENANTS).unwrap()).unwrap(),
         experiment: (dice.roll(2) == 0).then(|| Experiment::parse("e").unwrap()),
@@ -99,7 +108,7 @@ fn spec(dice: &mut Dice) -> JobSpec {
         deadline: (dice.roll(6) == 0).then_some(UnixMs(1)),
         not_before: (dice.roll(6) == 0).then_some(UnixMs(u64::MAX / 4096)),
         prefix: (dice.roll(2) == 0).then(|| PrefixKey(dice.roll(2))),
-        ..plain(ModelName::parse("vllm_m").unwrap())
+        ..plain(model.clone())
     }
 }
 
@@ -120,7 +129,7 @@ impl Run {
     async fn submit(&mut self) {
         let mut jobs = Vec::new();
         for _ in 0..=self.dice.roll(4) {
-            let spec = spec(&mut self.dice);
+            let spec = spec(&mut self.dice, &self.model);
             let id = JobId::new(UnixMs(1), self.lane, self.dice.roll(u64::MAX));
             let overdue = spec.deadline.is_some();
             let known = Known {
@@ -167,7 +176,7 @@ impl Run {
 
     /// How many jobs may start, by what is paused and capped.
     fn may_start(&self) -> u64 {
-        let set = |setting: Setting| self.settings.get(&setting).copied();
+        let set = |setting: Setting| self.settings.borrow().get(&setting).copied();
         if set(Setting::PauseLane(self.lane)).is_some() {
             return 0;
         }
@@ -205,8 +214,8 @@ impl Run {
         let value = (self.dice.roll(2) == 0).then(|| 1 + self.dice.roll(5));
         self.queue.set(&setting, value).await.unwrap();
         match value {
-            Some(value) => drop(self.settings.insert(setting, value)),
-            None => drop(self.settings.remove(&setting)),
+            Some(value) => drop(self.settings.borrow_mut().insert(setting, value)),
+            None => drop(self.settings.borrow_mut().remove(&setting)),
         }
     }
 
@@ -342,27 +351,109 @@ fn sorted(mut ends: Vec<AttemptEnd>) -> Vec<String> {
     ends.into_iter().map(|end| format!("{end:?}")).collect()
 }
 
-#[tokio::test]
-async fn scripts_and_model_agree_whatever_is_asked() {
-    let redis = RedisServer::start().unwrap();
+/// Request ids of several tenants, each in a slot of its own.
+#[derive(Default)]
+struct Requests {
+    known: BTreeMap<(&'static str, &'static str), (JobId, ContentHash)>,
+}
+
+impl Requests {
+    /// Reserves several at once, some of them again, some with other content.
+    async fn reserve(&mut self, queue: &Queue, dice: &mut Dice) {
+        let names: Vec<(&str, &str)> = TENANTS.iter().flat_map(|tenant| REQUEST_IDS.map(|id| (*tenant, id))).collect();
+        let mut wanted: Vec<((&str, &str), Tenant, JobId, ContentHash)> = Vec::new();
+        for name in names {
+            if dice.roll(2) == 0 {
+                let id = JobId::new(UnixMs(1), LaneNumber(1), dice.roll(u64::MAX));
+                let content = [u8::try_from(dice.roll(2)).unwrap(); 16];
+                wanted.push((name, Tenant::parse(name.0).unwrap(), id, content));
+            }
+        }
+        let reservations: Vec<Reservation<'_>> = wanted
+            .iter()
+            .map(|(name, tenant, id, content)| Reservation { tenant, request_id: name.1, id: *id, content })
+            .collect();
+        let found = queue.reserve_request_ids(&reservations).await.unwrap();
+        let expect = wanted.iter().map(|(name, _, id, content)| match self.known.get(name) {
+            None => {
+                self.known.insert(*name, (*id, *content));
+                RequestId::Fresh
+            }
+            Some((earlier, same)) if same == content => RequestId::Same(*earlier),
+            Some((earlier, _)) => RequestId::Other(*earlier),
+        });
+        assert_eq!(found, expect.collect::<Vec<_>>());
+    }
+}
+
+/// What is asked of all lanes at once is what each lane answers.
+async fn compare_lanes(runs: &[Run]) {
+    let queue = &runs[0].queue;
+    let lanes: Vec<LaneNumber> = runs.iter().map(|run| run.lane).collect();
+    // By the random part, so that jobs of one lane do not stand side by side.
+    let mut ids: Vec<JobId> = runs.iter().flat_map(|run| run.jobs.keys().copied()).collect();
+    ids.sort_unstable_by_key(|id| id.as_bytes()[15]);
+    let found: Vec<JobId> = queue.get_many(&ids).await.unwrap().into_iter().map(|job| job.id).collect();
+    assert_eq!(found, ids);
+    let known: Vec<Option<State>> =
+        ids.iter().map(|id| runs.iter().find_map(|run| run.jobs.get(id)).map(|job| job.state)).collect();
+    assert_eq!(queue.states(&ids).await.unwrap(), known);
+    let open = known.iter().flatten().filter(|state| !state.is_final()).count();
+    assert_eq!(queue.open_jobs(&lanes, None).await.unwrap(), u64::try_from(open).unwrap());
+    let listed = queue.list(ListQuery { lanes: &lanes, which: Which::All, before: None, limit: ids.len() + 1 });
+    let mut listed: Vec<JobId> = listed.await.unwrap().into_iter().map(|job| job.id).collect();
+    listed.sort_unstable();
+    ids.sort_unstable();
+    assert_eq!(listed, ids);
+}
+
+#[expect(clippy::print_stderr, reason = "shown only when the test fails: with it, a failing run replays")]
+async fn agree(url: &str) {
     for seed in 0..SEEDS {
-        let options = Options { url: redis.url(), namespace: format!("seed-{seed}") };
+        let options = Options { url: url.to_owned(), namespace: format!("seed-{seed}") };
         let queue = Queue::connect(&options).await.unwrap();
-        let lane = queue.open_lane(&ModelName::parse("vllm_m").unwrap().lane()).await.unwrap();
-        let mut run = Run {
-            queue,
-            lane,
-            dice: Dice(seed),
-            jobs: BTreeMap::new(),
-            leases: Vec::new(),
-            settings: BTreeMap::new(),
-            purged: 0,
-        };
+        let mut dice = Dice(seed);
+        let mut runs = Vec::new();
+        let settings = Rc::new(RefCell::new(BTreeMap::new()));
+        for model in MODELS {
+            let model = ModelName::parse(model).unwrap();
+            let lane = queue.open_lane(&model.lane()).await.unwrap();
+            let dice = Dice(dice.roll(u64::MAX));
+            runs.push(Run {
+                queue: queue.clone(),
+                model,
+                lane,
+                dice,
+                jobs: BTreeMap::new(),
+                leases: Vec::new(),
+                settings: settings.clone(),
+                purged: 0,
+            });
+        }
+        let mut requests = Requests::default();
         for step in 0..COMMANDS {
-            // Shown only when the test fails: with it, a failing run replays.
             eprintln!("seed {seed}, step {step}");
-            run.command().await;
-            run.compare().await;
+            let run = usize::try_from(dice.roll(u64::try_from(runs.len()).unwrap())).unwrap();
+            runs[run].command().await;
+            runs[run].compare().await;
+            if dice.roll(10) == 0 {
+                requests.reserve(&queue, &mut dice).await;
+                compare_lanes(&runs).await;
+            }
         }
     }
+}
+
+#[tokio::test]
+async fn scripts_and_model_agree_whatever_is_asked() {
+    agree(&RedisServer::start().unwrap().url()).await;
+}
+
+#[tokio::test]
+async fn scripts_and_model_agree_on_a_cluster() {
+    let cluster = RedisCluster::start().unwrap();
+    let nodes: BTreeSet<usize> =
+        (1..=MODELS.len()).map(|lane| cluster.slot_of(&format!("{{{lane}}}")).unwrap().1).collect();
+    assert_eq!(nodes.len(), cluster.nodes().len(), "every node has a lane");
+    agree(&cluster.url()).await;
 }

@@ -53,8 +53,15 @@ impl QueueError {
     /// Tells errors of the connection from refusals.
     pub(crate) fn from_redis(doing: &'static str, source: redis::RedisError) -> Self {
         let passing = source.is_io_error() || source.is_timeout() || source.is_connection_dropped();
+        let no_node = source.kind() == redis::ErrorKind::ClusterConnectionNotFound;
         let loading = matches!(source.code(), Some("LOADING" | "MASTERDOWN" | "CLUSTERDOWN" | "TRYAGAIN" | "READONLY"));
-        if passing || loading { Self::Unreachable { doing, source } } else { Self::Refused { doing, source } }
+        // What a client gets that has not yet learned where a slot is now, or whose node has just lost its scripts.
+        let behind = matches!(source.code(), Some("MOVED" | "ASK" | "NOSCRIPT"));
+        if passing || no_node || loading || behind {
+            Self::Unreachable { doing, source }
+        } else {
+            Self::Refused { doing, source }
+        }
     }
 
     /// True when the same call may succeed later.

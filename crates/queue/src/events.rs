@@ -3,6 +3,7 @@
 //! Both are hints only: whoever misses one finds the truth in the records. Both reconnect by themselves, and say so,
 //! because something may have been missed meanwhile.
 
+use crate::connection::Connection;
 use crate::error::QueueError;
 use crate::queue::Queue;
 use futures_util::StreamExt as _;
@@ -44,43 +45,50 @@ enum Topic {
 
 /// One subscription that outlives its connections.
 struct Subscription {
-    client: redis::Client,
+    connection: Connection,
     topic: Topic,
-    connection: Option<PubSub>,
+    link: Option<PubSub>,
     failures: u32,
 }
 
 impl Subscription {
-    async fn connect(client: redis::Client, topic: Topic) -> Result<Self, QueueError> {
-        let mut subscription = Self { client, topic, connection: None, failures: 0 };
+    async fn connect(connection: Connection, topic: Topic) -> Result<Self, QueueError> {
+        let mut subscription = Self { connection, topic, link: None, failures: 0 };
         let connected = subscription.subscribe().await;
-        subscription.connection = Some(connected.map_err(|source| QueueError::from_redis("subscribing", source))?);
+        subscription.link = Some(connected.map_err(|source| QueueError::from_redis("subscribing", source))?);
         Ok(subscription)
     }
 
-    async fn subscribe(&self) -> Result<PubSub, redis::RedisError> {
-        let mut connection = self.client.get_async_pubsub().await?;
+    async fn subscribe(&mut self) -> Result<PubSub, redis::RedisError> {
         match &self.topic {
-            Topic::Channels(channels) => connection.subscribe(channels).await?,
-            Topic::Pattern(pattern) => connection.psubscribe(pattern).await?,
+            Topic::Channels(channels) => {
+                let channel = channels.first().map_or("", String::as_str);
+                let mut link = self.connection.pubsub(channel, self.failures).await?;
+                link.subscribe(channels).await?;
+                Ok(link)
+            }
+            Topic::Pattern(pattern) => {
+                let mut link = self.connection.pubsub(pattern, self.failures).await?;
+                link.psubscribe(pattern).await?;
+                Ok(link)
+            }
         }
-        Ok(connection)
     }
 
     /// The next message, or `None` when the connection was lost and made anew. May be dropped at any point.
     async fn next(&mut self) -> Option<redis::Msg> {
-        if let Some(connection) = &mut self.connection {
-            if let Some(message) = connection.on_message().next().await {
+        if let Some(link) = &mut self.link {
+            if let Some(message) = link.on_message().next().await {
                 return Some(message);
             }
-            self.connection = None;
+            self.link = None;
         }
         loop {
             let wait_ms = if self.failures == 0 { 0 } else { 50_u64 << self.failures.min(10) };
             tokio::time::sleep(Duration::from_millis(wait_ms.min(RECONNECT_MS_MAX))).await;
             match self.subscribe().await {
-                Ok(connection) => {
-                    self.connection = Some(connection);
+                Ok(link) => {
+                    self.link = Some(link);
                     self.failures = 0;
                     return None;
                 }
@@ -162,7 +170,7 @@ impl Queue {
     pub async fn hints(&self, lanes: &[LaneNumber]) -> Result<Hints, QueueError> {
         let lanes: HashMap<String, LaneNumber> = lanes.iter().map(|lane| (self.keys.hints(*lane), *lane)).collect();
         let topic = Topic::Channels(lanes.keys().cloned().collect());
-        Ok(Hints { subscription: Subscription::connect(self.client.clone(), topic).await?, lanes })
+        Ok(Hints { subscription: Subscription::connect(self.connection.clone(), topic).await?, lanes })
     }
 
     /// Subscribes to the events of all jobs. One subscription serves any number of watchers.
@@ -171,7 +179,7 @@ impl Queue {
     /// [`QueueError`] when Redis does not answer.
     pub async fn events(&self) -> Result<Events, QueueError> {
         let topic = Topic::Pattern(self.keys.all_events());
-        let subscription = Subscription::connect(self.client.clone(), topic).await?;
+        let subscription = Subscription::connect(self.connection.clone(), topic).await?;
         Ok(Events { subscription, waiting: VecDeque::new() })
     }
 }

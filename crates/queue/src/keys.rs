@@ -168,6 +168,13 @@ impl Keys {
     }
 }
 
+/// The key that every call of a script names beside `key`; it never exists. While a cluster moves a slot, a command that
+/// names several keys of it, of which one is missing, is answered TRYAGAIN. So no script starts where only some of a
+/// lane's keys are.
+pub(crate) fn whole_slot(key: &str) -> String {
+    format!("{key}:whole")
+}
+
 /// What every script begins with: the names of states and functions that build the keys above.
 pub(crate) fn lua_prelude() -> String {
     let states = State::ALL.map(|state| format!("local {} = '{}'\n", state.name().to_uppercase(), state.name()));

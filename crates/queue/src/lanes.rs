@@ -110,7 +110,6 @@ impl Queue {
         let key = |what| self.keys.of_lane(lane, what);
         type Answer = (Option<u64>, u64, u64, (Option<u64>, Option<u64>), u64, u64);
         let (open, delayed, running, (undelivered, look_ahead), failed, flows): Answer = redis::pipe()
-            .atomic()
             .hget(key("open"), "")
             .zcard(key("delayed"))
             .zcard(key("leases"))

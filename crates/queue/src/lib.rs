@@ -3,6 +3,8 @@
 //! Only this crate speaks Redis, and only `keys` builds a key. A job's state changes only inside a script, one
 //! transition each. Never here: protobuf, HTTP, or how work is done.
 
+mod cluster;
+mod connection;
 mod dead;
 pub mod error;
 mod events;
@@ -13,6 +15,7 @@ mod payload;
 mod queue;
 mod read;
 mod registry;
+mod script;
 mod scripts;
 mod settings;
 mod submit;

@@ -1,17 +1,17 @@
 //! The queue: its connection, and the checks before it is used.
 
+use crate::connection::Connection;
 use crate::error::QueueError;
 use crate::keys::Keys;
 use crate::lanes::Lanes;
 use crate::scripts::Scripts;
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// How to reach Redis.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// `redis://…` or `rediss://…`.
+    /// `redis://…`, or `redis+cluster://HOST:PORT[,HOST:PORT…]` for a cluster, of which some nodes are named; with `rediss`
+    /// in place of `redis` over TLS.
     pub url: String,
     /// The first part of every key.
     pub namespace: String,
@@ -20,8 +20,7 @@ pub struct Options {
 /// The queue. Clones share one connection, on which commands do not wait for each other.
 #[derive(Clone)]
 pub struct Queue {
-    pub(crate) client: redis::Client,
-    pub(crate) connection: ConnectionManager,
+    pub(crate) connection: Connection,
     pub(crate) keys: Keys,
     pub(crate) scripts: Arc<Scripts>,
     pub(crate) lanes: Arc<Lanes>,
@@ -37,29 +36,14 @@ impl Queue {
     /// Connects, and checks that this Redis may hold a queue. Reconnects by itself later on.
     ///
     /// # Errors
-    /// [`QueueError::Unreachable`] when Redis does not answer, [`QueueError::Unsuitable`] when it may evict jobs or is
-    /// too old.
+    /// [`QueueError::Unreachable`] when Redis, or a master of the cluster, does not answer; [`QueueError::Unsuitable`]
+    /// when one may evict jobs or is too old, or when the url does not fit what it leads to.
     pub async fn connect(options: &Options) -> Result<Self, QueueError> {
-        let doing = "connecting";
-        let client = redis::Client::open(options.url.as_str()).map_err(|source| QueueError::Unsuitable {
-            problem: format!("its url is not of the form redis://host:port ({source})"),
-        })?;
-        // A script over many jobs may take a while on a loaded machine; the library's 500 ms would make it look lost.
-        let config = ConnectionManagerConfig::new()
-            .set_response_timeout(Some(Duration::from_secs(10)))
-            .set_connection_timeout(Some(Duration::from_secs(3)))
-            .set_number_of_retries(3)
-            .set_max_delay(Duration::from_secs(1));
-        let mut connection = ConnectionManager::new_with_config(client.clone(), config)
-            .await
-            .map_err(|source| QueueError::from_redis(doing, source))?;
-        let info: redis::InfoDict = redis::cmd("INFO")
-            .query_async(&mut connection)
-            .await
-            .map_err(|source| QueueError::from_redis(doing, source))?;
-        check_suitable(&info)?;
+        let mut connection = Connection::open(&options.url).await?;
+        for info in connection.info().await.map_err(|source| QueueError::from_redis("connecting", source))? {
+            check_suitable(&info, &connection)?;
+        }
         Ok(Self {
-            client,
             connection,
             keys: Keys::new(&options.namespace),
             scripts: Arc::new(Scripts::new()),
@@ -80,7 +64,10 @@ impl Queue {
     }
 }
 
-fn check_suitable(info: &redis::InfoDict) -> Result<(), QueueError> {
+fn check_suitable(info: &redis::InfoDict, connection: &Connection) -> Result<(), QueueError> {
+    if let Some(url) = connection.as_cluster_url().filter(|_| info.get("cluster_enabled") == Some(1)) {
+        return Err(QueueError::Unsuitable { problem: format!("it is a node of a cluster: write {url} in its url") });
+    }
     let policy: Option<String> = info.get("maxmemory_policy");
     if let Some(policy) = policy.filter(|policy| policy != "noeviction") {
         let problem = format!(

@@ -83,25 +83,36 @@ impl Queue {
         Ok(states.into_iter().map(|state| State::from_name(&state?)).collect())
     }
 
-    /// Reads the text of a job's running attempt from byte `offset` on, with the state it is in, in one step.
+    /// Reads the text of a job's running attempt from byte `offset` on, with the state it is in at the same moment.
     ///
     /// # Errors
     /// [`QueueError::NoSuchJob`] when there is none.
     pub async fn watch(&self, id: JobId, offset: u64) -> Result<Watched, QueueError> {
         let mut connection = self.connection.clone();
-        let offset = isize::try_from(offset).unwrap_or(isize::MAX);
-        type Answer = ((Option<String>, Option<u32>), Vec<u8>, u64);
-        let ((state, epoch), text, text_bytes): Answer = redis::pipe()
-            .atomic()
-            .hmget(self.keys.job(id), &["st", "ep"])
-            .getrange(self.keys.text(id), offset, -1)
+        let start = isize::try_from(offset).unwrap_or(isize::MAX);
+        type Place = (Option<String>, Option<u32>);
+        let mut pipe = redis::pipe();
+        pipe.hmget(self.keys.job(id), &["st", "ep"])
             .strlen(self.keys.text(id))
-            .query_async(&mut connection)
-            .await
-            .map_err(|source| QueueError::from_redis("watching a job", source))?;
-        let state = state.ok_or(QueueError::NoSuchJob { id })?;
-        let state = State::from_name(&state).ok_or_else(|| corrupt(format!("job {id}"), "unknown state"))?;
-        Ok(Watched { state, epoch: Epoch(epoch.unwrap_or(0)), text, text_bytes })
+            .getrange(self.keys.text(id), start, -1)
+            .hmget(self.keys.job(id), &["st", "ep"]);
+        loop {
+            let (before, text_bytes, text, after): (Place, u64, Vec<u8>, Place) = pipe
+                .query_async(&mut connection)
+                .await
+                .map_err(|source| QueueError::from_redis("watching a job", source))?;
+            // No transaction, which a cluster would not follow to another node: the text is of this place when the job
+            // was there before and after.
+            if before != after {
+                continue;
+            }
+            let state = after.0.ok_or(QueueError::NoSuchJob { id })?;
+            let state = State::from_name(&state).ok_or_else(|| corrupt(format!("job {id}"), "unknown state"))?;
+            // Some may have been added after it was measured.
+            let read_to = if text.is_empty() { 0 } else { offset + u64::try_from(text.len()).unwrap_or(0) };
+            let text_bytes = text_bytes.max(read_to);
+            return Ok(Watched { state, epoch: Epoch(after.1.unwrap_or(0)), text, text_bytes });
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The scripts: one transition each, sent by their hash. A script's file opens with its KEYS, ARGV and return value.
 
 use crate::keys::lua_prelude;
-use redis::Script;
+use crate::script::Script;
 
 /// All scripts, ready to be called.
 #[derive(Clone, Debug)]

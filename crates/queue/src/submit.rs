@@ -102,17 +102,29 @@ impl Queue {
     /// [`QueueError`] when Redis does not answer; the call may be repeated.
     pub async fn reserve_request_ids(&self, reservations: &[Reservation<'_>]) -> Result<Vec<RequestId>, QueueError> {
         let mut connection = self.connection.clone();
-        let mut pipe = redis::pipe();
-        for reservation in reservations {
+        let fail = |source| QueueError::from_redis("reserving request ids", source);
+        let place = |reservation: &Reservation<'_>| {
             let hash = request_hash(reservation.request_id);
-            let key = self.keys.request_ids(reservation.tenant, &hash);
-            pipe.hset_nx(&key, &hash, reservation.value()).ignore().hget(&key, &hash);
+            (self.keys.request_ids(reservation.tenant, &hash), hash)
+        };
+        let mut reserve = redis::pipe();
+        for reservation in reservations {
+            let (key, hash) = place(reservation);
+            reserve.hset_nx(key, &hash, reservation.value());
         }
-        let stored: Vec<Vec<u8>> = pipe
-            .query_async(&mut connection)
-            .await
-            .map_err(|source| QueueError::from_redis("reserving request ids", source))?;
-        reservations.iter().zip(stored).map(|(reservation, stored)| reservation.judge(&stored)).collect()
+        let free: Vec<bool> = reserve.query_async(&mut connection).await.map_err(fail)?;
+        // Few are taken, and what they stand for does not change any more.
+        let mut read = redis::pipe();
+        for (reservation, _) in reservations.iter().zip(&free).filter(|(_, free)| !**free) {
+            let (key, hash) = place(reservation);
+            read.hget(key, &hash);
+        }
+        let taken: Vec<Vec<u8>> = read.query_async(&mut connection).await.map_err(fail)?;
+        let mut taken = taken.into_iter();
+        let judge = |(reservation, free): (&Reservation<'_>, bool)| {
+            if free { Ok(RequestId::Fresh) } else { reservation.judge(&taken.next().unwrap_or_default()) }
+        };
+        reservations.iter().zip(free).map(judge).collect()
     }
 
     /// The job that `request_id` of `tenant` stands for, when it was submitted with the same content.

@@ -3,6 +3,7 @@
 use crate::error::QueueError;
 use crate::payload::{corrupt, decode, encode};
 use crate::queue::Queue;
+use crate::script::Call;
 use genmill_core::attempt::{AttemptEnd, Failure, FailureClass};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
@@ -123,7 +124,7 @@ pub struct Ended<'a> {
 
 impl Ended<'_> {
     /// Writes it as the finish script reads it.
-    fn write(&self, worker: &WorkerId, call: &mut redis::ScriptInvocation<'_>) -> Result<(), QueueError> {
+    fn write(&self, worker: &WorkerId, call: &mut Call<'_>) -> Result<(), QueueError> {
         let verdict = &self.finish.verdict;
         let state =
             transition(State::Running, verdict.event()).map_err(|illegal| corrupt("verdict", illegal.to_string()))?;
