@@ -15,13 +15,14 @@ use genmill_core::request::Priority;
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, Booked, Ended, Enqueued, Finish, Held, Holding, Kept, Lease, ListQuery, Listed, NewJob, Options, Piece,
-    Queue, QueueError, Redrive, RequestId, Reservation, Room, Setting, Slots, Tally, Which,
+    Beat, Booked, Ended, Enqueued, Event, Finish, Held, Hint, Holding, Kept, Lease, ListQuery, Listed, NewJob, Options,
+    Piece, Queue, QueueError, Redrive, RequestId, Reservation, Room, Setting, Slots, Tally, Which,
 };
 use genmill_tests::redis_cluster::{Redis, ask};
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::time::timeout;
 
 const LEASE_MS: u64 = 60_000;
 
@@ -503,6 +504,35 @@ async fn a_redis_that_may_evict_jobs_is_refused() {
     let error = Queue::connect(&options).await.unwrap_err();
     assert!(matches!(error, QueueError::Unsuitable { .. }));
     assert!(error.to_string().contains("maxmemory-policy noeviction"), "{error}");
+}
+
+#[tokio::test]
+async fn hints_and_events_come_back_however_busy_their_listeners_are() {
+    let mut bench = Bench::new().await;
+    let mut hints = bench.queue.hints(&[bench.lane]).await.unwrap();
+    let mut events = bench.queue.events().await.unwrap();
+    // Whoever listens beside much else gives up and listens again all the time.
+    let glance = Duration::from_millis(20);
+    bench.redis.kill().unwrap();
+    for _ in 0..10 {
+        assert!(timeout(glance, hints.next()).await.is_err());
+        assert!(timeout(glance, events.next()).await.is_err());
+    }
+    bench.redis.restart().unwrap();
+    let mut missed = (None, None);
+    let both = async {
+        while missed != (Some(Hint::Missed), Some(Event::Missed)) {
+            missed.0 = missed.0.or(timeout(glance, hints.next()).await.ok());
+            missed.1 = missed.1.or(timeout(glance, events.next()).await.ok());
+        }
+    };
+    timeout(Duration::from_secs(60), both).await.unwrap();
+    // The first call may find the broken connection.
+    while bench.queue.ping().await.is_err() {
+        tokio::task::yield_now().await;
+    }
+    bench.submit(|_| ()).await;
+    assert_eq!(hints.next().await, Hint::Work(bench.lane));
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use crate::connection::Connection;
 use crate::error::QueueError;
 use crate::queue::Queue;
 use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
 use genmill_core::ids::{JobId, LaneNumber};
 use redis::aio::PubSub;
 use std::collections::{HashMap, VecDeque};
@@ -14,6 +15,9 @@ use std::time::Duration;
 
 /// The longest wait between two tries to reconnect.
 const RECONNECT_MS_MAX: u64 = 2_000;
+
+/// How long a server may take until it has subscribed us.
+const SUBSCRIBE_WITHIN: Duration = Duration::from_secs(3);
 
 /// What a worker is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,59 +51,76 @@ enum Topic {
 struct Subscription {
     connection: Connection,
     topic: Topic,
-    link: Option<PubSub>,
-    failures: u32,
+    link: Link,
 }
 
-impl Subscription {
-    async fn connect(connection: Connection, topic: Topic) -> Result<Self, QueueError> {
-        let mut subscription = Self { connection, topic, link: None, failures: 0 };
-        let connected = subscription.subscribe().await;
-        subscription.link = Some(connected.map_err(|source| QueueError::from_redis("subscribing", source))?);
-        Ok(subscription)
-    }
+enum Link {
+    Up(PubSub),
+    /// Kept between calls of `next`, which may be dropped at any point: else a busy caller would begin anew every time.
+    Lost(BoxFuture<'static, PubSub>),
+}
 
-    async fn subscribe(&mut self) -> Result<PubSub, redis::RedisError> {
-        match &self.topic {
-            Topic::Channels(channels) => {
+impl Topic {
+    async fn subscribe(&self, connection: &mut Connection, failures: u32) -> Result<PubSub, redis::RedisError> {
+        match self {
+            Self::Channels(channels) => {
                 let channel = channels.first().map_or("", String::as_str);
-                let mut link = self.connection.pubsub(channel, self.failures).await?;
+                let mut link = connection.pubsub(channel, failures).await?;
                 link.subscribe(channels).await?;
                 Ok(link)
             }
-            Topic::Pattern(pattern) => {
-                let mut link = self.connection.pubsub(pattern, self.failures).await?;
+            Self::Pattern(pattern) => {
+                let mut link = connection.pubsub(pattern, failures).await?;
                 link.psubscribe(pattern).await?;
                 Ok(link)
             }
         }
     }
 
+    /// Subscribes within [`SUBSCRIBE_WITHIN`].
+    async fn subscribe_in_time(&self, connection: &mut Connection, failures: u32) -> Result<PubSub, redis::RedisError> {
+        let subscribing = tokio::time::timeout(SUBSCRIBE_WITHIN, self.subscribe(connection, failures));
+        subscribing.await.unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))
+    }
+
+    /// Subscribes, however often it takes.
+    async fn subscribe_again(self, mut connection: Connection) -> PubSub {
+        let mut failures = 0;
+        loop {
+            let error = match self.subscribe_in_time(&mut connection, failures).await {
+                Ok(link) => return link,
+                Err(error) => error,
+            };
+            if failures == 0 {
+                tracing::warn!(%error, "the subscription is lost; trying to get it back");
+            }
+            let wait_ms = 100_u64 << failures.min(10);
+            tokio::time::sleep(Duration::from_millis(wait_ms.min(RECONNECT_MS_MAX))).await;
+            failures += 1;
+        }
+    }
+}
+
+impl Subscription {
+    async fn connect(mut connection: Connection, topic: Topic) -> Result<Self, QueueError> {
+        let subscribed = topic.subscribe_in_time(&mut connection, 0).await;
+        let link = Link::Up(subscribed.map_err(|source| QueueError::from_redis("subscribing", source))?);
+        Ok(Self { connection, topic, link })
+    }
+
     /// The next message, or `None` when the connection was lost and made anew. May be dropped at any point.
     async fn next(&mut self) -> Option<redis::Msg> {
-        if let Some(link) = &mut self.link {
+        if let Link::Up(link) = &mut self.link {
             if let Some(message) = link.on_message().next().await {
                 return Some(message);
             }
-            self.link = None;
+            let again = self.topic.clone().subscribe_again(self.connection.clone());
+            self.link = Link::Lost(Box::pin(again));
         }
-        loop {
-            let wait_ms = if self.failures == 0 { 0 } else { 50_u64 << self.failures.min(10) };
-            tokio::time::sleep(Duration::from_millis(wait_ms.min(RECONNECT_MS_MAX))).await;
-            match self.subscribe().await {
-                Ok(link) => {
-                    self.link = Some(link);
-                    self.failures = 0;
-                    return None;
-                }
-                Err(error) => {
-                    if self.failures == 0 {
-                        tracing::warn!(%error, "the subscription is lost; trying to get it back");
-                    }
-                    self.failures += 1;
-                }
-            }
+        if let Link::Lost(again) = &mut self.link {
+            self.link = Link::Up(again.await);
         }
+        None
     }
 }
 
