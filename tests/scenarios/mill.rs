@@ -7,6 +7,7 @@ use genmill_client::v1::watch_job_response::Event;
 use genmill_client::{Client, Error, Outcome, Reason, Request, Until, v1};
 use genmill_standin::{Options, Standin};
 use genmill_tests::daemons::{Daemon, Start};
+use genmill_tests::redis_cluster::RedisCluster;
 use genmill_tests::redis_server::RedisServer;
 use rustix::process::Signal;
 use std::collections::BTreeSet;
@@ -474,4 +475,77 @@ async fn a_worker_ends_in_time_even_when_redis_is_gone() {
     drop(redis);
     worker.signal(Signal::TERM).unwrap();
     assert!(worker.wait(STOP_WITHIN).unwrap().success());
+}
+
+const OTHER_MODEL: &str = "litellm_groq/llama3-8b-8192";
+
+/// A mill on `cluster`, whose two lanes are on different nodes.
+async fn up_on(cluster: &RedisCluster, place: &Place) -> Daemon {
+    let options = genmill_queue::Options { url: cluster.url(), namespace: "genmill".to_owned() };
+    let queue = genmill_queue::Queue::connect(&options).await.unwrap();
+    let mut nodes = Vec::new();
+    // The lanes take their numbers in this order; of the first three, the second and the third are on two nodes.
+    for model in ["vllm_first", MODEL, OTHER_MODEL] {
+        let lane = queue.open_lane(&genmill_core::model::ModelName::parse(model).unwrap().lane()).await.unwrap();
+        nodes.push(cluster.slot_of(&format!("{{{}}}", lane.0)).unwrap().1);
+    }
+    assert_ne!(nodes[1], nodes[2]);
+    let args = ["up", "--listen", "127.0.0.1:0", "--redis", &cluster.url()];
+    let up = place.start("genmill").env("GROQ_API_KEY", "sk-test").env("GROQ_BASE_URL", &place.provider.base_url());
+    up.args(&args).until_ready().unwrap()
+}
+
+/// Requests for both lanes and of three tenants.
+fn for_both_lanes(experiment: &str, prompt: impl Fn(u32) -> String) -> Vec<Request> {
+    let one = |n: u32| {
+        let model = if n.is_multiple_of(2) { MODEL } else { OTHER_MODEL };
+        let request = Request::new(model).prompt(prompt(n)).tenant(format!("tenant-{}", n % 3));
+        request.experiment(experiment).request_id(format!("{experiment}-{n}"))
+    };
+    (0..60).map(one).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mill_works_on_a_cluster() {
+    let place = Place::new().await;
+    let cluster = RedisCluster::start().unwrap();
+    let mut mill = up_on(&cluster, &place).await;
+    assert_eq!(mill.place("redis"), cluster.url());
+    let client = client(&mill).await;
+    for model in [MODEL, OTHER_MODEL] {
+        let request = Request::new(model).prompt("!slow-stream=60 !echo=Größe 1, Größe 2, Größe 3");
+        let id = client.submit(request).await.unwrap().job.id;
+        let events: Vec<_> = client.watch(&id).map(Result::unwrap).collect().await;
+        assert!(events.len() > 3, "the text came in {} events", events.len());
+        assert_eq!(client.get(&id).await.unwrap().result.unwrap().text, "Größe 1, Größe 2, Größe 3");
+    }
+    let requests = || for_both_lanes("bulk", |n| format!("!echo={n}"));
+    let ids = submit_all(&client, requests()).await;
+    assert_eq!(submit_all(&client, requests()).await, ids);
+    check_all_succeeded_once(&results(&client, "bulk").await.unwrap(), &ids);
+    let filter = v1::JobFilter { experiment: "bulk".to_owned(), ..v1::JobFilter::default() };
+    let listed: BTreeSet<String> = client.list(filter).map(|job| job.unwrap().id).collect().await;
+    assert_eq!(listed, ids.into_iter().collect());
+    mill.signal(Signal::TERM).unwrap();
+    assert!(mill.wait(STOP_WITHIN).unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_jobs_end_when_a_node_of_a_cluster_dies_and_comes_back() {
+    let place = Place::new().await;
+    let mut cluster = RedisCluster::start().unwrap();
+    let mill = up_on(&cluster, &place).await;
+    let client = client(&mill).await;
+    let ids = submit_all(&client, for_both_lanes("node", |n| format!("!sleep=1000 {n}"))).await;
+    let filter = v1::JobFilter { experiment: "node".to_owned(), ..v1::JobFilter::default() };
+    let mut finished = Box::pin(client.watch_jobs(filter, String::new(), Until::Idle));
+    let mut jobs = vec![finished.next().await.unwrap().unwrap().job];
+    for away in 0..cluster.nodes().len() {
+        cluster.kill(away).unwrap();
+        tokio::task::block_in_place(|| cluster.restart(away)).unwrap();
+    }
+    while let Some(next) = finished.next().await {
+        jobs.push(next.unwrap().job);
+    }
+    check_all_succeeded_once(&jobs, &ids);
 }

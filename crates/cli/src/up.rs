@@ -38,7 +38,7 @@ pub(crate) struct Args {
     /// Where gRPC is served; port 0 picks a free one [default: 127.0.0.1:50051]
     #[arg(long, value_name = "HOST:PORT", value_parser = NonEmptyStringValueParser::new())]
     listen: Option<String>,
-    /// Use this Redis instead of a private one
+    /// Use this Redis instead of a private one: redis://HOST:PORT, or redis+cluster://HOST:PORT,HOST:PORT
     #[arg(long, value_name = "URL", value_parser = NonEmptyStringValueParser::new())]
     redis: Option<String>,
     /// Print the effective configuration with secrets masked, and the models that it lists, and exit

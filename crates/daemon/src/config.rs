@@ -68,8 +68,9 @@ impl Default for Telemetry {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Redis {
-    /// `redis://[user:password@]host:port[/database]`, or `rediss://` for TLS. Unset: `genmill up` starts a Redis of its
-    /// own, daemons take `redis://127.0.0.1:6379`.
+    /// `redis://[user:password@]host:port[/database]`. A cluster: `redis+cluster://[user:password@]host:port[,host:port…]`
+    /// with one or more of its nodes, which tell of the others. With `rediss` in place of `redis`: over TLS. Unset:
+    /// `genmill up` starts a Redis of its own, daemons take `redis://127.0.0.1:6379`.
     #[serde(serialize_with = "masked_url")]
     pub url: Option<String>,
     /// The first part of every key, so that several mills can share a Redis.
@@ -304,9 +305,10 @@ fn check(config: &Config) -> Result<(), ConfigError> {
             return wrong(place, &format!("`{listen}` is not of the form HOST:PORT"));
         }
     }
-    let schemes = ["redis://", "rediss://", "unix://"];
+    let schemes = ["redis://", "rediss://", "redis+cluster://", "rediss+cluster://", "unix://"];
     if let Some(url) = config.redis.url.as_deref().filter(|url| !schemes.iter().any(|scheme| url.starts_with(scheme))) {
-        let problem = format!("`{}` is not of the form redis://HOST:PORT or rediss://HOST:PORT", mask_url(url));
+        let forms = "redis://HOST:PORT or redis+cluster://HOST:PORT,HOST:PORT, with rediss for TLS";
+        let problem = format!("`{}` is not of the form {forms}", mask_url(url));
         return wrong("redis.url", &problem);
     }
     for (name, provider) in &config.providers {
@@ -416,6 +418,7 @@ mod tests {
         refused("[scheduler]\nlisten = \"nonsense\"", &[], "HOST:PORT");
         refused("[scheduler]\nlisten = \"a:99999\"", &[], "HOST:PORT");
         refused("[redis]\nurl = \"nonsense\"", &[], "redis.url");
+        refused("[redis]\nurl = \"redis-cluster://a:1\"", &[], "redis+cluster://HOST:PORT");
         refused("[telemetry]\nlog = \"[[\"", &[], "telemetry.log");
         refused("", &[("MAX_TOKENS", "5000000")], "MAX_TOKENS");
         refused("[providers.x]\nbase_url = \"nonsense\"", &[], "providers.x.base_url");

@@ -61,6 +61,7 @@ mod tests {
     #[test]
     fn a_url_is_shown_without_its_password() {
         assert_eq!(mask_url("redis://:pw@host:1/0"), format!("redis://{MASK}@host:1/0"));
+        assert_eq!(mask_url("redis+cluster://u:pw@a:1,b:2"), format!("redis+cluster://{MASK}@a:1,b:2"));
         assert_eq!(mask_url("redis://host:1/a@b"), "redis://host:1/a@b");
         assert_eq!(mask_url("nonsense"), "nonsense");
     }
