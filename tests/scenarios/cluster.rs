@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
-use genmill_core::attempt::{FinishReason, Generation};
+use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation};
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::judge::Verdict;
 use genmill_core::model::ModelName;
@@ -11,8 +11,10 @@ use genmill_core::names::Tenant;
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Ended, Event, Finish, Hint, Kept, Lease, NewJob, Options, Queue, QueueError, RequestId, Reservation, Room,
+    Ended, Event, Finish, Hint, Holding, Kept, Lease, NewJob, Options, Queue, QueueError, RequestId, Reservation, Room,
+    Slots,
 };
+use genmill_tests::daemons::Start;
 use genmill_tests::redis_cluster::{RedisCluster, ask, cluster};
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
@@ -91,6 +93,20 @@ impl Bench {
         Ok(self.queue.finish(lease.id.lane(), &worker(), &[ended]).await?[0])
     }
 
+    /// Delays a job, and waits until it was promoted and can be claimed again.
+    async fn promoted(&self, place: usize, lease: &Lease) -> Lease {
+        let failure = Failure::new(FailureClass::Transient, "x");
+        self.finish(lease, Verdict::Retry { delay_ms: 0, failure }).await.unwrap();
+        let claiming = async {
+            loop {
+                if let Some(lease) = self.claim(place).await.unwrap().pop() {
+                    return lease;
+                }
+            }
+        };
+        timeout(WITHIN, claiming).await.unwrap()
+    }
+
     /// The node at which somebody listens.
     fn listened_at(&self, what: &str) -> usize {
         let listens = |node: &RedisServer| {
@@ -160,6 +176,24 @@ async fn a_node_that_is_away_holds_up_its_own_lanes_only() {
     let leases = until_done(async || bench.claim(0).await).await;
     assert_eq!(until_done(async || bench.finish(&leases[0], succeed()).await).await, Kept::Kept);
     assert_eq!(bench.queue.states(&ids).await.unwrap(), [Some(State::Succeeded); 2]);
+}
+
+#[tokio::test]
+async fn a_lane_is_looked_after_while_the_node_of_another_is_away() {
+    let mut bench = Bench::new().await;
+    let folder = tempfile::tempdir().unwrap();
+    let scheduler = Start::new("genmill-scheduler", folder.path()).unwrap().env("GENMILL__REDIS__NAMESPACE", "test");
+    let scheduler = scheduler.env("GENMILL__REDIS__URL", &bench.redis.url());
+    let _scheduler = scheduler.env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0").until_ready().unwrap();
+    assert!(bench.lanes[0].0 < bench.lanes[2].0, "the lane that is away comes first");
+    let id = bench.submit(2).await;
+    let lease = bench.claim(2).await.unwrap().remove(0);
+    let lease = bench.promoted(2, &lease).await;
+    bench.redis.kill(0).unwrap();
+    let held = [Holding { held: bench.promoted(2, &lease).await.held(), started: true }];
+    let slots = Slots { capacity: 1, free: 0, tokens: None };
+    bench.queue.heartbeat(bench.lanes[2].0, &worker(), slots, 0, &held).await.unwrap();
+    timeout(WITHIN, async { while bench.queue.get(id).await.unwrap().losses == 0 {} }).await.unwrap();
 }
 
 #[tokio::test]
