@@ -10,7 +10,7 @@
 //! | `NS:{N}:s:ID` | string | its spec |
 //! | `NS:{N}:t:ID` | string | text of the running attempt |
 //! | `NS:{N}:r:ID` | string | its result |
-//! | `NS:{N}:a:ID` | list | its ended attempts |
+//! | `NS:{N}:a:ID` | string | its ended attempts, one record behind the other |
 //! | `NS:{N}:stream` | stream | jobs delivered to workers |
 //! | `NS:{N}:flows` | sorted set | flows (a class of a tenant) with waiting jobs, by virtual time |
 //! | `NS:{N}:f:FLOW` | sorted set | leaves of a flow (an experiment, a remote model) with waiting jobs, by virtual time |

@@ -38,6 +38,19 @@ pub(crate) fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> R
     }
 }
 
+/// Reads records that stand one behind the other, none of them compressed.
+pub(crate) fn decode_all<T: DeserializeOwned>(what: &'static str, mut bytes: &[u8]) -> Result<Vec<T>, QueueError> {
+    let mut records = Vec::new();
+    while let Some((version, mut rest)) = bytes.split_first() {
+        if *version != PLAIN {
+            return Err(corrupt(what, format!("version {version} is not known: a newer genmill wrote it")));
+        }
+        records.push(rmp_serde::from_read(&mut rest).map_err(|error| corrupt(what, error.to_string()))?);
+        bytes = rest;
+    }
+    Ok(records)
+}
+
 fn decompress(what: &'static str, compressed: &[u8]) -> Result<Vec<u8>, QueueError> {
     let (size, block) =
         lz4_flex::block::uncompressed_size(compressed).map_err(|error| corrupt(what, error.to_string()))?;
@@ -64,9 +77,16 @@ mod tests {
         }
 
         #[test]
+        fn records_one_behind_the_other_are_read(texts: Vec<String>) {
+            let all: Vec<u8> = texts.iter().flat_map(|text| encode("text", text).unwrap()).collect();
+            prop_assert_eq!(decode_all::<String>("text", &all).unwrap(), texts);
+        }
+
+        #[test]
         fn rubbish_is_an_error(bytes: Vec<u8>) {
             // Some rubbish happens to be a record; none may panic.
             drop(decode::<Vec<String>>("texts", &bytes));
+            drop(decode_all::<String>("texts", &bytes));
         }
     }
 

@@ -1,7 +1,7 @@
 //! Reading jobs back.
 
 use crate::error::QueueError;
-use crate::payload::{corrupt, decode};
+use crate::payload::{corrupt, decode, decode_all};
 use crate::queue::Queue;
 use genmill_core::attempt::Attempt;
 use genmill_core::ids::{Epoch, JobId, WorkerId};
@@ -26,7 +26,7 @@ pub struct Watched {
     pub text_bytes: u64,
 }
 
-type StoredJob = (HashMap<String, Vec<u8>>, Option<Vec<u8>>, Option<Vec<u8>>, Vec<Vec<u8>>);
+type StoredJob = (HashMap<String, Vec<u8>>, Option<Vec<u8>>, Option<Vec<u8>>, Option<Vec<u8>>);
 
 impl Queue {
     /// Reads one job.
@@ -49,11 +49,10 @@ impl Queue {
             for id in batch {
                 // The hash comes first: a job that finishes between the commands shows its old state, never a final
                 // state without its result.
-                pipe.hgetall(self.keys.job(*id)).get(self.keys.spec(*id)).get(self.keys.result(*id)).lrange(
-                    self.keys.attempts(*id),
-                    0,
-                    -1,
-                );
+                pipe.hgetall(self.keys.job(*id))
+                    .get(self.keys.spec(*id))
+                    .get(self.keys.result(*id))
+                    .get(self.keys.attempts(*id));
             }
             let stored: Vec<redis::Value> = pipe
                 .query_async(&mut connection)
@@ -126,7 +125,7 @@ fn job(id: JobId, record: &[redis::Value]) -> Result<Option<Job>, QueueError> {
     let number = |name: &str| text(name).and_then(|value| value.parse::<u64>().ok());
     let count = |name: &str| number(name).and_then(|value| u32::try_from(value).ok()).unwrap_or(0);
     let state = text("st").and_then(State::from_name).ok_or_else(|| bad("unknown state".to_owned()))?;
-    let attempts: Vec<Attempt> = attempts.iter().map(|attempt| decode("attempt", attempt)).collect::<Result<_, _>>()?;
+    let attempts: Vec<Attempt> = decode_all("attempt", &attempts.unwrap_or_default())?;
     let failed = matches!(state, State::Failed | State::Delayed);
     let failure = attempts.iter().rev().find_map(|attempt| attempt.failure.clone()).filter(|_| failed);
     Ok(Some(Job {

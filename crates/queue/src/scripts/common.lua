@@ -12,6 +12,8 @@ local hints = {}
 local events = { t = {}, f = {} }
 local opened = {}
 local acknowledged = {}
+local released = {}
+local texts = {}
 local places = {}
 
 local function hint(what)
@@ -130,15 +132,17 @@ local function wait_in_backlog(leaf, entries)
 end
 
 -- Order and member of a job in its backlog: by acceptance; with `group`, by the start of its prefix group and in that
--- by the byte before its id, longest output first.
-local function backlog_entry(id, created, group)
-  if group then return string.sub(group, 2), string.sub(group, 1, 1) .. id end
-  return created, id
+-- by the byte before its id, longest output first. Behind the id stand its tokens, so that feeding need not read the job.
+local function backlog_entry(id, job)
+  local tokens = math.min(tonumber(job.tokens) or 1, 16777215)
+  local member = id .. struct.pack('>I3', tokens)
+  if job.group then return string.sub(job.group, 2), string.sub(job.group, 1, 1) .. member end
+  return job.created, member
 end
 
--- The job of a member of a backlog.
+-- The job and the tokens of a member of a backlog.
 local function job_of(member)
-  return string.sub(member, -16)
+  return string.sub(member, -19, -4), struct.unpack('>I3', string.sub(member, -3))
 end
 
 -- Why a flow's or a leaf's jobs may not be fed: the set in which it waits until they may.
@@ -200,9 +204,8 @@ local function feed(now, at_least)
         local popped = redis.call('ZPOPMIN', backlog_key(number), asked)
         virtual, leaf_virtual = time, leaf_time
         for at = 1, #popped, 2 do
-          local id = job_of(popped[at])
+          local id, size = job_of(popped[at])
           redis.call('XADD', key('stream'), '*', 'j', id)
-          local size = tonumber(redis.call('HGET', job_key(id), 'tk')) or 1
           tokens = tokens + size
           time = time + charge(leaf, size, now - tonumber(popped[at + 1]))
           leaf_time = leaf_time + size
@@ -258,7 +261,7 @@ local function stop_waiting(id, job)
   if job.state == DELAYED then
     redis.call('ZREM', key('delayed'), id)
   else
-    local _, member = backlog_entry(id, nil, job.group)
+    local _, member = backlog_entry(id, job)
     if redis.call('ZREM', backlog_key(job.leaf), member) == 0 then give_places(leaf_of(job.leaf).tenant, 1) end
   end
 end
@@ -271,14 +274,15 @@ local function book(id, attempt)
   }
   if attempt.cost and attempt.cost ~= '' then line.cost = attempt.cost end
   if attempt.class and attempt.class ~= '' then line.failure = { class = attempt.class, message = attempt.message } end
-  redis.call('RPUSH', attempts_key(id), '\1' .. cmsgpack.pack(line))
+  redis.call('APPEND', attempts_key(id), '\1' .. cmsgpack.pack(line))
 end
 
 -- What moving a job on needs to know of it.
 local function read_job(id)
-  local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'gp', 'cr', 'dl', 'cx', 'du')
+  local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'gp', 'cr', 'tk', 'dl', 'cx', 'du')
   return {
-    state = job[1], leaf = job[2], group = job[3], created = job[4], deadline = job[5], cancelled = job[6], due = job[7],
+    state = job[1], leaf = job[2], group = job[3], created = job[4], tokens = job[5], deadline = job[6],
+    cancelled = job[7], due = job[8],
   }
 end
 
@@ -288,7 +292,7 @@ local function finish_job(id, job, state, now, ...)
   redis.call('HSET', job_key(id), 'st', state, 'fa', now, ...)
   if job.cancelled or job.due then redis.call('HDEL', job_key(id), 'cx', 'du') end
   if job.deadline then redis.call('ZREM', key('deadlines'), id) end
-  redis.call('DEL', text_key(id))
+  texts[#texts + 1] = text_key(id)
   local experiment = leaf_of(job.leaf).experiment
   count_open(experiment, -1)
   if experiment == '' then
@@ -302,7 +306,7 @@ end
 
 -- Ends a running job's hold on its stream entry, its lease and its place.
 local function release(id, job, entry)
-  redis.call('ZREM', key('leases'), id)
+  released[#released + 1] = id
   if entry then acknowledged[#acknowledged + 1] = entry end
   give_places(leaf_of(job.leaf).tenant, 1)
 end
@@ -313,7 +317,7 @@ local function queue_again(id, job, now, ...)
   if job.deadline and tonumber(job.deadline) <= now then return finish_job(id, job, EXPIRED, now, ...) end
   redis.call('HSET', job_key(id), 'st', QUEUED, ...)
   if job.due then redis.call('HDEL', job_key(id), 'du') end
-  wait_in_backlog(job.leaf, { backlog_entry(id, job.created, job.group) })
+  wait_in_backlog(job.leaf, { backlog_entry(id, job) })
 end
 
 -- Writes what was collected.
@@ -328,6 +332,8 @@ local function settle()
       redis.call('HDEL', key('places'), tenant)
     end
   end
+  call_with(released, 'ZREM', key('leases'))
+  call_with(texts, 'DEL')
   if #acknowledged > 0 then
     call_with(acknowledged, 'XACK', key('stream'), GROUP)
     call_with(acknowledged, 'XDEL', key('stream'))

@@ -39,14 +39,14 @@ local function list_in(lists, name)
 end
 
 for at = 1, #ARGV, 12 do
-  local id, spec, flow, weight, tenant, experiment, split, tokens, deadline, not_before, prefix, order =
+  local id, spec, flow, weight, tenant, experiment, split, tokens, deadline, not_before, prefix, order_byte =
     unpack(ARGV, at, at + 11)
   -- A spec is as old as its job, and the same id may stand twice in one call.
   if not redis.call('SET', spec_key(id), spec, 'NX') then
     answer[#answer + 1] = 0
   else
     local leaf = leaf_number(flow, weight, tenant, experiment, split)
-    local group = prefix ~= '' and order .. group_start(leaf, prefix) or nil
+    local group = prefix ~= '' and order_byte .. group_start(leaf, prefix) or nil
     local waits = not_before ~= '' and tonumber(not_before) > now
     local fields = { 'HSET', job_key(id), 'st', waits and DELAYED or QUEUED, 'lf', leaf, 'tk', tokens, 'cr', now }
     local function set(name, value)
@@ -65,7 +65,9 @@ for at = 1, #ARGV, 12 do
       delayed[#delayed + 1] = id
     else
       local waiting = list_in(backlogs, leaf)
-      waiting[#waiting + 1], waiting[#waiting + 2] = backlog_entry(id, now, group)
+      local order, member = backlog_entry(id, { tokens = tokens, created = now, group = group })
+      waiting[#waiting + 1] = order
+      waiting[#waiting + 1] = member
     end
     redis.call(unpack(fields))
     local place = redis.call('XADD', key('jobs'), '*', 'j', id)

@@ -7,7 +7,7 @@
 local now = now_ms()
 
 local function finish(id, epoch, worker, started, state, ended, cost, class, message, result, delay_ms)
-  local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf', 'gp', 'cr')
+  local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf')
   if not stored[1] then return 0 end
   local attempt = {
     epoch = tonumber(epoch), worker = worker, started = tonumber(started), ended = now, ['end'] = ended,
@@ -22,15 +22,13 @@ local function finish(id, epoch, worker, started, state, ended, cost, class, mes
     end
     return 0
   end
-  local job = {
-    state = RUNNING, cancelled = stored[5], deadline = stored[7], leaf = stored[8], group = stored[9], created = stored[10],
-  }
+  local job = { cancelled = stored[5], deadline = stored[7], leaf = stored[8] }
   release(id, job, stored[4])
   book(id, attempt)
   local kept = 'k' .. epoch
   if class ~= '' then redis.call('HINCRBY', job_key(id), 'fc', 1) end
   if state == QUEUED then
-    queue_again(id, job, now, kept, 1)
+    queue_again(id, read_job(id), now, kept, 1)
   elseif state ~= DELAYED then
     if result ~= '' then redis.call('SET', result_key(id), result) end
     finish_job(id, job, state, now, kept, 1)
