@@ -1,20 +1,52 @@
 //! `cargo xtask bench`: figures for docs/benchmarks.md, in release, on this machine.
 
 use crate::redis;
-use crate::tool::{cargo, run};
+use crate::tool::{cargo, is_there, root, run, say};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// The peer that is measured in the same run, and the client that it needs.
+const BULLMQ: [&str; 2] = ["bullmq@6.7.0", "ioredis@5"];
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(crate) enum What {
-    /// Submission, claim to finish, and what each costs Redis
+    /// Submission, claim to finish, latencies, a deep backlog, and what each costs Redis
     Queue,
 }
 
-/// Builds and runs a benchmark.
-pub(crate) fn run_bench(what: What) -> anyhow::Result<()> {
+/// Builds and runs a benchmark; `rest` goes on to it.
+pub(crate) fn run_bench(what: What, rest: &[String]) -> anyhow::Result<()> {
     redis::install_if_missing()?;
     let What::Queue = what;
     // The benchmark starts a real scheduler, which lies beside it.
     run(cargo().args(["build", "--release", "--package", "genmill-scheduler", "--bins"]))?;
-    run(cargo().args(["run", "--release", "--package", "genmill-tests", "--bin", "bench-queue"]))
+    let mut bench = cargo();
+    bench.args(["run", "--release", "--package", "genmill-tests", "--bin", "bench-queue", "--"]);
+    if let Some(folder) = bullmq() {
+        bench.arg("--bullmq").arg(folder);
+    }
+    run(bench.args(rest))
+}
+
+/// A folder with BullMQ, where node and npm are there to install it.
+fn bullmq() -> Option<PathBuf> {
+    if !is_there("node", &["--version"]) || !is_there("npm", &["--version"]) {
+        say("BullMQ is not measured: node and npm are not there");
+        return None;
+    }
+    let folder = root().join("target/bullmq");
+    let made = std::fs::create_dir_all(&folder).map_err(anyhow::Error::from).and_then(|()| {
+        run(Command::new("npm")
+            .args(["install", "--no-audit", "--no-fund", "--silent"])
+            .args(BULLMQ)
+            .current_dir(&folder))
+    });
+    match made {
+        Ok(()) => Some(folder),
+        Err(error) => {
+            say(&format!("BullMQ is not measured: {error:#}"));
+            None
+        }
+    }
 }

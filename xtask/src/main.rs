@@ -34,6 +34,9 @@ enum Command {
     Bench {
         /// What is measured
         what: bench::What,
+        /// Passed on to the benchmark, such as --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
     },
     /// What CI runs: formatting, lints with warnings as errors, all tests
     Ci,
@@ -43,7 +46,7 @@ fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Demo => demo::run_demo(),
         Command::Test { rest } => tests::test(&rest),
-        Command::Bench { what } => bench::run_bench(what),
+        Command::Bench { what, rest } => bench::run_bench(what, &rest),
         Command::Ci => tests::ci(),
     };
     match done {
