@@ -3,7 +3,8 @@
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// How many requests are kept whole.
 const REQUESTS_MAX: usize = 10_000;
@@ -41,29 +42,80 @@ pub struct Received {
     pub body: Value,
 }
 
+/// One call, from its arrival to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// The key it came with, which tells callers apart.
+    pub key: String,
+    /// Its model and last user message, as in [`Bill::contents`].
+    pub content: String,
+    /// When it came in, since the stand-in was started.
+    pub begun: Duration,
+    /// When it ended, since the stand-in was started; `None` while it goes on.
+    pub ended: Option<Duration>,
+    /// Tokens read that were billed.
+    pub prompt_tokens: u64,
+    /// Tokens written that were billed; a broken stream is billed as far as it came.
+    pub completion_tokens: u64,
+    /// The caller was sent the tokens, so it can know the price.
+    pub usage_sent: bool,
+    /// How it ended. While it goes on: as one that its caller gave up.
+    pub end: CallEnd,
+}
+
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CallEnd {
+    /// Its answer was handed to the network whole.
+    Answered,
+    /// With this status and an error, or a web page.
+    Refused(u16),
+    /// Its connection ended before the answer did: given up by the caller, cut by the network or by a directive.
+    GivenUp,
+}
+
 /// The books of one stand-in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Books {
-    open: Mutex<(Bill, VecDeque<Received>)>,
+    opened: Instant,
+    open: Mutex<Pages>,
+}
+
+#[derive(Debug, Default)]
+struct Pages {
+    bill: Bill,
+    requests: VecDeque<Received>,
+    calls: Vec<Call>,
+}
+
+impl Default for Books {
+    fn default() -> Self {
+        Self { opened: Instant::now(), open: Mutex::default() }
+    }
 }
 
 impl Books {
-    fn open(&self) -> MutexGuard<'_, (Bill, VecDeque<Received>)> {
+    fn open(&self) -> MutexGuard<'_, Pages> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn bill(&self) -> Bill {
-        self.open().0.clone()
+        self.open().bill.clone()
     }
 
     pub(crate) fn requests(&self) -> Vec<Received> {
-        self.open().1.iter().cloned().collect()
+        self.open().requests.iter().cloned().collect()
     }
 
-    /// Notes a call; returns which one of the same content it is, from 1.
-    pub(crate) fn call(&self, content: &str, received: Received) -> u64 {
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        self.open().calls.clone()
+    }
+
+    /// Notes a call; returns which one of the same content it is, from 1, and its entry.
+    pub(crate) fn call(self: &Arc<Self>, content: &str, key: &str, received: Received) -> (u64, Entry) {
+        let begun = self.opened.elapsed();
         let mut open = self.open();
-        let (bill, requests) = &mut *open;
+        let Pages { bill, requests, calls } = &mut *open;
         if requests.len() == REQUESTS_MAX {
             requests.pop_front();
         }
@@ -71,25 +123,71 @@ impl Books {
         bill.calls += 1;
         let sums = bill.contents.entry(content.to_owned()).or_default();
         sums.calls += 1;
-        sums.calls
+        calls.push(Call {
+            key: key.to_owned(),
+            content: content.to_owned(),
+            begun,
+            ended: None,
+            prompt_tokens: 0,
+            completion_tokens: 0,
+            usage_sent: false,
+            end: CallEnd::GivenUp,
+        });
+        (sums.calls, Entry { books: Arc::clone(self), at: calls.len() - 1 })
+    }
+}
+
+/// A call's entry in the books. When it is dropped, the call has ended.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    books: Arc<Books>,
+    at: usize,
+}
+
+impl Entry {
+    fn note(&self, note: impl FnOnce(&mut Bill, &mut Call)) {
+        let mut open = self.books.open();
+        let Pages { bill, calls, .. } = &mut *open;
+        note(bill, &mut calls[self.at]);
     }
 
-    /// Notes the answer to a call.
-    pub(crate) fn answered(&self, status: u16) {
-        *self.open().0.statuses.entry(status).or_default() += 1;
+    /// Notes that the call was answered with a status and no answer.
+    pub(crate) fn refused(&self, status: u16) {
+        self.note(|bill, call| {
+            *bill.statuses.entry(status).or_default() += 1;
+            call.end = CallEnd::Refused(status);
+        });
     }
 
-    /// Notes that a call was answered whole.
-    pub(crate) fn completed(&self, content: &str) {
-        let mut open = self.open();
-        *open.0.statuses.entry(200).or_default() += 1;
-        open.0.contents.entry(content.to_owned()).or_default().answered += 1;
+    /// Notes that the call was answered whole.
+    pub(crate) fn completed(&self) {
+        self.note(|bill, call| {
+            *bill.statuses.entry(200).or_default() += 1;
+            bill.contents.entry(call.content.clone()).or_default().answered += 1;
+            call.end = CallEnd::Answered;
+        });
     }
 
     /// Notes tokens.
     pub(crate) fn charge(&self, prompt_tokens: usize, completion_tokens: usize) {
-        let mut open = self.open();
-        open.0.prompt_tokens += u64::try_from(prompt_tokens).unwrap_or_default();
-        open.0.completion_tokens += u64::try_from(completion_tokens).unwrap_or_default();
+        let count = |tokens| u64::try_from(tokens).unwrap_or_default();
+        self.note(|bill, call| {
+            bill.prompt_tokens += count(prompt_tokens);
+            bill.completion_tokens += count(completion_tokens);
+            call.prompt_tokens += count(prompt_tokens);
+            call.completion_tokens += count(completion_tokens);
+        });
+    }
+
+    /// Notes that the caller is told what it has to pay.
+    pub(crate) fn usage_sent(&self) {
+        self.note(|_, call| call.usage_sent = true);
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let ended = self.books.opened.elapsed();
+        self.note(|_, call| call.ended = Some(ended));
     }
 }

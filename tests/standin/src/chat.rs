@@ -3,7 +3,7 @@
 
 use crate::BAD_KEY;
 use crate::answer::{Answer, Request, answer};
-use crate::bill::{Bill, Books, Received};
+use crate::bill::{Bill, Books, Entry, Received};
 use crate::script::{Break, Fault, Script};
 use axum::Json;
 use axum::body::Body;
@@ -46,7 +46,8 @@ pub(crate) async fn complete(State(provider): State<Arc<Provider>>, headers: Hea
     let request = Request::new(&body);
     let message = request.last_user_text();
     let content = format!("{}: {}", request.model(), message.as_deref().unwrap_or_default());
-    let nth = provider.books.call(&content, Received { headers: readable(&headers), body: body.clone() });
+    let received = Received { headers: readable(&headers), body: body.clone() };
+    let (nth, entry) = provider.books.call(&content, key_of(&headers), received);
     let script = Script::parse(request.model(), message.as_deref().unwrap_or_default());
     let fault = script.fault_of_call(nth);
     sleep(Duration::from_millis(fault.sleep_ms)).await;
@@ -54,29 +55,29 @@ pub(crate) async fn complete(State(provider): State<Arc<Provider>>, headers: Hea
         .or_else(|| refuse_request(&request, message.is_some()))
         .or_else(|| fault.status.map(|status| failed(status, &fault)));
     if let Some(refusal) = refusal {
-        provider.books.answered(refusal.status().as_u16());
+        entry.refused(refusal.status().as_u16());
         return refusal;
     }
-    let reply = Reply::new(&request, &script, fault, content);
+    let reply = Reply::new(&request, &script, fault);
     if reply.fault.html {
-        provider.books.answered(200);
+        entry.refused(200);
         return ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], "<html><body>hello</body></html>")
             .into_response();
     }
-    if request.streams() {
-        reply.into_stream(Arc::clone(&provider.books), request.wants_usage())
-    } else {
-        reply.into_whole(&provider.books)
-    }
+    if request.streams() { reply.into_stream(entry, request.wants_usage()) } else { reply.into_whole(&entry) }
 }
 
 fn readable(headers: &HeaderMap) -> Vec<(String, String)> {
     headers.iter().map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into())).collect()
 }
 
-fn refuse_key(headers: &HeaderMap) -> Option<Response> {
+fn key_of(headers: &HeaderMap) -> &str {
     let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let key = value.strip_prefix("Bearer ").unwrap_or_default();
+    value.strip_prefix("Bearer ").unwrap_or_default()
+}
+
+fn refuse_key(headers: &HeaderMap) -> Option<Response> {
+    let key = key_of(headers);
     (key.is_empty() || key == BAD_KEY).then(|| error(401, "invalid_api_key", "Incorrect API key provided."))
 }
 
@@ -115,16 +116,15 @@ fn error_object(code: &str, message: &str) -> Value {
 #[derive(Debug)]
 struct Reply {
     model: String,
-    content: String,
     answer: Answer,
     cost: Option<String>,
     fault: Fault,
 }
 
 impl Reply {
-    fn new(request: &Request<'_>, script: &Script, fault: Fault, content: String) -> Self {
+    fn new(request: &Request<'_>, script: &Script, fault: Fault) -> Self {
         let answer = answer(request, script);
-        Self { model: request.model().to_owned(), content, answer, cost: script.cost.clone(), fault }
+        Self { model: request.model().to_owned(), answer, cost: script.cost.clone(), fault }
     }
 
     fn usage(&self) -> Value {
@@ -143,7 +143,7 @@ impl Reply {
         json!({"id": "chatcmpl-standin", "object": object, "created": created, "model": self.model, "choices": choices})
     }
 
-    fn into_whole(self, books: &Books) -> Response {
+    fn into_whole(self, entry: &Entry) -> Response {
         let message = json!({"role": "assistant", "content": self.answer.pieces.concat()});
         let choices = json!([{"index": 0, "message": message, "finish_reason": self.answer.finish_reason}]);
         let mut object = self.object("chat.completion", choices);
@@ -151,18 +151,23 @@ impl Reply {
             object["usage"] = self.usage();
         }
         let mut body = object.to_string();
-        books.charge(self.answer.prompt_tokens, self.answer.pieces.len());
+        entry.charge(self.answer.prompt_tokens, self.answer.pieces.len());
         match self.fault.break_after {
             Some((_, Break::Garbage | Break::Error)) => body.truncate(body.len() / 2),
             Some((_, Break::Cut | Break::Stall)) => return cut_whole(&body),
-            None => books.completed(&self.content),
+            None => {
+                if !self.fault.no_usage {
+                    entry.usage_sent();
+                }
+                entry.completed();
+            }
         }
         ([(header::CONTENT_TYPE, "application/json")], body).into_response()
     }
 
-    fn into_stream(self, books: Arc<Books>, wants_usage: bool) -> Response {
+    fn into_stream(self, entry: Entry, wants_usage: bool) -> Response {
         let frames = self.frames(wants_usage);
-        let body = Body::from_stream(Sending { books, reply: self, frames, next: 0 }.into_stream());
+        let body = Body::from_stream(Sending { entry, reply: self, frames, next: 0 }.into_stream());
         ([(header::CONTENT_TYPE, "text/event-stream; charset=utf-8")], body).into_response()
     }
 
@@ -186,7 +191,7 @@ impl Reply {
         if wants_usage && !self.fault.no_usage {
             let mut last = chunk(json!([]));
             last["usage"] = self.usage();
-            frames.push(self.frame(&last));
+            frames.push(Frame { tells_usage: true, ..self.frame(&last) });
         }
         if !self.fault.no_done {
             frames.push(Frame { bytes: "data: [DONE]\n\n".into(), ..Frame::default() });
@@ -218,12 +223,13 @@ impl Reply {
 struct Frame {
     bytes: Bytes,
     tokens: usize,
+    tells_usage: bool,
     broken: Option<Break>,
 }
 
 /// A stream on its way.
 struct Sending {
-    books: Arc<Books>,
+    entry: Entry,
     reply: Reply,
     frames: Vec<Frame>,
     next: usize,
@@ -242,15 +248,18 @@ impl Sending {
     async fn send(&mut self) -> Option<Vec<io::Result<Bytes>>> {
         if self.next == 0 {
             sleep(Duration::from_millis(self.reply.fault.first_byte_ms)).await;
-            self.books.charge(self.reply.answer.prompt_tokens, 0);
+            self.entry.charge(self.reply.answer.prompt_tokens, 0);
         }
         let Some(frame) = self.frames.get(self.next) else {
-            self.books.completed(&self.reply.content);
+            self.entry.completed();
             return None;
         };
         self.next += 1;
         sleep(Duration::from_millis(self.reply.fault.chunk_ms)).await;
-        self.books.charge(0, frame.tokens);
+        self.entry.charge(0, frame.tokens);
+        if frame.tells_usage {
+            self.entry.usage_sent();
+        }
         match frame.broken {
             Some(Break::Cut) => return Some(vec![Err(io::Error::other("told to cut"))]),
             Some(Break::Stall) => std::future::pending::<()>().await,

@@ -12,7 +12,7 @@ pub mod script;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
-use bill::{Bill, Books, Received};
+use bill::{Bill, Books, Call, Received};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -83,6 +83,12 @@ impl Standin {
     #[must_use]
     pub fn bill(&self) -> Bill {
         self.books.bill()
+    }
+
+    /// Every call with what it was billed, oldest first.
+    #[must_use]
+    pub fn calls(&self) -> Vec<Call> {
+        self.books.calls()
     }
 
     /// The calls received, oldest first; the newest ten thousand.
