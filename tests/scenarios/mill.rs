@@ -275,6 +275,27 @@ async fn a_bulk_run_is_submitted_once_however_often_it_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_nobody_reads_on_holds_up_no_other_call() {
+    let place = Place::new().await;
+    let mill = place.up();
+    let client = client(&mill).await;
+    // Far more than a connection takes by default before somebody reads.
+    let text = "w".repeat(4_000);
+    let requests = (0..100).map(|n| request(&format!("!echo={n} {text}")).experiment("unread")).collect();
+    let ids = submit_all(&client, requests).await;
+    check_all_succeeded_once(&results(&client, "unread").await.unwrap(), &ids);
+    let mut unread = Box::pin(client.watch_jobs(v1::JobFilter::default(), String::new(), Until::Dropped));
+    unread.next().await.unwrap().unwrap();
+    for id in &ids {
+        let job = tokio::time::timeout(STOP_WITHIN, client.get(id)).await.expect("it waits for the watch").unwrap();
+        assert_eq!(job.id, *id);
+    }
+    for _ in 1..ids.len() {
+        unread.next().await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_small_items_may_be_sent_one_frame_each() {
     let place = Place::new().await;
     let mill = place.up();

@@ -12,6 +12,12 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 /// How long the answer to a probe may take.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How many bytes of one answer or stream may wait to be read: enough to keep a fast and distant server busy.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+/// And of all together: the most that HTTP/2 knows. What is not read of one stream counts here as well, so with less, a
+/// watch that nobody reads on for a while would hold up every other call over the same connection.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+
 /// The address with its scheme: `HOST:PORT` means `http://HOST:PORT`.
 pub(crate) fn with_scheme(server: &str) -> Result<String, Error> {
     let bad = |problem| Err(Error::BadAddress { server: server.to_owned(), problem });
@@ -35,7 +41,8 @@ pub(crate) async fn connect(server: &str) -> Result<Channel, Error> {
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-        .http2_adaptive_window(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .user_agent(concat!("genmill/", env!("CARGO_PKG_VERSION")))
         .map_err(|_| Error::Protocol { problem: "this client's own name is no HTTP header" })?;
     let unreachable = |error: tonic::transport::Error| {
