@@ -3,6 +3,7 @@
 //! Never here: mocks of our own code.
 
 pub mod daemons;
+pub mod dice;
 pub mod redis_cluster;
 pub mod redis_server;
 pub mod specs;

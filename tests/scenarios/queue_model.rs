@@ -18,6 +18,7 @@ use genmill_queue::{
     Beat, ContentHash, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Queue, RequestId, Reservation,
     Room, Setting, Slots, Which,
 };
+use genmill_tests::dice::Dice;
 use genmill_tests::redis_cluster::RedisCluster;
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
@@ -33,24 +34,6 @@ const LEASE_MS: u64 = 3_600_000;
 const WORKERS: [&str; 3] = ["a", "b", "c"];
 const TENANTS: [&str; 3] = ["x", "y", "z"];
 const REQUEST_IDS: [&str; 3] = ["r", "s", "t"];
-
-/// The same numbers for the same seed, on every machine (splitmix64).
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % sides
-    }
-
-    fn pick<'a, T>(&mut self, from: &'a [T]) -> Option<&'a T> {
-        let sides = u64::try_from(from.len()).unwrap();
-        if sides == 0 { None } else { from.get(usize::try_from(self.roll(sides)).unwrap()) }
-    }
-}
 
 /// What the model knows of a job.
 #[derive(Clone, Debug)]
@@ -412,13 +395,13 @@ async fn agree(url: &str) {
     for seed in 0..SEEDS {
         let options = Options { url: url.to_owned(), namespace: format!("seed-{seed}") };
         let queue = Queue::connect(&options).await.unwrap();
-        let mut dice = Dice(seed);
+        let mut dice = Dice::new(seed);
         let mut runs = Vec::new();
         let settings = Rc::new(RefCell::new(BTreeMap::new()));
         for model in MODELS {
             let model = ModelName::parse(model).unwrap();
             let lane = queue.open_lane(&model.lane()).await.unwrap();
-            let dice = Dice(dice.roll(u64::MAX));
+            let dice = Dice::new(dice.roll(u64::MAX));
             runs.push(Run {
                 queue: queue.clone(),
                 model,
