@@ -4,6 +4,7 @@ use crate::redis_server::pause;
 use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -19,6 +20,26 @@ fn binaries() -> anyhow::Result<PathBuf> {
     let folder = program.parent().context("a program lies in a folder")?;
     let folder = if folder.ends_with("deps") { folder.parent().context("deps lies in a folder")? } else { folder };
     Ok(folder.to_owned())
+}
+
+/// Sends a signal to a process.
+pub(crate) fn send(process: &Child, signal: Signal) -> anyhow::Result<()> {
+    let id = Pid::from_raw(i32::try_from(process.id())?).context("a process id is not 0")?;
+    Ok(kill_process(id, signal)?)
+}
+
+/// Waits for the end of a process.
+pub(crate) fn wait(process: &mut Child, patience: Duration) -> anyhow::Result<ExitStatus> {
+    let deadline = Instant::now() + patience;
+    loop {
+        if let Some(status) = process.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() > deadline {
+            bail!("it did not end within {patience:?}");
+        }
+        pause(Duration::from_millis(20));
+    }
 }
 
 /// A running process of ours. Killed when dropped.
@@ -67,6 +88,13 @@ impl Start {
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.command.env(name, value);
+        self
+    }
+
+    /// Writes its logs to `file` instead.
+    #[must_use]
+    pub fn logs_to(mut self, file: File) -> Self {
+        self.command.stderr(file);
         self
     }
 
@@ -119,8 +147,15 @@ impl Daemon {
     /// # Errors
     /// When the process is gone.
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
-        let id = Pid::from_raw(i32::try_from(self.process.id())?).context("a process id is not 0")?;
-        Ok(kill_process(id, signal)?)
+        send(&self.process, signal)
+    }
+
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    /// When the system refuses to tell.
+    pub fn has_ended(&mut self) -> anyhow::Result<bool> {
+        Ok(self.process.try_wait()?.is_some())
     }
 
     /// Waits for its end.
@@ -128,16 +163,7 @@ impl Daemon {
     /// # Errors
     /// When it does not end within `patience`.
     pub fn wait(&mut self, patience: Duration) -> anyhow::Result<ExitStatus> {
-        let deadline = Instant::now() + patience;
-        loop {
-            if let Some(status) = self.process.try_wait()? {
-                return Ok(status);
-            }
-            if Instant::now() > deadline {
-                bail!("{} did not end within {patience:?}", self.name);
-            }
-            pause(Duration::from_millis(20));
-        }
+        wait(&mut self.process, patience).with_context(|| self.name.clone())
     }
 }
 

@@ -1,8 +1,10 @@
 //! A `redis-server` process of a test's own, on a free port, ended with the test.
 
+use crate::daemons::{send, wait};
 use anyhow::{Context as _, bail};
+use rustix::process::Signal;
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -78,6 +80,12 @@ impl RedisServer {
         self.port
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
+    }
+
     /// Kills it without warning and starts it again on the same data.
     ///
     /// # Errors
@@ -95,6 +103,30 @@ impl RedisServer {
         self.process.kill()?;
         self.process.wait()?;
         Ok(())
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        send(&self.process, signal)
+    }
+
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    /// When the system refuses to tell.
+    pub fn has_ended(&mut self) -> anyhow::Result<bool> {
+        Ok(self.process.try_wait()?.is_some())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When it does not end within `patience`.
+    pub fn wait(&mut self, patience: Duration) -> anyhow::Result<()> {
+        wait(&mut self.process, patience).map(drop)
     }
 
     /// Starts it again on its data, after it was killed.
