@@ -849,3 +849,31 @@ async fn a_large_charge_is_halved_while_a_job_waits() {
     assert_eq!(bench.queue.age(bench.lane).await.unwrap(), 0, "once in a while");
     assert_eq!(share_of_bulk(&bench, 30).await, 1);
 }
+
+#[tokio::test]
+async fn a_redis_that_still_loads_its_data_is_away_for_now() {
+    // It looks up from loading every 1,024 commands, each of which is made to take half a millisecond.
+    let mut redis = RedisServer::start_with(&["--key-load-delay", "500"]).unwrap();
+    let options = Options { url: redis.url(), namespace: "test".to_owned() };
+    let queue = Queue::connect(&options).await.unwrap();
+    let client = redis::Client::open(redis.url()).unwrap();
+    let mut fill = redis::pipe();
+    for n in 0..4_000 {
+        fill.set(n, n).ignore();
+    }
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    fill.query_async::<()>(&mut connection).await.unwrap();
+    let restarted = tokio::task::spawn_blocking(move || redis.kill_and_restart().map(|()| redis));
+    let mut loading = 0;
+    let id = JobId::new(now(), LaneNumber(1), 1);
+    // A transaction is refused as a whole, a single command by itself; neither is an error of what was asked.
+    while !restarted.is_finished() {
+        for error in [queue.watch(id, 0).await.err(), queue.get(id).await.err()].into_iter().flatten() {
+            assert!(error.is_passing() || matches!(error, QueueError::NoSuchJob { .. }), "{error:?}");
+            loading += usize::from(format!("{error:?}").contains("oading"));
+        }
+        tokio::task::yield_now().await;
+    }
+    assert!(loading > 0, "nothing was asked while it loaded");
+    drop(restarted.await.unwrap().unwrap());
+}

@@ -54,14 +54,10 @@ impl QueueError {
     pub(crate) fn from_redis(doing: &'static str, source: redis::RedisError) -> Self {
         let passing = source.is_io_error() || source.is_timeout() || source.is_connection_dropped();
         let no_node = source.kind() == redis::ErrorKind::ClusterConnectionNotFound;
-        let loading = matches!(source.code(), Some("LOADING" | "MASTERDOWN" | "CLUSTERDOWN" | "TRYAGAIN" | "READONLY"));
-        // What a client gets that has not yet learned where a slot is now, or whose node has just lost its scripts.
-        let behind = matches!(source.code(), Some("MOVED" | "ASK" | "NOSCRIPT"));
-        if passing || no_node || loading || behind {
-            Self::Unreachable { doing, source }
-        } else {
-            Self::Refused { doing, source }
-        }
+        // What was sent together may be refused with a code of its own; the reasons then stand with its commands.
+        let of_commands = source.clone().into_server_errors().unwrap_or_default();
+        let away = source.code().into_iter().chain(of_commands.iter().map(|(_, error)| error.code())).any(is_away);
+        if passing || no_node || away { Self::Unreachable { doing, source } } else { Self::Refused { doing, source } }
     }
 
     /// True when the same call may succeed later.
@@ -69,4 +65,12 @@ impl QueueError {
     pub const fn is_passing(&self) -> bool {
         matches!(self, Self::Unreachable { .. })
     }
+}
+
+/// Whether a Redis that answers with this code will serve later.
+fn is_away(code: &str) -> bool {
+    let loading = matches!(code, "LOADING" | "MASTERDOWN" | "CLUSTERDOWN" | "TRYAGAIN" | "READONLY");
+    // What a client gets that has not yet learned where a slot is now, or whose node has just lost its scripts.
+    let behind = matches!(code, "MOVED" | "ASK" | "NOSCRIPT");
+    loading || behind
 }
