@@ -2,6 +2,7 @@
 //!
 //! Never here: mocks of our own code.
 
+pub mod chaos;
 pub mod daemons;
 pub mod dice;
 pub mod redis_cluster;
