@@ -1,9 +1,10 @@
-//! Developer commands: `cargo xtask demo | test | bench | ci`. Runs on a machine that has a Rust toolchain, a C compiler and a
-//! package manager, and installs what else is needed.
+//! Developer commands: `cargo xtask demo | test | chaos | bench | ci`. Runs on a machine that has a Rust toolchain, a C
+//! compiler and a package manager, and installs what else is needed.
 //!
 //! Never here: anything that the product itself needs at run time.
 
 mod bench;
+mod chaos;
 mod demo;
 mod redis;
 mod tests;
@@ -30,6 +31,15 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Run a mill while processes are killed and connections break, and check that its promises hold
+    Chaos {
+        /// How long things go wrong
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=600))]
+        minutes: u32,
+        /// What goes wrong when; a failed run tells its own. Drawn when not given
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Measure the queue, through gRPC with a worker that does nothing, and print a table
     Bench {
         /// What is measured
@@ -46,6 +56,7 @@ fn main() -> ExitCode {
     let done = match Args::parse().command {
         Command::Demo => demo::run_demo(),
         Command::Test { rest } => tests::test(&rest),
+        Command::Chaos { minutes, seed } => chaos::run_chaos(minutes, seed),
         Command::Bench { what, rest } => bench::run_bench(what, &rest),
         Command::Ci => tests::ci(),
     };
