@@ -21,6 +21,7 @@ pub fn plain(model: ModelName) -> JobSpec {
         timeout_ms: None,
         deadline: None,
         not_before: None,
+        context_tokens: None,
         prefix: None,
         redriven_from: None,
     }

@@ -15,7 +15,8 @@ pub mod world;
 
 use anyhow::Context as _;
 use check::{Evidence, FINAL_WATCH, Settings};
-use genmill_client::{Client, Until, v1};
+use genmill_client::{Client, TenantLimits, Until, v1};
+use genmill_core::model::ModelName;
 use history::{Event, Face, History};
 use load::Load;
 use report::Report;
@@ -73,12 +74,15 @@ impl Run {
         let schedule = schedule::schedule(self.seed, length_ms);
         let world = World::start(folder).await?;
         let clients = world.clients().await?;
+        set_caps(&clients[0]).await?;
         let mut load = Load::start(&clients, world.history(), self.seed);
         world.suffer(&schedule, self.suffering()).await?;
         let ended = load.end(SETTLES_WITHIN).await;
         let jobs = settle(&world, &clients, &mut load).await?;
         let settings = Settings {
             calls_max: world::CALLS_MAX,
+            tenant_cap: world::TENANT_CAP,
+            lane_cap: world::LANE_CAP,
             retries_max: world::RETRIES_MAX,
             losses_max: world::LOSSES_MAX,
             lease_ms: world::LEASE_MS,
@@ -89,6 +93,16 @@ impl Run {
         let evidence = Evidence { settings, history: world.history().entries(), jobs, calls: world.calls() };
         Ok(Report::new(self, evidence))
     }
+}
+
+/// Sets the caps of which the check knows.
+async fn set_caps(client: &Client) -> anyhow::Result<()> {
+    let (tenant, most) = world::TENANT_CAP;
+    let limits = TenantLimits { max_running: Some(u32::try_from(most)?), weight_percent: None };
+    client.set_tenant_limits(tenant, limits).await?;
+    let (model, most) = world::LANE_CAP;
+    let lane = ModelName::parse(model)?.lane().to_string();
+    Ok(client.set_lane_limits(&lane, Some(u32::try_from(most)?)).await?)
 }
 
 fn keep(folder: TempDir) -> String {

@@ -59,6 +59,12 @@ const fn rates(input: u128, output: u128) -> Rates {
     Rates { input: Picodollars(input), output: Picodollars(output), cached_input: None }
 }
 
+/// A tenant whose jobs may not all run, and how many may at once in each lane.
+pub const TENANT_CAP: (&str, usize) = ("bulk", 3);
+
+/// A model whose lane may not use all workers, and how many jobs may run there at once.
+pub const LANE_CAP: (&str, usize) = (MODELS[1].name, 10);
+
 /// The models that are asked for.
 pub const MODELS: [Model; 2] = [
     Model { name: "litellm_gpt-4o-mini", backend_name: "gpt-4o-mini", rates: rates(150_000, 600_000) },

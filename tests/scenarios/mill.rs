@@ -534,10 +534,11 @@ async fn a_mill_works_on_a_cluster() {
     assert_eq!(mill.place("redis"), cluster.url());
     let client = client(&mill).await;
     for model in [MODEL, OTHER_MODEL] {
-        let request = Request::new(model).prompt("!slow-stream=60 !echo=Größe 1, Größe 2, Größe 3");
+        let request = Request::new(model).prompt("!slow-stream=150 !echo=Größe 1, Größe 2, Größe 3");
         let id = client.submit(request).await.unwrap().job.id;
         let events: Vec<_> = client.watch(&id).map(Result::unwrap).collect().await;
-        assert!(events.len() > 3, "the text came in {} events", events.len());
+        // More than all text at once and the job.
+        assert!(events.len() > 2, "the text came in {} events", events.len());
         assert_eq!(client.get(&id).await.unwrap().result.unwrap().text, "Größe 1, Größe 2, Größe 3");
     }
     let requests = || for_both_lanes("bulk", |n| format!("!echo={n}"));

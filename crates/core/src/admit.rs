@@ -169,7 +169,9 @@ pub fn admit(
     }
     facts.check(&request.model)?;
     let remote = request.model.prefix().is_remote();
+    let contexts = facts.listed.iter().filter_map(|(_, served)| served.context_tokens);
     Ok(JobSpec {
+        context_tokens: contexts.max(),
         prefix: if remote { None } else { PrefixKey::of(&request.input) },
         sampling: Sampling {
             max_tokens: request.max_tokens.unwrap_or(defaults.max_tokens),
@@ -233,6 +235,15 @@ mod tests {
         assert!((spec.sampling.temperature - 0.1).abs() < f64::EPSILON);
         assert_eq!(spec.sampling.seed, (1 << 53) - 1);
         assert_eq!(spec.timeout_ms, Some(60_000));
+    }
+
+    #[test]
+    fn no_job_is_estimated_beyond_its_models_context() {
+        let mut worker = registration(&[("litellm_gpt-4", Availability::Ready)]);
+        worker.models[0].context_tokens = Some(100);
+        let spec = admit_with("litellm_gpt-4", &[worker]).unwrap();
+        assert_eq!(spec.sampling.max_tokens, 250);
+        assert_eq!(spec.estimated_tokens(), 100);
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub struct JobSpec {
     /// No attempt starts earlier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_before: Option<UnixMs>,
+    /// What the model can hold of prompt and output together, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_tokens: Option<u64>,
     /// What its prompt begins with, for a local model and where that is worth sharing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefix: Option<PrefixKey>,
@@ -52,11 +55,13 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
-    /// The work it asks for in tokens, for fairness: a guess of the input at 4 bytes a token, plus the bound of output.
+    /// The work it asks for in tokens, for fairness: a guess of the input at 4 bytes a token, plus the bound of output;
+    /// no more than the model can hold.
     #[must_use]
     pub fn estimated_tokens(&self) -> u64 {
         let input = u64::try_from(self.input.text_bytes()).unwrap_or(u64::MAX) / 4;
-        input.saturating_add(u64::from(self.sampling.max_tokens)).max(1)
+        let asked = input.saturating_add(u64::from(self.sampling.max_tokens)).max(1);
+        self.context_tokens.map_or(asked, |context| asked.min(context.max(1)))
     }
 
     /// The fields in which two specs differ, as the API names them. What admission chose for `self` (the seed, when the

@@ -20,6 +20,7 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
         timeout_ms: None,
         deadline: None,
         not_before: None,
+        context_tokens: None,
         prefix: None,
         redriven_from: None,
     }

@@ -15,6 +15,10 @@ pub const FINAL_WATCH: &str = "final";
 pub struct Settings {
     /// How many calls a worker has in flight at once, to each provider.
     pub calls_max: usize,
+    /// A tenant, and how many of its jobs run at once in each lane.
+    pub tenant_cap: (&'static str, usize),
+    /// A model, and how many jobs run at once in its lane.
+    pub lane_cap: (&'static str, usize),
     /// How many failed attempts of a job are followed by another one.
     pub retries_max: u32,
     /// How often a job may lose its worker before it is poison.

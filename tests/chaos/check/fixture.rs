@@ -78,7 +78,14 @@ pub(super) struct Builder {
 impl Builder {
     /// Nothing but a worker.
     pub(super) fn empty() -> Self {
-        let settings = Settings { calls_max: 2, retries_max: 6, losses_max: 3, lease_ms: 1_000 };
+        let settings = Settings {
+            calls_max: 2,
+            tenant_cap: ("capped", 1),
+            lane_cap: ("litellm_groq/openai/gpt-oss-20b", 1),
+            retries_max: 6,
+            losses_max: 3,
+            lease_ms: 1_000,
+        };
         let evidence = Evidence { settings, history: Vec::new(), jobs: BTreeMap::new(), calls: Vec::new() };
         Self { evidence }.event_at(0, Event::WorkerUp { slot: 0, key: "key-w".to_owned(), worker: "w".to_owned() })
     }
