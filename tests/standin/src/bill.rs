@@ -22,6 +22,8 @@ pub struct Bill {
     pub completion_tokens: u64,
     /// The same, for each model and content.
     pub contents: BTreeMap<String, Content>,
+    /// The most calls of each model that were open at the same time.
+    pub most_at_once: BTreeMap<String, usize>,
 }
 
 /// The sums of one content.
@@ -51,7 +53,8 @@ pub struct Call {
     pub content: String,
     /// When it came in, since the stand-in was started.
     pub begun: Duration,
-    /// When it ended, since the stand-in was started; `None` while it goes on.
+    /// When the end of its answer went out or its connection ended, since the stand-in was started; `None` while it goes
+    /// on.
     pub ended: Option<Duration>,
     /// Tokens read that were billed.
     pub prompt_tokens: u64,
@@ -100,7 +103,16 @@ impl Books {
     }
 
     pub(crate) fn bill(&self) -> Bill {
-        self.open().bill.clone()
+        let open = self.open();
+        let mut borders: BTreeMap<&str, Vec<(Duration, bool)>> = BTreeMap::new();
+        for call in &open.calls {
+            let (model, _) = call.content.split_once(": ").unwrap_or((&call.content, ""));
+            let borders = borders.entry(model).or_default();
+            borders.push((call.begun, true));
+            borders.extend(call.ended.map(|ended| (ended, false)));
+        }
+        let most = borders.into_iter().map(|(model, borders)| (model.to_owned(), most_at_once(borders)));
+        Bill { most_at_once: most.collect(), ..open.bill.clone() }
     }
 
     pub(crate) fn requests(&self) -> Vec<Received> {
@@ -137,6 +149,16 @@ impl Books {
     }
 }
 
+/// How many are open at the fullest time, by when each begins (true) and ends.
+fn most_at_once(mut borders: Vec<(Duration, bool)>) -> usize {
+    borders.sort_unstable();
+    let count = |open: &mut usize, (_, begins): (Duration, bool)| {
+        *open = if begins { *open + 1 } else { open.saturating_sub(1) };
+        Some(*open)
+    };
+    borders.into_iter().scan(0, count).max().unwrap_or(0)
+}
+
 /// A call's entry in the books. When it is dropped, the call has ended.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -168,6 +190,12 @@ impl Entry {
         });
     }
 
+    /// Notes that the end of the answer goes out: who has it may call again before the connection notices.
+    pub(crate) fn ends(&self) {
+        let ended = self.books.opened.elapsed();
+        self.note(|_, call| call.ended = call.ended.or(Some(ended)));
+    }
+
     /// Notes tokens.
     pub(crate) fn charge(&self, prompt_tokens: usize, completion_tokens: usize) {
         let count = |tokens| u64::try_from(tokens).unwrap_or_default();
@@ -187,7 +215,6 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let ended = self.books.opened.elapsed();
-        self.note(|_, call| call.ended = Some(ended));
+        self.ends();
     }
 }

@@ -257,6 +257,9 @@ impl Sending {
         self.next += 1;
         sleep(Duration::from_millis(self.reply.fault.chunk_ms)).await;
         self.entry.charge(0, frame.tokens);
+        if self.next == self.frames.len() && frame.broken.is_none() {
+            self.entry.ends();
+        }
         if frame.tells_usage {
             self.entry.usage_sent();
         }
