@@ -4,119 +4,24 @@
 
 use anyhow::{Context as _, bail};
 use genmill_client::v1::watch_job_response::Event;
-use genmill_client::{Client, Error, Outcome, Reason, Request, Until, v1};
-use genmill_standin::{Options, Standin};
-use genmill_tests::daemons::{Daemon, Start};
+use genmill_client::{Client, Error, Reason, Request, Until, v1};
+use genmill_tests::daemons::Daemon;
+use genmill_tests::place::{MODEL, OTHER_MODEL, Place, check_all_succeeded_once, client, request, results, submit_all};
 use genmill_tests::redis_cluster::RedisCluster;
 use genmill_tests::redis_server::RedisServer;
 use rustix::process::Signal;
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::Duration;
-use tempfile::TempDir;
 use tokio_stream::StreamExt as _;
 
 /// How long a daemon may take to stop. Generous: test machines are shared.
 const STOP_WITHIN: Duration = Duration::from_secs(30);
-
-const MODEL: &str = "litellm_gpt-4o-mini";
-
-/// A folder with a configuration, and a provider to call.
-struct Place {
-    folder: TempDir,
-    provider: Standin,
-}
-
-impl Place {
-    async fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let provider = Standin::start(Options::default()).await.unwrap();
-        let configs = folder.path().join("configs");
-        std::fs::create_dir(&configs).unwrap();
-        let listed = "models: [gpt-4o-mini, litellm_gpt-4, groq/llama3-8b-8192]";
-        std::fs::write(configs.join("litellm_models.yaml"), listed).unwrap();
-        std::fs::write(configs.join("vllm_models.yaml"), "models: [{name: gone, model_path: no/such/folder}]").unwrap();
-        Self { folder, provider }
-    }
-
-    fn path(&self) -> &Path {
-        self.folder.path()
-    }
-
-    fn start(&self, binary: &str) -> Start {
-        Start::new(binary, self.path())
-            .unwrap()
-            .env("OPENAI_API_KEY", "sk-test")
-            .env("OPENAI_BASE_URL", &self.provider.base_url())
-            .env("GENMILL__WORKER__LEASE_MS", "5000")
-            .env("GENMILL__WORKER__HEARTBEAT_MS", "400")
-            .env("GENMILL__WORKER__RETRY_DELAY_MS", "50")
-            .env("GENMILL__API__CALLS_MAX", "16")
-    }
-
-    fn up(&self) -> Daemon {
-        self.start("genmill").args(&["up", "--listen", "127.0.0.1:0"]).until_ready().unwrap()
-    }
-
-    /// Runs the command line against `mill`: exit code, standard output, standard error.
-    fn genmill(&self, mill: &Daemon, args: &[&str]) -> (Option<i32>, String, String) {
-        let server = format!("http://{}", mill.place("grpc"));
-        let output = self.start("genmill").env("GENMILL_SERVER", &server).args(args).output().unwrap();
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-        (output.status.code(), text(output.stdout), text(output.stderr))
-    }
-}
-
-async fn client(mill: &Daemon) -> Client {
-    Client::connect(&format!("http://{}", mill.place("grpc"))).await.unwrap()
-}
-
-fn request(prompt: &str) -> Request {
-    Request::new(MODEL).prompt(prompt)
-}
 
 async fn refused(client: &Client, request: Request, reason: Reason, says: &str) {
     let error = client.submit(request).await.err().unwrap();
     let Error::Refused { reason: given, .. } = &error else { panic!("{error:?}") };
     assert_eq!(*given, reason);
     assert!(error.to_string().contains(says), "{error}");
-}
-
-async fn submit_all(client: &Client, requests: Vec<Request>) -> Vec<String> {
-    let mut ids = Vec::new();
-    let mut answers = Box::pin(client.submit_all(tokio_stream::iter(requests)));
-    while let Some(answer) = answers.next().await {
-        match answer.unwrap().outcome {
-            Outcome::Accepted { job_id, .. } => ids.push(job_id),
-            Outcome::Refused(refusal) => panic!("{refusal:?}"),
-        }
-    }
-    ids
-}
-
-/// All jobs of an experiment, as they finished.
-async fn results(client: &Client, experiment: &str) -> anyhow::Result<Vec<v1::Job>> {
-    let filter = v1::JobFilter { experiment: experiment.to_owned(), ..v1::JobFilter::default() };
-    let mut finished = Box::pin(client.watch_jobs(filter, String::new(), Until::Idle));
-    let mut jobs = Vec::new();
-    while let Some(next) = finished.next().await {
-        jobs.push(next?.job);
-    }
-    Ok(jobs)
-}
-
-/// Fails unless every one of `ids` is there once and succeeded.
-fn check_all_succeeded_once(jobs: &[v1::Job], ids: &[String]) {
-    let finished: BTreeSet<&String> = jobs.iter().map(|job| &job.id).collect();
-    assert_eq!(jobs.len(), finished.len(), "no job finishes twice");
-    assert_eq!(finished, ids.iter().collect());
-    for job in jobs {
-        assert_eq!(job.state(), v1::JobState::Succeeded, "{:?}", job.error);
-        assert_eq!(
-            job.attempt_history.iter().filter(|attempt| attempt.outcome() == v1::AttemptOutcome::Succeeded).count(),
-            1
-        );
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -497,8 +402,6 @@ async fn a_worker_ends_in_time_even_when_redis_is_gone() {
     worker.signal(Signal::TERM).unwrap();
     assert!(worker.wait(STOP_WITHIN).unwrap().success());
 }
-
-const OTHER_MODEL: &str = "litellm_groq/llama3-8b-8192";
 
 /// A mill on `cluster`, whose two lanes are on different nodes.
 async fn up_on(cluster: &RedisCluster, place: &Place) -> Daemon {
