@@ -1,6 +1,7 @@
 //! `genmill pause` and `genmill resume`: lanes, experiments, tenants.
 
 use crate::exit::Ending;
+use crate::output;
 use genmill_client::{Client, Pausable};
 
 /// Let no job of a lane, an experiment or a tenant start until it is resumed; what runs goes on
@@ -47,11 +48,23 @@ impl From<What> for Pausable {
 }
 
 pub(crate) async fn pause(args: PauseArgs, server: &str) -> anyhow::Result<Ending> {
+    let told = format!("{} is paused", describe(&args.what));
     Client::connect(server).await?.pause(args.what.into()).await?;
+    output::line(&told)?;
     Ok(Ending::Done)
 }
 
 pub(crate) async fn resume(args: ResumeArgs, server: &str) -> anyhow::Result<Ending> {
+    let told = format!("{} is resumed", describe(&args.what));
     Client::connect(server).await?.resume(args.what.into()).await?;
+    output::line(&told)?;
     Ok(Ending::Done)
+}
+
+fn describe(what: &What) -> String {
+    match what {
+        What::Lane { name } => format!("lane {name}"),
+        What::Experiment { name } => format!("experiment {name}"),
+        What::Tenant { name } => format!("tenant {name}"),
+    }
 }
