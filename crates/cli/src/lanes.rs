@@ -27,7 +27,8 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
         }
         return Ok(Ending::Done);
     }
-    output::line(&table::render(COLUMNS, lanes.iter().map(row).collect()))?;
+    let nothing = "no lanes yet: they come with the workers that serve them";
+    table::print(COLUMNS, lanes.iter().map(row).collect(), nothing)?;
     let settings = client.list_settings().await?;
     if !settings.paused_experiments.is_empty() {
         output::line(&format!("\npaused experiments: {}", settings.paused_experiments.join(", ")))?;

@@ -80,7 +80,7 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
         }
     }
     if !args.json {
-        output::line(&table::render(COLUMNS, rows))?;
+        table::print(COLUMNS, rows, "no jobs")?;
     }
     Ok(Ending::Done)
 }

@@ -27,7 +27,8 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
             output::line(&genmill_wire::json::to_json("Model", model)?)?;
         }
     } else {
-        output::line(&table::render(COLUMNS, models.iter().map(row).collect()))?;
+        let nothing = "no such models: they come with the workers that have them in their configuration";
+        table::print(COLUMNS, models.iter().map(row).collect(), nothing)?;
     }
     Ok(Ending::Done)
 }

@@ -1,5 +1,6 @@
 //! Tables for people.
 
+use crate::output;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 
@@ -10,6 +11,19 @@ pub(crate) enum Column {
     Text(&'static str),
     /// Numbers.
     Number(&'static str),
+}
+
+/// Writes a table to standard output. Without rows there is nothing to head: then `nothing` is said on standard error.
+pub(crate) fn print<const N: usize>(
+    columns: [Column; N],
+    rows: Vec<[String; N]>,
+    nothing: &str,
+) -> std::io::Result<()> {
+    if rows.is_empty() {
+        output::note(nothing);
+        return Ok(());
+    }
+    output::line(&render(columns, rows))
 }
 
 /// Sets a table without frames, so that its columns can be cut and pasted.
