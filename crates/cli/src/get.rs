@@ -30,7 +30,7 @@ fn describe(job: &v1::Job) -> String {
     let mut lines = Vec::new();
     let mut row = |name: &str, value: String| {
         if !value.is_empty() {
-            lines.push(format!("{name:<11} {value}"));
+            lines.push(format!("{name:<13} {value}"));
         }
     };
     let request = job.request.clone().unwrap_or_default();
@@ -45,8 +45,10 @@ fn describe(job: &v1::Job) -> String {
     row("started", show::time(job.started_at.as_ref()));
     row("finished", show::time(job.finished_at.as_ref()));
     row("not before", job.not_before.as_ref().map(|at| show::time(Some(at))).unwrap_or_default());
+    row("redriven from", job.redriven_from.clone());
+    row("redriven as", job.redriven_as.clone());
     row("worker", job.worker.clone());
-    row("cost", show::cost(job.cost.as_ref()));
+    row("cost", show::cost_of(job));
     row("error", job.error.as_ref().map(|error| error.message.clone()).unwrap_or_default());
     if let Some(result) = &job.result {
         describe_result(result, row);
@@ -101,10 +103,10 @@ mod tests {
             ..v1::Job::default()
         };
         let text = describe(&job);
-        assert!(text.contains("state       succeeded\n"), "{text}");
-        assert!(text.contains("attempts    2, 1 lost\n"), "{text}");
-        assert!(text.contains("tokens      3 prompt + 1 generated\n"), "{text}");
-        assert!(text.contains("latency     queued 1 ms, first text 2 ms, total 1.5 s\n"), "{text}");
+        assert!(text.contains("state         succeeded\n"), "{text}");
+        assert!(text.contains("attempts      2, 1 lost\n"), "{text}");
+        assert!(text.contains("tokens        3 prompt + 1 generated\n"), "{text}");
+        assert!(text.contains("latency       queued 1 ms, first text 2 ms, total 1.5 s\n"), "{text}");
         assert!(text.ends_with("\n\nfour"), "{text}");
     }
 }

@@ -106,6 +106,6 @@ fn row(job: &v1::Job) -> [String; 7] {
         if experiment.is_empty() { show::NOTHING.to_owned() } else { experiment.to_owned() },
         show::time(job.created_at.as_ref()),
         job.attempts.to_string(),
-        show::cost(job.cost.as_ref()),
+        show::cost_of(job),
     ]
 }

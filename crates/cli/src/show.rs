@@ -22,6 +22,11 @@ pub(crate) fn cost(cost: Option<&v1::Cost>) -> String {
     cost.map_or_else(|| "unknown".to_owned(), |cost| Nanodollars(cost.nanodollars).to_string())
 }
 
+/// What a job has cost: nothing yet before its first attempt.
+pub(crate) fn cost_of(job: &v1::Job) -> String {
+    if job.attempts == 0 { NOTHING.to_owned() } else { cost(job.cost.as_ref()) }
+}
+
 /// Milliseconds, in the unit that reads best.
 pub(crate) fn milliseconds(ms: u64) -> String {
     match ms {
@@ -52,6 +57,8 @@ mod tests {
         assert_eq!(time(Some(&at)), "1970-01-01T00:00:01Z");
         assert_eq!(cost(None), "unknown");
         assert_eq!(cost(Some(&v1::Cost { nanodollars: 1_500 })), "$0.0000015");
+        assert_eq!(cost_of(&v1::Job::default()), "-");
+        assert_eq!(cost_of(&v1::Job { attempts: 1, ..v1::Job::default() }), "unknown");
         assert_eq!(milliseconds(999), "999 ms");
         assert_eq!(milliseconds(1_550), "1.5 s");
         assert_eq!(milliseconds(61_000), "1 min 1 s");
