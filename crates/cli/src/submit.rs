@@ -69,8 +69,8 @@ struct RequestArgs {
     /// Which jobs go first
     #[arg(long, value_enum)]
     priority: Option<Priority>,
-    /// Makes submission idempotent: the same id and content is the same job. A --deadline that goes with it should be a
-    /// time: a duration is another time at each submission, so other content
+    /// Makes submission idempotent: the same id and content is the same job. A --deadline or --not-before that goes with it
+    /// should be a time: a duration is another time at each submission, so other content
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
     /// Bound of one attempt, in milliseconds
