@@ -16,7 +16,7 @@ use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
     Beat, Booked, Ended, Enqueued, Event, Finish, Held, Hint, Holding, Kept, Lease, ListQuery, Listed, NewJob, Options,
-    Piece, Queue, QueueError, Redrive, RequestId, Reservation, Room, Setting, Slots, Tally, Which,
+    Piece, Queue, QueueError, Redrive, Redriven, RequestId, Reservation, Room, Setting, Slots, Tally, Which,
 };
 use genmill_tests::redis_cluster::{Redis, ask};
 use genmill_tests::redis_server::RedisServer;
@@ -777,12 +777,38 @@ async fn a_failed_job_is_redriven_once() {
     let (first, second, third) = (to(91), to(92), to(93));
     let redrive = async |jobs: &[Redrive]| bench.queue.redrive(bench.lane, jobs).await.unwrap();
     let decided = redrive(&[Redrive { from: id, to: first }, Redrive { from: waiting, to: third }]).await;
-    assert_eq!(decided, [Some(first), None]);
-    assert_eq!(redrive(&[Redrive { from: id, to: second }]).await, [Some(first)]);
+    assert_eq!(decided, [Some(Redriven::As(first)), None]);
+    assert_eq!(redrive(&[Redrive { from: id, to: second }]).await, [Some(Redriven::As(first))]);
     assert_eq!(bench.queue.get(id).await.unwrap().redriven_as, Some(first));
     let query = ListQuery { lanes: &[bench.lane], which: Which::Failed, before: None, limit: 9 };
     let failed = bench.queue.list(query).await.unwrap();
     assert_eq!(failed.iter().map(|job| job.id).collect::<Vec<_>>(), [id]);
+}
+
+#[tokio::test]
+async fn a_purged_job_does_not_come_back_by_redriving_what_it_repeats() {
+    let mut bench = Bench::new().await;
+    let id = bench.submit(|_| ()).await;
+    let lease = bench.claim_one("w").await;
+    bench.finish(&lease, "w", failed(None)).await;
+    let copy = bench.submit(|spec| spec.redriven_from = Some(id)).await;
+    let redrive = [Redrive { from: id, to: copy }];
+    assert_eq!(bench.queue.redrive(bench.lane, &redrive).await.unwrap(), [Some(Redriven::As(copy))]);
+    let lease = bench.claim_one("w").await;
+    bench.finish(&lease, "w", done("x")).await;
+    let lanes = [bench.lane];
+    let newest = ListQuery { lanes: &lanes, which: Which::All, before: None, limit: 1 };
+    let listed = bench.queue.list(newest).await.unwrap();
+    assert_eq!((listed[0].id, bench.queue.purge(&listed).await.unwrap()), (copy, 1));
+    assert_eq!(bench.queue.redrive(bench.lane, &redrive).await.unwrap(), [Some(Redriven::Purged(copy))]);
+    // What is repeated may have been purged before: then nothing of it comes back either.
+    let gone = JobId::new(now(), bench.lane, 99);
+    bench.submit(|spec| spec.redriven_from = Some(gone)).await;
+    let lease = bench.claim_one("w").await;
+    bench.finish(&lease, "w", done("x")).await;
+    let listed = bench.queue.list(newest).await.unwrap();
+    assert_eq!(bench.queue.purge(&listed).await.unwrap(), 1);
+    assert!(matches!(bench.queue.get(gone).await, Err(QueueError::NoSuchJob { .. })));
 }
 
 #[tokio::test]

@@ -19,13 +19,31 @@ pub struct Redrive {
     pub to: JobId,
 }
 
+/// What a failed job is redriven as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redriven {
+    /// This job, which is to be enqueued: that may be repeated.
+    As(JobId),
+    /// This job, which has been purged since.
+    Purged(JobId),
+}
+
+impl Redriven {
+    fn parse(answer: &[u8]) -> Option<Self> {
+        match answer.split_at_checked(16)? {
+            (id, []) => JobId::from_bytes(id).map(Self::As),
+            (id, _) => JobId::from_bytes(id).map(Self::Purged),
+        }
+    }
+}
+
 impl Queue {
     /// Decides as which job each failed one of `lane` is redriven: as the proposed one, or as the one that was decided
-    /// before. `None` for a job that has not failed. The new jobs are then to be enqueued; both may be repeated.
+    /// before. `None` for a job that has not failed. May be repeated.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
-    pub async fn redrive(&self, lane: LaneNumber, jobs: &[Redrive]) -> Result<Vec<Option<JobId>>, QueueError> {
+    pub async fn redrive(&self, lane: LaneNumber, jobs: &[Redrive]) -> Result<Vec<Option<Redriven>>, QueueError> {
         let mut decided = Vec::with_capacity(jobs.len());
         let mut connection = self.connection.clone();
         for batch in jobs.chunks(BATCH) {
@@ -33,13 +51,13 @@ impl Queue {
             for job in batch {
                 call.arg(job.from.as_bytes()).arg(job.to.as_bytes());
             }
-            let ids: Vec<Vec<u8>> = call
+            let answers: Vec<Vec<u8>> = call
                 .invoke_async(&mut connection)
                 .await
                 .map_err(|source| QueueError::from_redis("redriving jobs", source))?;
-            for id in ids {
-                let known = || JobId::from_bytes(&id).ok_or_else(|| corrupt("redriven job", "it names no job"));
-                decided.push(if id.is_empty() { None } else { Some(known()?) });
+            for answer in answers {
+                let known = || Redriven::parse(&answer).ok_or_else(|| corrupt("redriven job", "it names no job"));
+                decided.push(if answer.is_empty() { None } else { Some(known()?) });
             }
         }
         Ok(decided)
@@ -68,8 +86,11 @@ impl Queue {
         let ids: Vec<JobId> = batch.iter().map(|job| job.id).collect();
         let jobs = self.get_many(&ids).await?;
         let mut call = self.scripts.purge.key(self.keys.lane(lane));
+        let repeats: BTreeMap<JobId, JobId> =
+            jobs.iter().filter_map(|job| Some((job.id, job.spec.redriven_from?))).collect();
         for job in batch {
-            call.arg(job.id.as_bytes()).arg(job.place.entry());
+            let repeated = repeats.get(&job.id).map(JobId::as_bytes);
+            call.arg(job.id.as_bytes()).arg(job.place.entry()).arg(repeated.map_or(&[][..], |id| &id[..]));
         }
         let mut connection = self.connection.clone();
         let gone: Vec<u8> = call

@@ -43,8 +43,8 @@
 //!
 //! Fields of a job: `st` state, `ep` epoch, `lf` leaf, `tk` estimated tokens, `gp` order byte and start of its prefix
 //! group, `dl` deadline, `cr` created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses,
-//! `en` stream entry, `de` entry among failed jobs, `rd` job that it was redriven as, `cx` cancel asked for, `kN` once a
-//! verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
+//! `en` stream entry, `de` entry among failed jobs, `rd` job that it was redriven as, `rg` that job was purged, `cx` cancel
+//! asked for, `kN` once a verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
 
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::names::{Experiment, Tenant};

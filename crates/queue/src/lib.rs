@@ -22,7 +22,7 @@ mod submit;
 mod upkeep;
 mod work;
 
-pub use dead::Redrive;
+pub use dead::{Redrive, Redriven};
 pub use error::QueueError;
 pub use events::{Event, Events, Hint, Hints};
 pub use keys::Which;

@@ -1,10 +1,10 @@
 -- Removes finished jobs and everything that is stored of them. May be repeated.
 -- KEYS  1 lane
--- ARGV  ids and places in the list of jobs, in turns
+-- ARGV  then for each job: id, place in the list of jobs, the failed job that it repeats or ''
 -- Returns for each job 1 when it is gone now, 0 when it is unfinished.
 local answer = {}
-for at = 1, #ARGV, 2 do
-  local id, place = ARGV[at], ARGV[at + 1]
+for at = 1, #ARGV, 3 do
+  local id, place, repeated = unpack(ARGV, at, at + 2)
   local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'de')
   if job[1] and not FINAL[job[1]] then
     answer[#answer + 1] = 0
@@ -12,6 +12,10 @@ for at = 1, #ARGV, 2 do
     if job[1] then
       local experiment = leaf_of(job[2]).experiment
       if experiment ~= '' then redis.call('XDEL', experiment_key(experiment), place) end
+      -- Redriving that one again must not bring this one back.
+      if repeated ~= '' and redis.call('EXISTS', job_key(repeated)) == 1 then
+        redis.call('HSET', job_key(repeated), 'rg', 1)
+      end
       if job[3] then redis.call('XDEL', key('dead'), job[3]) end
     end
     redis.call('XDEL', key('jobs'), place)

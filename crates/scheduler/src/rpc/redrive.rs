@@ -5,7 +5,7 @@ use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::{Job, JobSpec};
 use genmill_core::state::State;
-use genmill_queue::{Enqueued, NewJob, Redrive, Which};
+use genmill_queue::{Enqueued, NewJob, Redrive, Redriven, Which};
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::v1::redrive_request::Which as Asked;
 use genmill_wire::{from_pb, v1};
@@ -59,6 +59,8 @@ async fn matching(mill: &Mill, filter: from_pb::Filter) -> Result<v1::RedriveRes
 /// enqueueing twice does nothing.
 async fn redrive(mill: &Mill, jobs: Vec<Job>, response: &mut v1::RedriveResponse) -> Result<(), ApiError> {
     let mut by_lane: BTreeMap<LaneNumber, Vec<Job>> = BTreeMap::new();
+    let order: Vec<JobId> = jobs.iter().map(|job| job.id).collect();
+    let mut redriven: BTreeMap<JobId, JobId> = BTreeMap::new();
     for job in jobs {
         mill.registrations.about(&job.spec.model).await.map_err(api_error)?.check(&job.spec.model)?;
         by_lane.entry(job.id.lane()).or_default().push(job);
@@ -68,20 +70,30 @@ async fn redrive(mill: &Mill, jobs: Vec<Job>, response: &mut v1::RedriveResponse
             jobs.iter().map(|job| Ok(Redrive { from: job.id, to: JobId::new(mill.now(), lane, mill.random()?) }));
         let proposed: Vec<Redrive> = proposed.collect::<Result<_, ApiError>>()?;
         let decided = mill.queue.redrive(lane, &proposed).await.map_err(api_error)?;
-        let new = jobs.into_iter().zip(decided);
-        let new: Vec<NewJob> = new.filter_map(|(job, id)| Some(NewJob { id: id?, spec: again(job) })).collect();
+        let mut new = Vec::new();
+        for (job, decided) in jobs.into_iter().zip(decided) {
+            match decided {
+                Some(Redriven::As(id)) => {
+                    redriven.insert(job.id, id);
+                    new.push(NewJob { id, spec: again(job) });
+                }
+                Some(Redriven::Purged(id)) => {
+                    redriven.insert(job.id, id);
+                    response.redriven_before += 1;
+                }
+                None => {}
+            }
+        }
         let Some(first) = new.first() else { continue };
-        let stored = mill.queue.enqueue(&first.spec.model.lane(), &new).await.map_err(api_error)?;
-        for (job, stored) in new.iter().zip(stored) {
+        for stored in mill.queue.enqueue(&first.spec.model.lane(), &new).await.map_err(api_error)? {
             match stored {
                 Enqueued::New => response.redriven += 1,
                 Enqueued::Existed => response.redriven_before += 1,
             }
-            if response.job_ids.len() < NAMED_MAX {
-                response.job_ids.push(job.id.to_string());
-            }
         }
     }
+    let names = order.iter().filter_map(|from| redriven.get(from)).map(ToString::to_string);
+    response.job_ids.extend(names.take(NAMED_MAX - response.job_ids.len()));
     Ok(())
 }
 
