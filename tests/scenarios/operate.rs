@@ -239,7 +239,7 @@ async fn a_failed_job_is_kept_with_its_history_and_redriven_once() {
     assert_eq!(failed.state(), v1::JobState::Failed);
     let listed: Vec<v1::Job> =
         mill.other.list_whole(in_state(v1::JobState::Failed)).map(Result::unwrap).collect().await;
-    assert_eq!(listed, [failed.clone()]);
+    assert_eq!(listed, std::slice::from_ref(&failed));
     assert_eq!(listed[0].attempt_history.len(), 1);
     assert_eq!(listed[0].attempt_history[0].outcome(), v1::AttemptOutcome::Failed);
     assert!(listed[0].error.as_ref().unwrap().message.contains("400"));
@@ -280,13 +280,20 @@ async fn failed_jobs_of_a_filter_are_redriven_each_once() {
     assert_eq!((first.redriven, first.redriven_before, first.job_ids.len()), (6, 0, 6));
     let second = mill.other.redrive_all(of_experiment("a")).await.unwrap();
     assert_eq!((second.redriven, second.redriven_before), (0, 6));
-    let ids = |response: v1::RedriveResponse| response.job_ids.into_iter().collect::<BTreeSet<_>>();
-    assert_eq!(ids(first), ids(second));
+    assert_eq!(first.job_ids, second.job_ids);
     let of_one_model = v1::JobFilter { model: MODEL.to_owned(), ..in_state(v1::JobState::Failed) };
     let rest = mill.client.redrive_all(of_one_model).await.unwrap();
     assert_eq!((rest.redriven, rest.redriven_before), (1, 3));
+    let failed: Vec<v1::Job> = mill.client.list(in_state(v1::JobState::Failed)).map(Result::unwrap).collect().await;
+    let of_a = failed.iter().filter(|job| job.request.as_ref().unwrap().experiment == "a");
+    assert!(of_a.map(|job| &job.redriven_as).eq(&second.job_ids), "in the order of the list of failed jobs");
+    results(&mill.client, "b").await.unwrap();
     let copies = results(&mill.client, "a").await.unwrap();
     assert_eq!(copies.iter().filter(|job| job.state() == v1::JobState::Succeeded).count(), 6);
+    // Also when what came of it has been cleared away; the one that is new had not been asked for.
+    assert_eq!(mill.client.purge(in_state(v1::JobState::Succeeded), None).await.unwrap(), 7);
+    let third = mill.other.redrive_all(v1::JobFilter::default()).await.unwrap();
+    assert_eq!((third.redriven, third.redriven_before), (1, 7));
     let answer = mill.client.redrive_all(in_state(v1::JobState::Succeeded)).await;
     check_refused(answer, Reason::InvalidRequest, "filter.state");
 }
