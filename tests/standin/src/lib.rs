@@ -12,6 +12,7 @@ pub mod script;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
+use axum::serve::ListenerExt as _;
 use bill::{Bill, Books, Call, Received};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -63,6 +64,8 @@ impl Standin {
         let books = Arc::new(Books::default());
         let app = router(Arc::new(chat::Provider { books: Arc::clone(&books), models: options.models }));
         let mut serving = JoinSet::new();
+        // A small piece of an answer must not wait until the one before it is acknowledged: that takes 40 ms.
+        let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
         serving.spawn(async move { axum::serve(listener, app).await });
         Ok(Self { address, books, _serving: serving })
     }
