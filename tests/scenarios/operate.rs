@@ -86,7 +86,7 @@ impl Mill {
         self.other.list_lanes().await.unwrap().into_iter().find(|lane| lane.name == name).unwrap()
     }
 
-    fn most_at_once(&self, model: &str) -> u64 {
+    fn most_at_once(&self, model: &str) -> usize {
         self.place.provider.bill().most_at_once.get(model).copied().unwrap_or_default()
     }
 }
