@@ -26,9 +26,23 @@ struct Args {
     /// Jobs of the run with the deep backlog
     #[arg(long, value_name = "N", default_value_t = 1_000_000)]
     deep: u64,
+    /// Only this part; may be given more than once
+    #[arg(long, value_enum, value_name = "PART")]
+    only: Vec<Part>,
     /// A folder in which node finds BullMQ; without it there is no peer
     #[arg(long, value_name = "FOLDER")]
     bullmq: Option<PathBuf>,
+}
+
+/// What can be measured by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Whole lives, ours and those of peers
+    Life,
+    /// Pickup and cancelling
+    Latency,
+    /// A deep backlog
+    Deep,
 }
 
 /// Jobs of a run.
@@ -38,14 +52,19 @@ const JOBS: u64 = 50_000;
 async fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let mut figures = Figures::default();
-    for fsync in [figures::Fsync::None, figures::Fsync::EverySecond] {
+    let wanted = |part| args.only.is_empty() || args.only.contains(&part);
+    for fsync in [figures::Fsync::None, figures::Fsync::EverySecond].into_iter().filter(|_| wanted(Part::Life)) {
         life::measure(&mut figures, fsync, JOBS).await?;
         scripts::measure(&mut figures, fsync, JOBS).await?;
         if let Some(folder) = &args.bullmq {
             peer::measure(&mut figures, fsync, folder, JOBS)?;
         }
     }
-    latency::measure(&mut figures).await?;
-    million::measure(&mut figures, args.deep).await?;
+    if wanted(Part::Latency) {
+        latency::measure(&mut figures).await?;
+    }
+    if wanted(Part::Deep) {
+        million::measure(&mut figures, args.deep).await?;
+    }
     figures.write(&args.json)
 }

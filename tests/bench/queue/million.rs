@@ -11,19 +11,30 @@ use tokio::task::JoinSet;
 /// Jobs of which the rate of claim to finish is taken.
 const SAMPLE: u64 = 50_000;
 
+/// How often it is taken: once is too noisy to be compared.
+const STRETCHES: u64 = 3;
+
 /// Jobs of the small tenant.
 const SMALL: usize = 10;
 
 pub(crate) async fn measure(figures: &mut Figures, deep: u64) -> anyhow::Result<()> {
     let bench = Bench::start(Fsync::None).await?;
     let empty = bench.spent().await?;
-    bench.submit("large", "shallow", SAMPLE).await?;
-    let shallow = drain(&bench, 0).await?;
+    let mut shallow = Vec::new();
+    for stretch in 0..STRETCHES {
+        bench.submit("large", &format!("shallow-{stretch}"), SAMPLE).await?;
+        shallow.push(drain(&bench, 0).await?);
+    }
     let before = bench.spent().await?;
     let took = bench.submit("large", "deep", deep).await?;
     let after = bench.spent().await?;
-    // The first stretch warms up nothing that the shallow run had not warmed up as well.
-    let deep_rate = drain(&bench, deep - SAMPLE).await?;
+    // In the first stretch Redis is still busy with what the load left behind: its table of keys doubles as they grow.
+    let first = drain(&bench, deep - SAMPLE).await?;
+    let mut loaded = Vec::new();
+    for stretch in 1..=STRETCHES {
+        loaded.push(drain(&bench, deep - SAMPLE * (stretch + 1)).await?);
+    }
+    let (shallow, loaded) = (median(shallow), median(loaded));
     let small = small_tenant(&bench).await?;
     figures.heading(&format!("{deep} queued jobs of one tenant, fsync: {}", Fsync::None.name()))?;
     figures.add("bulk submit", rate(deep, took), "jobs/s", Goal::Nothing)?;
@@ -32,8 +43,14 @@ pub(crate) async fn measure(figures: &mut Figures, deep: u64) -> anyhow::Result<
     figures.add("memory, queued", bytes, "bytes/job", Goal::AtMost(1_200.0))?;
     figures.add("memory, all", (after.bytes - empty.bytes) / 1e6, "MB", Goal::Nothing)?;
     figures.add("claim to finish, 50,000 queued", shallow, "jobs/s", Goal::Nothing)?;
-    figures.add("claim to finish, all queued", deep_rate, "jobs/s", Goal::AtLeast((shallow * 0.9).round()))?;
+    figures.add("claim to finish, right after the load", first, "jobs/s", Goal::Nothing)?;
+    figures.add("claim to finish, all queued", loaded, "jobs/s", Goal::AtLeast((shallow * 0.9).round()))?;
     figures.add("small tenant, all 10 started after", small.as_secs_f64() * 1e3, "ms", Goal::AtMost(1_000.0))
+}
+
+fn median(mut rates: Vec<f64>) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    rates.get(rates.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Runs a worker until `open` jobs are left, and tells its rate over `SAMPLE` jobs.

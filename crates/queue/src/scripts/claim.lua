@@ -4,12 +4,13 @@
 -- Returns a list of {id, epoch, spec, failures, started at} for each job.
 local worker, free, tokens, lease_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = now_ms()
+local started, lease_end = digits(now), digits(now + lease_ms)
 local leases, ends, specs = {}, {}, {}
 
 local function lease(id, entry, epoch, failures)
-  redis.call('HSET', job_key(id), 'st', RUNNING, 'ep', epoch, 'wk', worker, 'sa', now, 'en', entry)
+  redis.call('HSET', job_key(id), 'st', RUNNING, 'ep', digits(epoch), 'wk', worker, 'sa', started, 'en', entry)
   if epoch > 1 then redis.call('DEL', text_key(id)) end
-  ends[#ends + 1] = now + lease_ms
+  ends[#ends + 1] = lease_end
   ends[#ends + 1] = id
   specs[#specs + 1] = spec_key(id)
   leases[#leases + 1] = { id, epoch, false, failures, now }

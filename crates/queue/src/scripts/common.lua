@@ -8,12 +8,19 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+-- A whole number as an argument of a command. Redis writes a number of Lua with all digits of its fraction, which costs
+-- more than many a command.
+local function digits(number)
+  return string.format('%d', number)
+end
+
 local hints = {}
 local events = { t = {}, f = {} }
 local opened = {}
 local acknowledged = {}
 local released = {}
 local texts = {}
+local written = {}
 local places = {}
 
 local function hint(what)
@@ -23,6 +30,12 @@ end
 local function event(kind, id)
   local ids = events[kind]
   ids[#ids + 1] = id
+end
+
+-- Sets a key at the end of the call.
+local function write(name, value)
+  written[#written + 1] = name
+  written[#written + 1] = value
 end
 
 -- Calls a command with `first` and then all of `list`, in parts that fit onto Lua's stack.
@@ -267,14 +280,16 @@ local function stop_waiting(id, job)
 end
 
 -- Books an attempt that has ended: a line of the job's ledger. An empty cost is unknown, an empty class no failure.
-local function book(id, attempt)
+-- The first of a job can be written with those of others.
+local function book(id, attempt, first)
   local line = {
     epoch = attempt.epoch, worker = attempt.worker, started_at = attempt.started, ended_at = attempt.ended,
     ['end'] = attempt['end'],
   }
   if attempt.cost and attempt.cost ~= '' then line.cost = attempt.cost end
   if attempt.class and attempt.class ~= '' then line.failure = { class = attempt.class, message = attempt.message } end
-  redis.call('APPEND', attempts_key(id), '\1' .. cmsgpack.pack(line))
+  local packed = '\1' .. cmsgpack.pack(line)
+  if first then write(attempts_key(id), packed) else redis.call('APPEND', attempts_key(id), packed) end
 end
 
 -- What moving a job on needs to know of it.
@@ -289,7 +304,7 @@ end
 -- Moves a job to a final state and tells everybody. The text of a running attempt goes; a result has it. `...` are
 -- further fields to be set.
 local function finish_job(id, job, state, now, ...)
-  redis.call('HSET', job_key(id), 'st', state, 'fa', now, ...)
+  redis.call('HSET', job_key(id), 'st', state, 'fa', digits(now), ...)
   if job.cancelled or job.due then redis.call('HDEL', job_key(id), 'cx', 'du') end
   if job.deadline then redis.call('ZREM', key('deadlines'), id) end
   texts[#texts + 1] = text_key(id)
@@ -320,6 +335,15 @@ local function queue_again(id, job, now, ...)
   wait_in_backlog(job.leaf, { backlog_entry(id, job) })
 end
 
+-- Lets acknowledged entries of the stream go. To delete one, Redis reads its block up to it, so those before the oldest
+-- that is pending go together; only where long runs hold up too many is each deleted by itself.
+local function drop_entries(acknowledged)
+  local oldest = redis.call('XPENDING', key('stream'), GROUP, '-', '+', 1)[1]
+  local group = not oldest and redis.call('XINFO', 'GROUPS', key('stream'))[1]
+  redis.call('XTRIM', key('stream'), 'MINID', oldest and oldest[1] or group[8])
+  if redis.call('XLEN', key('stream')) > in_flight('') + 1000 then call_with(acknowledged, 'XDEL', key('stream')) end
+end
+
 -- Writes what was collected.
 local function settle()
   for experiment, by in pairs(opened) do
@@ -334,9 +358,10 @@ local function settle()
   end
   call_with(released, 'ZREM', key('leases'))
   call_with(texts, 'DEL')
+  call_with(written, 'MSET')
   if #acknowledged > 0 then
     call_with(acknowledged, 'XACK', key('stream'), GROUP)
-    call_with(acknowledged, 'XDEL', key('stream'))
+    drop_entries(acknowledged)
   end
   for kind, ids in pairs(events) do
     if #ids > 0 then redis.call('PUBLISH', key('events'), kind .. table.concat(ids)) end

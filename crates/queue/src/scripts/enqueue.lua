@@ -4,6 +4,7 @@
 --       leaf, estimated tokens, deadline or '', not before or '', prefix group or '', order byte in it
 -- Returns for each job 1 when it is new, 0 when it existed.
 local now = now_ms()
+local created = digits(now)
 local answer, backlogs, deadlines, delayed = {}, {}, {}, {}
 local numbers, starts = {}, {}
 
@@ -29,7 +30,7 @@ end
 -- When the group of jobs with this prefix started, for a while the same.
 local function group_start(leaf, prefix)
   local name = group_key(leaf, prefix)
-  if not starts[name] then starts[name] = redis.call('SET', name, now, 'NX', 'GET', 'PX', GROUP_MS) or tostring(now) end
+  if not starts[name] then starts[name] = redis.call('SET', name, created, 'NX', 'GET', 'PX', GROUP_MS) or created end
   return starts[name]
 end
 
@@ -38,17 +39,34 @@ local function list_in(lists, name)
   return lists[name]
 end
 
+-- The jobs that exist: those whose spec does, which is as old as its job. Asked of all at once, as most are new.
+local function existing_jobs()
+  local names, existing = {}, {}
+  for at = 1, #ARGV, 12 do names[#names + 1] = spec_key(ARGV[at]) end
+  for at = 1, #names, 4000 do
+    local last = math.min(at + 3999, #names)
+    if redis.call('EXISTS', unpack(names, at, last)) > 0 then
+      for index = at, last do existing[names[index]] = redis.call('EXISTS', names[index]) == 1 end
+    end
+  end
+  return existing
+end
+
+local existing = existing_jobs()
 for at = 1, #ARGV, 12 do
   local id, spec, flow, weight, tenant, experiment, split, tokens, deadline, not_before, prefix, order_byte =
     unpack(ARGV, at, at + 11)
-  -- A spec is as old as its job, and the same id may stand twice in one call.
-  if not redis.call('SET', spec_key(id), spec, 'NX') then
+  local stored = spec_key(id)
+  if existing[stored] then
     answer[#answer + 1] = 0
   else
+    -- The same id may stand twice in one call.
+    existing[stored] = true
+    write(stored, spec)
     local leaf = leaf_number(flow, weight, tenant, experiment, split)
     local group = prefix ~= '' and order_byte .. group_start(leaf, prefix) or nil
     local waits = not_before ~= '' and tonumber(not_before) > now
-    local fields = { 'HSET', job_key(id), 'st', waits and DELAYED or QUEUED, 'lf', leaf, 'tk', tokens, 'cr', now }
+    local fields = { 'HSET', job_key(id), 'st', waits and DELAYED or QUEUED, 'lf', leaf, 'tk', tokens, 'cr', created }
     local function set(name, value)
       fields[#fields + 1] = name
       fields[#fields + 1] = value
@@ -65,7 +83,7 @@ for at = 1, #ARGV, 12 do
       delayed[#delayed + 1] = id
     else
       local waiting = list_in(backlogs, leaf)
-      local order, member = backlog_entry(id, { tokens = tokens, created = now, group = group })
+      local order, member = backlog_entry(id, { tokens = tokens, created = created, group = group })
       waiting[#waiting + 1] = order
       waiting[#waiting + 1] = member
     end

@@ -24,21 +24,21 @@ local function finish(id, epoch, worker, started, state, ended, cost, class, mes
   end
   local job = { cancelled = stored[5], deadline = stored[7], leaf = stored[8] }
   release(id, job, stored[4])
-  book(id, attempt)
+  book(id, attempt, epoch == '1')
   local kept = 'k' .. epoch
   if class ~= '' then redis.call('HINCRBY', job_key(id), 'fc', 1) end
   if state == QUEUED then
-    queue_again(id, read_job(id), now, kept, 1)
+    queue_again(id, read_job(id), now, kept, '1')
   elseif state ~= DELAYED then
-    if result ~= '' then redis.call('SET', result_key(id), result) end
-    finish_job(id, job, state, now, kept, 1)
+    if result ~= '' then write(result_key(id), result) end
+    finish_job(id, job, state, now, kept, '1')
   elseif job.cancelled then
-    finish_job(id, job, CANCELLED, now, kept, 1)
+    finish_job(id, job, CANCELLED, now, kept, '1')
   elseif job.deadline and tonumber(job.deadline) <= now then
-    finish_job(id, job, EXPIRED, now, kept, 1)
+    finish_job(id, job, EXPIRED, now, kept, '1')
   else
     local due = now + tonumber(delay_ms)
-    redis.call('HSET', job_key(id), 'st', DELAYED, 'du', due, kept, 1)
+    redis.call('HSET', job_key(id), 'st', DELAYED, 'du', digits(due), kept, '1')
     redis.call('ZADD', key('delayed'), due, id)
   end
   return 1
