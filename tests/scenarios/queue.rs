@@ -130,7 +130,7 @@ impl Bench {
     /// Lets the lease of a job run out, as if its worker had died long ago.
     async fn lose(&self, lease: &Lease, name: &str) {
         self.queue.heartbeat(self.lane, &worker(name), slots(1), 0, &[held(lease.id, lease)]).await.unwrap();
-        self.queue.reclaim(self.lane, &Policy::default()).await.unwrap();
+        self.queue.reclaim(self.lane, &Policy::default(), 0).await.unwrap();
     }
 
     /// Makes all that waits as old as if it had been submitted `ms` earlier.
@@ -507,6 +507,19 @@ async fn a_redis_that_may_evict_jobs_is_refused() {
 }
 
 #[tokio::test]
+async fn what_another_version_has_stored_is_not_touched() {
+    let bench = Bench::new().await;
+    let options = Options { url: bench.redis.url(), namespace: "test".to_owned() };
+    Queue::connect(&options).await.unwrap();
+    let mut forget = redis::cmd("DEL");
+    forget.arg("test:{registry}:layout");
+    assert!(bench.redis.nodes().iter().any(|node| ask(node, &forget).is_ok_and(|gone: u8| gone == 1)));
+    let error = Queue::connect(&options).await.unwrap_err();
+    assert!(matches!(error, QueueError::Unsuitable { .. }));
+    assert!(error.to_string().contains("number 1, this program reads number 2"), "{error}");
+}
+
+#[tokio::test]
 async fn hints_and_events_come_back_however_busy_their_listeners_are() {
     let mut bench = Bench::new().await;
     let mut hints = bench.queue.hints(&[bench.lane]).await.unwrap();
@@ -717,6 +730,44 @@ async fn jobs_with_the_same_prefix_go_together_longest_first() {
 }
 
 #[tokio::test]
+async fn groups_that_start_together_are_not_mixed() {
+    let mut bench = Bench::new().await;
+    let mut jobs = Vec::new();
+    for n in 0..30 {
+        let mut spec = spec();
+        spec.prefix = Some(PrefixKey((n % 3) << 32));
+        jobs.push(NewJob { id: JobId::new(now(), bench.lane, n << 32), spec });
+    }
+    bench.queue.enqueue(&spec().model.lane(), &jobs).await.unwrap();
+    let mut order: Vec<_> = bench.claim("w", 30).await.into_iter().map(|lease| lease.spec.prefix).collect();
+    assert_eq!(order.len(), 30);
+    order.dedup();
+    assert_eq!(order.len(), 3, "{order:?}");
+    // Where a job stood, it waits again.
+    bench.submit(|spec| spec.prefix = Some(PrefixKey(1 << 32))).await;
+    let lease = bench.claim_one("w").await;
+    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.queue.cancel(bench.lane, &[lease.id]).await.unwrap();
+    assert!(bench.claim("w", 1).await.is_empty());
+}
+
+#[tokio::test]
+async fn while_workers_are_busy_nothing_is_ahead_of_what_is_urgent() {
+    let mut bench = Bench::new().await;
+    for _ in 0..40 {
+        bench.submit(|spec| spec.priority = Priority::Bulk).await;
+    }
+    bench.queue.heartbeat(bench.lane, &worker("w"), Slots { free: 4, ..slots(4) }, LEASE_MS, &[]).await.unwrap();
+    let running = bench.claim("w", 4).await;
+    let urgent = bench.submit(|spec| spec.priority = Priority::Interactive).await;
+    assert_eq!(bench.queue.lane_state(bench.lane).await.unwrap().look_ahead, 0);
+    bench.finish(&running[0], "w", done("x")).await;
+    // What came free was fed at once, and for the bulk jobs it is not the turn.
+    assert_eq!(bench.queue.lane_state(bench.lane).await.unwrap().look_ahead, 1);
+    assert_eq!(bench.claimed("w", 1).await, [urgent]);
+}
+
+#[tokio::test]
 async fn a_worker_gets_no_more_than_its_tokens_hold() {
     let mut bench = Bench::new().await;
     for _ in 0..9 {
@@ -761,9 +812,40 @@ async fn what_has_not_started_is_handed_to_an_idle_worker() {
     let idle = Slots { capacity: 2, free: 2, tokens: None };
     bench.queue.heartbeat(bench.lane, &worker("idle"), idle, LEASE_MS, &[]).await.unwrap();
     assert_eq!(beat(true).await, [Beat::Ok, Beat::Ok], "both have started");
+    let small = Slots { tokens: Some(1), ..idle };
+    bench.queue.heartbeat(bench.lane, &worker("idle"), small, LEASE_MS, &[]).await.unwrap();
+    assert_eq!(beat(false).await, [Beat::Ok, Beat::Ok], "it has no room for the tokens");
+    bench.queue.heartbeat(bench.lane, &worker("idle"), idle, LEASE_MS, &[]).await.unwrap();
     assert_eq!(beat(false).await, [Beat::Ok, Beat::HandBack]);
     bench.finish(&leases[1], "busy", Finish { verdict: Verdict::HandBack, cost: None }).await;
     assert_eq!(bench.claimed("idle", 2).await, [second]);
+}
+
+#[tokio::test]
+async fn leases_are_left_alone_for_a_while_after_nobody_could_look() {
+    let mut bench = Bench::new().await;
+    let id = bench.submit(|_| ()).await;
+    let lease = bench.claim_one("w").await;
+    bench.queue.heartbeat(bench.lane, &worker("w"), slots(1), 0, &[held(id, &lease)]).await.unwrap();
+    // Any scheduler, also one that has just started.
+    for _ in 0..2 {
+        assert_eq!(bench.queue.reclaim(bench.lane, &Policy::default(), 60_000).await.unwrap(), 0);
+    }
+    assert_eq!(bench.finish(&lease, "w", done("x")).await, Kept::Kept);
+}
+
+#[tokio::test]
+async fn a_worker_that_leaves_with_a_lease_is_gone_when_that_is_taken_back() {
+    let mut bench = Bench::new().await;
+    bench.submit(|_| ()).await;
+    let lease = bench.claim_one("w").await;
+    assert_eq!(bench.queue.leave(bench.lane, &worker("w")).await.unwrap(), Booked::Pending);
+    assert_eq!(bench.queue.lane_state(bench.lane).await.unwrap().capacity, 0);
+    // Its heartbeat would bring it back, so the lease is let run out by the job's next worker.
+    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.queue.reclaim(bench.lane, &Policy::default(), 0).await.unwrap();
+    assert_eq!(bench.queue.leave(bench.lane, &worker("w")).await.unwrap(), Booked::Gone);
+    assert_eq!(bench.claim("other", 1).await.len(), 1);
 }
 
 #[tokio::test]

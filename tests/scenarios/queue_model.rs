@@ -277,7 +277,7 @@ impl Run {
             (false, false) => Beat::Ok,
         };
         assert_eq!(told, [expected]);
-        self.queue.reclaim(self.lane, &Policy::default()).await.unwrap();
+        self.queue.reclaim(self.lane, &Policy::default(), 0).await.unwrap();
         let job = self.jobs.get_mut(&lease.id).unwrap();
         job.losses += 1;
         job.ends.push(AttemptEnd::Lost);

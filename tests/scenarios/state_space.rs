@@ -127,6 +127,22 @@ enum Step {
     Resume(usize),
 }
 
+impl Step {
+    /// What it may be to a job.
+    const fn events(&self) -> &'static [Event] {
+        match self {
+            Self::Claim(..) => &[Event::Claim],
+            Self::Promote(_) => &[Event::Promote],
+            Self::Cancel(_) => &[Event::Cancel],
+            Self::Reclaim(_) => &[Event::Reclaim, Event::Poison, Event::Cancel],
+            Self::Finish(_) | Self::FinishUnheard(_) => {
+                &[Event::Succeed, Event::Fail, Event::Retry, Event::HandBack, Event::Cancel]
+            }
+            _ => &[],
+        }
+    }
+}
+
 impl Worker {
     const fn is_up(&self) -> bool {
         !self.crashed && !self.paused
@@ -373,9 +389,12 @@ impl Model for Protocol {
 
     fn next_state(&self, before: &Mill, (mishaps, step): (u32, Step)) -> Option<Mill> {
         let mut mill = before.clone();
+        let events = step.events();
         mill.mishaps_left -= mishaps;
         mill.take(step, *self);
-        let known = |from, to| from == to || TRANSITIONS.iter().any(|row| (row.0, row.2) == (from, to));
+        let known = |from, to| {
+            from == to || TRANSITIONS.iter().any(|row| (row.0, row.2) == (from, to) && events.contains(&row.1))
+        };
         mill.illegal |= !before.jobs.iter().zip(&mill.jobs).all(|(from, to)| known(from.state, to.state));
         Some(mill)
     }

@@ -39,6 +39,8 @@ pub enum Event {
     HandBack,
     /// The worker was lost: its lease ran out.
     Reclaim,
+    /// It was lost with a worker once too often.
+    Poison,
     /// Its next attempt's time has come.
     Promote,
     /// A caller cancels it.
@@ -58,7 +60,7 @@ pub struct IllegalTransition {
 }
 
 /// Everything that may ever happen to a job: in which state, what, and the state after it.
-pub const TRANSITIONS: [(State, Event, State); 13] = [
+pub const TRANSITIONS: [(State, Event, State); 14] = [
     (State::Queued, Event::Claim, State::Running),
     (State::Running, Event::Succeed, State::Succeeded),
     (State::Running, Event::Fail, State::Failed),
@@ -66,6 +68,7 @@ pub const TRANSITIONS: [(State, Event, State); 13] = [
     (State::Delayed, Event::Promote, State::Queued),
     (State::Running, Event::HandBack, State::Queued),
     (State::Running, Event::Reclaim, State::Queued),
+    (State::Running, Event::Poison, State::Failed),
     (State::Queued, Event::Cancel, State::Cancelled),
     (State::Delayed, Event::Cancel, State::Cancelled),
     (State::Running, Event::Cancel, State::Cancelled),
@@ -85,13 +88,14 @@ pub fn transition(state: State, event: Event) -> Result<State, IllegalTransition
 
 impl Event {
     /// Every event.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Claim,
         Self::Succeed,
         Self::Fail,
         Self::Retry,
         Self::HandBack,
         Self::Reclaim,
+        Self::Poison,
         Self::Promote,
         Self::Cancel,
         Self::Expire,

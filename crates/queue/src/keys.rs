@@ -31,18 +31,18 @@
 //! | `NS:{N}:open` | hash | how many jobs are unfinished, by experiment; `` is the whole lane |
 //! | `NS:{N}:done` | stream | finished jobs, in order |
 //! | `NS:{N}:dead` | stream | failed jobs, in order |
-//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `ut` their tokens, `la` look-ahead, `lt` in tokens, `ag` when flows were aged |
-//! | `NS:{N}:slots` | hash | of each live worker: places, until when they count, free places, tokens that it can hold |
+//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `ca` what live workers can run, `tb` whether tokens bound that, `ag` when flows were aged, `rc` when leases were looked at, `rw` until when they are left alone |
+//! | `NS:{N}:slots` | hash | of each live worker: places, until when they count, free places, tokens that these can hold |
 //! | `NS:{N}:hints` | channel | to workers: `w` there is work, `c` a running job was cancelled |
 //! | `NS:{N}:events` | channel | to schedulers: jobs' ids, after `t` (more text) or `f` (finished); several ids may follow each other |
 //! | `NS:{T:TENANT}:q:BUCKET` | hash | the job and content that each of a tenant's request ids stands for, by its hash |
+//! | `NS:{registry}:layout` | string | the number of this layout of keys |
 //! | `NS:{registry}:lanes` | hash | number of each lane name, `#` counts them |
 //! | `NS:{registry}:settings` | hash | `VERSION:VALUE` of each setting, `#` counts versions |
 //! | `NS:{registry}:workers` | set | every registered worker |
 //! | `NS:{registry}:w:WORKER` | string | its registration, expiring |
 //!
-//! Fields of a job: `st` state, `ep` epoch, `lf` leaf, `tk` estimated tokens, `gp` order byte and start of its prefix
-//! group, `dl` deadline, `cr` created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses,
+//! Fields of a job: `st` state, `ep` epoch, `lf` leaf, `tk` estimated tokens, `gp` order and start of its prefix group, `dl` deadline, `cr` created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses,
 //! `en` stream entry, `de` entry among failed jobs, `rd` job that it was redriven as, `rg` that job was purged, `cx` cancel
 //! asked for, `kN` once a verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
 
@@ -57,6 +57,12 @@ pub(crate) const GROUP: &str = "workers";
 /// How long jobs with the same prefix join the group that the first of them started. So a group overtakes only what
 /// was submitted within that time.
 const GROUP_MS: u64 = 30_000;
+
+/// When nobody has looked for lost leases for so long, Redis or all schedulers were away.
+const RECLAIM_GAP_MS: u64 = 3_000;
+
+/// How keys and values are laid out. Another number means that this program cannot read what is stored.
+pub(crate) const LAYOUT: u32 = 2;
 
 /// Which jobs of a lane are listed.
 #[derive(Clone, Copy, Debug)]
@@ -155,6 +161,10 @@ impl Keys {
         format!("{}:{{registry}}:settings", self.namespace)
     }
 
+    pub(crate) fn layout(&self) -> String {
+        format!("{}:{{registry}}:layout", self.namespace)
+    }
+
     pub(crate) fn lanes(&self) -> String {
         format!("{}:{{registry}}:lanes", self.namespace)
     }
@@ -181,10 +191,11 @@ pub(crate) fn lua_prelude() -> String {
     let finals = State::ALL.into_iter().filter(|state| state.is_final());
     let finals: Vec<String> = finals.map(|state| format!("['{}'] = true", state.name())).collect();
     format!(
-        "{}local FINAL = {{{}}}\nlocal GROUP, GROUP_MS, WEIGHT_MAX, AGING_MS = '{GROUP}', {}, {}, {}\n{}",
+        "{}local FINAL = {{{}}}\nlocal GROUP, GROUP_MS, RECLAIM_GAP_MS, WEIGHT_MAX, AGING_MS = '{GROUP}', {}, {}, {}, {}\n{}",
         states.concat(),
         finals.join(", "),
         GROUP_MS,
+        RECLAIM_GAP_MS,
         Priority::WEIGHT_MAX,
         Priority::AGING_MS,
         r"local base = KEYS[1]

@@ -109,11 +109,11 @@ impl Queue {
         let mut connection = self.connection.clone();
         let key = |what| self.keys.of_lane(lane, what);
         type Answer = (Option<u64>, u64, u64, (Option<u64>, Option<u64>), u64, u64);
-        let (open, delayed, running, (undelivered, look_ahead), failed, flows): Answer = redis::pipe()
+        let (open, delayed, running, (undelivered, capacity), failed, flows): Answer = redis::pipe()
             .hget(key("open"), "")
             .zcard(key("delayed"))
             .zcard(key("leases"))
-            .hmget(key("meta"), &["un", "la"])
+            .hmget(key("meta"), &["un", "ca"])
             .xlen(key("dead"))
             .zcard(key("flows"))
             .query_async(&mut connection)
@@ -126,7 +126,7 @@ impl Queue {
             running,
             look_ahead: undelivered.unwrap_or(0),
             failed,
-            capacity: look_ahead.unwrap_or(0) / 2,
+            capacity: capacity.unwrap_or(0),
             flows,
         })
     }

@@ -2,9 +2,10 @@
 
 use crate::connection::Connection;
 use crate::error::QueueError;
-use crate::keys::Keys;
+use crate::keys::{Keys, LAYOUT};
 use crate::lanes::Lanes;
 use crate::scripts::Scripts;
+use redis::AsyncCommands as _;
 use std::sync::Arc;
 
 /// How to reach Redis.
@@ -37,18 +38,16 @@ impl Queue {
     ///
     /// # Errors
     /// [`QueueError::Unreachable`] when Redis, or a master of the cluster, does not answer; [`QueueError::Unsuitable`]
-    /// when one may evict jobs or is too old, or when the url does not fit what it leads to.
+    /// when one may evict jobs or is too old, when the url does not fit what it leads to, or when what is stored was laid
+    /// out by another version.
     pub async fn connect(options: &Options) -> Result<Self, QueueError> {
         let mut connection = Connection::open(&options.url).await?;
         for info in connection.info().await.map_err(|source| QueueError::from_redis("connecting", source))? {
             check_suitable(&info, &connection)?;
         }
-        Ok(Self {
-            connection,
-            keys: Keys::new(&options.namespace),
-            scripts: Arc::new(Scripts::new()),
-            lanes: Arc::new(Lanes::default()),
-        })
+        let keys = Keys::new(&options.namespace);
+        check_layout(&keys, &mut connection).await?;
+        Ok(Self { connection, keys, scripts: Arc::new(Scripts::new()), lanes: Arc::new(Lanes::default()) })
     }
 
     /// Whether Redis answers.
@@ -62,6 +61,26 @@ impl Queue {
             .await
             .map_err(|source| QueueError::from_redis("pinging", source))
     }
+}
+
+/// Whether what is stored can be read; where nothing is, it is written down how it will be laid out.
+async fn check_layout(keys: &Keys, connection: &mut Connection) -> Result<(), QueueError> {
+    let fail = |source| QueueError::from_redis("connecting", source);
+    let stored: Option<String> = connection.get(keys.layout()).await.map_err(fail)?;
+    let stored = match stored {
+        Some(stored) => stored,
+        None if connection.exists(keys.lanes()).await.map_err(fail)? => "1".to_owned(),
+        None => return connection.set_nx(keys.layout(), LAYOUT).await.map_err(fail),
+    };
+    if stored == LAYOUT.to_string() {
+        return Ok(());
+    }
+    Err(QueueError::Unsuitable {
+        problem: format!(
+            "its jobs are laid out as number {stored}, this program reads number {LAYOUT}: let the version that wrote \
+             them finish and use another `redis.namespace`, or empty this Redis"
+        ),
+    })
 }
 
 fn check_suitable(info: &redis::InfoDict, connection: &Connection) -> Result<(), QueueError> {

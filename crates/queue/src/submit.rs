@@ -192,7 +192,7 @@ impl Queue {
                 .arg(or_empty(spec.deadline.map(|at| at.0)))
                 .arg(or_empty(spec.not_before.map(|at| at.0)))
                 .arg(or_empty(spec.prefix.map(|prefix| prefix.0)))
-                .arg(&[order(spec)]);
+                .arg(&order(spec));
         }
         let mut connection = self.connection.clone();
         let stored: Vec<u8> =
@@ -206,9 +206,10 @@ fn split(spec: &JobSpec) -> &str {
     if spec.model.prefix().is_remote() { spec.model.as_str() } else { "" }
 }
 
-/// The order in a prefix group, smallest first: by the bound of output, halved steps, longest first, because what
-/// takes longest should not begin last.
-fn order(spec: &JobSpec) -> u8 {
+/// The order among jobs of prefix groups that started together, smallest first: by prefix, and with the same one by the
+/// bound of output, in halved steps, longest first, because what takes longest should not begin last.
+fn order(spec: &JobSpec) -> [u8; 5] {
+    let [a, b, c, d, ..] = spec.prefix.map_or(0, |prefix| prefix.0).to_be_bytes();
     let halvings = spec.sampling.max_tokens.leading_zeros();
-    u8::try_from(halvings).unwrap_or(u8::MAX)
+    [a, b, c, d, u8::try_from(halvings).unwrap_or(u8::MAX)]
 }

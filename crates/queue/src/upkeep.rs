@@ -24,11 +24,12 @@ impl Queue {
             .map_err(|source| QueueError::from_redis("promoting jobs", source))
     }
 
-    /// Takes back running jobs whose leases have run out. Returns how many.
+    /// Takes back running jobs whose leases have run out. Returns how many. When nobody has asked for some seconds, none
+    /// is taken back for `grace_ms`: what kept schedulers from asking may have kept workers from renewing.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
-    pub async fn reclaim(&self, lane: LaneNumber, policy: &Policy) -> Result<u32, QueueError> {
+    pub async fn reclaim(&self, lane: LaneNumber, policy: &Policy, grace_ms: u64) -> Result<u32, QueueError> {
         // What the last allowed loss would mean tells class and message of poison.
         let (_, poison) = judge_loss(policy.losses_max.saturating_sub(1), policy);
         let class = poison.as_ref().map(|poison| name_of(&poison.class)).transpose()?.unwrap_or_default();
@@ -39,6 +40,7 @@ impl Queue {
             .arg(name_of(&AttemptEnd::Lost)?)
             .arg(class)
             .arg(poison.map(|poison| poison.message).unwrap_or_default())
+            .arg(grace_ms)
             .invoke_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("reclaiming leases", source))

@@ -54,7 +54,7 @@ pub struct Slots {
     pub capacity: u32,
     /// Of these, what is free.
     pub free: u32,
-    /// Tokens that it can hold at once; `None`: no bound.
+    /// Tokens that the free ones can hold together; `None`: no bound.
     pub tokens: Option<u64>,
 }
 

@@ -18,7 +18,8 @@ const REPEATS_MAX: u32 = 50;
 
 /// How long leases are left alone after Redis was found away: workers could not renew them meanwhile, and will at their next
 /// heartbeat.
-const RECLAIM_GRACE: Duration = Duration::from_secs(10);
+const RECLAIM_GRACE: Duration = Duration::from_millis(RECLAIM_GRACE_MS);
+const RECLAIM_GRACE_MS: u64 = 10_000;
 
 /// An upkeep task: does its work for one lane and says how many jobs it handled.
 type Task = for<'a> fn(&'a Queue, LaneNumber, &'a Policy) -> BoxFuture<'a, Result<u32, QueueError>>;
@@ -26,7 +27,7 @@ type Task = for<'a> fn(&'a Queue, LaneNumber, &'a Policy) -> BoxFuture<'a, Resul
 /// Every upkeep task, and whether it judges workers by their leases.
 const TASKS: &[(&str, Judges, Task)] = &[
     ("expire", Judges::Jobs, |queue, lane, _| Box::pin(queue.expire(lane))),
-    ("reclaim", Judges::Workers, |queue, lane, policy| Box::pin(queue.reclaim(lane, policy))),
+    ("reclaim", Judges::Workers, |queue, lane, policy| Box::pin(queue.reclaim(lane, policy, RECLAIM_GRACE_MS))),
     ("age", Judges::Jobs, |queue, lane, _| Box::pin(queue.age(lane))),
     ("promote", Judges::Jobs, |queue, lane, _| Box::pin(queue.promote(lane))),
 ];

@@ -80,7 +80,7 @@ impl ServedLane {
     fn slots(&self) -> Slots {
         let room = self.room();
         let free = if room.tokens == Some(0) { 0 } else { room.free };
-        Slots { capacity: self.offer.capacity, free, tokens: self.offer.tokens }
+        Slots { capacity: self.offer.capacity, free, tokens: room.tokens }
     }
 }
 

@@ -10,7 +10,7 @@
 //! **The bound.** Start-time fair queueing keeps the service of two flows with waiting jobs within the largest job of one
 //! plus the largest of the other. At the beginning of such a time the stream may hold a whole look-ahead of one tenant alone,
 //! fed before. So from any claim to any later one the two differ by at most (look-ahead + 2) times the largest job. The
-//! look-ahead is twice the capacity of all workers that count as live, and a worker counts until its lease ends.
+//! look-ahead is at most the capacity of all workers that count as live, and a worker counts until its lease ends.
 
 use super::Violation;
 use super::evidence::{Evidence, WorkerLife, epochs};
@@ -54,7 +54,7 @@ fn look_ahead(evidence: &Evidence) -> u64 {
     let counts_until = |life: &WorkerLife<'_>| life.down.map_or(u64::MAX, |(at, _)| at + lease_ms);
     let live_at = |at: u64| lives.iter().filter(|life| counts_from(life) <= at && at <= counts_until(life)).count();
     let most = lives.iter().map(|life| live_at(counts_from(life))).max().unwrap_or(0);
-    u64::try_from(2 * most * evidence.settings.calls_max).unwrap_or(u64::MAX)
+    u64::try_from(most * evidence.settings.calls_max).unwrap_or(u64::MAX)
 }
 
 /// Compares the steady tenants of a run.
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_tenant_that_is_served_more_is_seen() {
-        // One worker with two places: the look-ahead is 4 jobs, so 6 times 63 tokens are allowed.
+        // One worker with two places: the look-ahead is 2 jobs, so 4 times 63 tokens are allowed.
         assert_eq!(fairness(&served(|_, _| 0).evidence).bound, 6 * 63);
         check(
             steady_tenants_are_served_alike,
@@ -194,8 +194,8 @@ mod tests {
         let up = |key: &str| Event::WorkerUp { slot: 0, key: key.to_owned(), worker: key.to_owned() };
         let down = |key: &str| Event::WorkerDown { key: key.to_owned(), killed: true };
         let one_after_the_other = Builder::empty().event_at(5_000, down("key-w")).event_at(7_001, up("x"));
-        assert_eq!(look_ahead(&one_after_the_other.evidence), 4);
+        assert_eq!(look_ahead(&one_after_the_other.evidence), 2);
         let overlapping = Builder::empty().event_at(5_000, down("key-w")).event_at(6_999, up("x"));
-        assert_eq!(look_ahead(&overlapping.evidence), 8);
+        assert_eq!(look_ahead(&overlapping.evidence), 4);
     }
 }

@@ -21,12 +21,11 @@ end
 local function read(count)
   local read = redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', key('stream'), '>')
   if not read then return 0 end
-  local entries, seen = read[1][2], 0
+  local entries = read[1][2]
   for _, entry in ipairs(entries) do
     local id = entry[2][2]
     local job = redis.call('HMGET', job_key(id), 'st', 'ep', 'fc', 'tk', 'lf', 'cr', 'gp')
     local size = tonumber(job[4]) or 0
-    seen = seen + size
     if job[1] ~= QUEUED then
       acknowledged[#acknowledged + 1] = entry[1]
     elseif must_wait(leaf_of(job[5])) then
@@ -39,7 +38,6 @@ local function read(count)
     end
   end
   redis.call('HINCRBY', key('meta'), 'un', 0 - #entries)
-  redis.call('HINCRBY', key('meta'), 'ut', 0 - seen)
   return #entries
 end
 
@@ -47,8 +45,9 @@ if not lane_is_paused() then
   -- Cancelled jobs leave empty entries behind, so one reading may bring less than asked for. Bounded, for Redis's sake.
   local looked_at = 0
   while #leases < free and looked_at < free + 1000 and (not tokens or tokens > 0) do
-    feed(now, free - #leases)
-    local entries = read(tokens and 1 or free - #leases)
+    local wanted = tokens and 1 or free - #leases
+    feed(now, wanted)
+    local entries = read(wanted)
     if entries == 0 then break end
     looked_at = looked_at + entries
   end

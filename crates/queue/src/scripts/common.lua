@@ -1,7 +1,7 @@
 -- Functions that several transitions share. Each script is this file, after the keys, before its own.
 --
 -- A call handles many jobs. What can be written once for all of them is collected here and written by `settle`, which
--- every script calls last: members of large sets, counters, and messages.
+-- every script calls last that moves jobs: members of large sets, counters, and messages.
 
 local function now_ms()
   local time = redis.call('TIME')
@@ -68,15 +68,14 @@ local function count_open(experiment, by)
   if experiment ~= '' then opened[experiment] = (opened[experiment] or 0) + by end
 end
 
--- A setting, or nil. All are read once for each call, and only where there are any.
+-- A setting, or nil. Each is read once for a call, and only where there are any.
 local settings
 local function setting(name)
-  if not settings then
-    settings = {}
-    local stored = redis.call('HGETALL', key('settings'))
-    for at = 1, #stored, 2 do settings[stored[at]] = string.match(stored[at + 1], ':(.+)$') end
+  if not settings then settings = redis.call('EXISTS', key('settings')) == 1 and {} or false end
+  if settings and settings[name] == nil then
+    settings[name] = string.match(redis.call('HGET', key('settings'), name) or '', ':(.+)$') or false
   end
-  return settings[name]
+  return settings and settings[name] or nil
 end
 
 local function lane_is_paused()
@@ -145,11 +144,12 @@ local function wait_in_backlog(leaf, entries)
 end
 
 -- Order and member of a job in its backlog: by acceptance; with `group`, by the start of its prefix group and in that
--- by the byte before its id, longest output first. Behind the id stand its tokens, so that feeding need not read the job.
+-- by the five bytes before its id, which keep groups apart that started together and put the longest output first.
+-- Behind the id stand its tokens, so that feeding need not read the job.
 local function backlog_entry(id, job)
   local tokens = math.min(tonumber(job.tokens) or 1, 16777215)
   local member = id .. struct.pack('>I3', tokens)
-  if job.group then return string.sub(job.group, 2), string.sub(job.group, 1, 1) .. member end
+  if job.group then return string.sub(job.group, 6), string.sub(job.group, 1, 5) .. member end
   return job.created, member
 end
 
@@ -182,18 +182,18 @@ local function charge(leaf, tokens, age_ms)
   return tokens / (weight * (tonumber(setting('weight/tenant/' .. leaf.tenant)) or 100) / 100)
 end
 
--- Moves waiting jobs into the stream until it holds `ahead` undelivered ones, or the tokens that workers can hold. The
--- flow with the smallest virtual time is next, in it the leaf with the smallest, and both pay with the job's estimated
--- tokens over their weight (start-time fair queueing).
-local function feed(now, at_least)
-  local meta = redis.call('HMGET', key('meta'), 'un', 'vt', 'ut', 'la', 'lt')
-  local undelivered, virtual, tokens = tonumber(meta[1]) or 0, tonumber(meta[2]) or 0, tonumber(meta[3]) or 0
-  local ahead, tokens_ahead = math.max(tonumber(meta[4]) or 0, at_least or 0), tonumber(meta[5]) or math.huge
-  local wanted, fed = ahead - undelivered, 0
+-- Moves waiting jobs into the stream: as many as live workers have places free, and for a claim what it has `asked`
+-- for. So nothing is ahead of what comes next while all are busy. Where tokens bound what a worker can run, free places
+-- tell nothing, and only claims feed. The flow with the smallest virtual time is next, in it the leaf with the smallest,
+-- and both pay with the job's estimated tokens over their weight (start-time fair queueing).
+local function feed(now, asked)
+  local meta = redis.call('HMGET', key('meta'), 'un', 'vt', 'ca', 'tb')
+  local undelivered, virtual, capacity = tonumber(meta[1]) or 0, tonumber(meta[2]) or 0, tonumber(meta[3]) or 0
+  local free = meta[4] == '1' and 0 or capacity - in_flight('')
+  local wanted, fed = math.max(free, (asked or 0) - undelivered), 0
   if wanted <= 0 or lane_is_paused() then return 0 end
   wanted = math.min(wanted, room(''))
-  if undelivered == 0 then tokens = 0 end
-  while fed < wanted and (tokens < tokens_ahead or undelivered + fed == 0) do
+  while fed < wanted do
     local flows = redis.call('ZRANGE', key('flows'), 0, 1, 'WITHSCORES')
     local flow, time = flows[1], tonumber(flows[2])
     if not flow then break end
@@ -210,22 +210,21 @@ local function feed(now, at_least)
     else
       -- They stay next until they have passed those behind them. Alone, they may take all places at once.
       local limit, leaf_limit = tonumber(flows[4]) or math.huge, tonumber(found[4]) or math.huge
-      local alone = #flows == 2 and #found == 2 and tokens_ahead == math.huge
+      local alone = #flows == 2 and #found == 2
       local most, taken, empty, leaf_virtual = math.min(wanted - fed, room(leaf.tenant)), 0, false, leaf_time
       repeat
-        local asked = alone and most or 1
-        local popped = redis.call('ZPOPMIN', backlog_key(number), asked)
+        local count = alone and most or 1
+        local popped = redis.call('ZPOPMIN', backlog_key(number), count)
         virtual, leaf_virtual = time, leaf_time
         for at = 1, #popped, 2 do
           local id, size = job_of(popped[at])
           redis.call('XADD', key('stream'), '*', 'j', id)
-          tokens = tokens + size
           time = time + charge(leaf, size, now - tonumber(popped[at + 1]))
           leaf_time = leaf_time + size
         end
         taken = taken + #popped / 2
-        empty = #popped / 2 < asked
-      until empty or taken >= most or time > limit or leaf_time > leaf_limit or tokens >= tokens_ahead
+        empty = #popped / 2 < count
+      until empty or taken >= most or time > limit or leaf_time > leaf_limit
       fed = fed + taken
       redis.call('HSET', key('used'), 'in/' .. flow, leaf_virtual)
       take_places(leaf.tenant, taken)
@@ -242,30 +241,32 @@ local function feed(now, at_least)
     end
   end
   if fed > 0 then
-    redis.call('HSET', key('meta'), 'un', undelivered + fed, 'vt', virtual, 'ut', tokens)
+    redis.call('HSET', key('meta'), 'un', undelivered + fed, 'vt', virtual)
     hint('w')
   end
   return fed
 end
 
--- Adds up what live workers can run, which bounds the look-ahead to twice that: a stream stays short, and no worker
--- waits for a feed. Returns how many places of others than `worker` are free.
+-- Adds up what live workers can run, which bounds what is fed. Returns what others than `worker` have free: a list of
+-- places and of the tokens that these can hold together.
 local function count_slots(now, worker)
   local slots = redis.call('HGETALL', key('slots'))
-  local total, tokens, free = 0, 0, 0
+  local total, bounded, free = 0, '0', {}
   for at = 1, #slots, 2 do
-    local size, ends, unused, held_tokens = string.match(slots[at + 1], '(%d+):(%d+):(%d+):(%d*)')
+    local size, ends, places, tokens = string.match(slots[at + 1], '(%d+):(%d+):(%d+):(%d*)')
     if tonumber(ends) > now then
       total = total + tonumber(size)
-      tokens = tokens + (tonumber(held_tokens) or math.huge)
-      if slots[at] ~= worker then free = free + tonumber(unused) end
+      if tokens ~= '' then bounded = '1' end
+      if slots[at] ~= worker and tonumber(places) > 0 then
+        free[#free + 1] = { places = tonumber(places), tokens = tonumber(tokens) or math.huge }
+      end
     elseif #redis.call('XPENDING', key('stream'), GROUP, '-', '+', 1, slots[at]) == 0 then
       -- A worker that died: its consumer goes once its leases have been taken back.
       redis.call('XGROUP', 'DELCONSUMER', key('stream'), GROUP, slots[at])
       redis.call('HDEL', key('slots'), slots[at])
     end
   end
-  redis.call('HSET', key('meta'), 'la', total * 2, 'lt', tokens < math.huge and tokens * 2 or '')
+  redis.call('HSET', key('meta'), 'ca', total, 'tb', bounded)
   return free
 end
 

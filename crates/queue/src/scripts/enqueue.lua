@@ -1,7 +1,7 @@
 -- Stores new jobs, puts them into their backlogs and feeds. A job that exists is left as it is, so this may be repeated.
 -- KEYS  1 lane
 -- ARGV  then for each job: id, spec, flow name, weight of its class, tenant, experiment or '', what else splits its
---       leaf, estimated tokens, deadline or '', not before or '', prefix group or '', order byte in it
+--       leaf, estimated tokens, deadline or '', not before or '', prefix group or '', order among groups and in it
 -- Returns for each job 1 when it is new, 0 when it existed.
 local now = now_ms()
 local created = digits(now)
@@ -54,7 +54,7 @@ end
 
 local existing = existing_jobs()
 for at = 1, #ARGV, 12 do
-  local id, spec, flow, weight, tenant, experiment, split, tokens, deadline, not_before, prefix, order_byte =
+  local id, spec, flow, weight, tenant, experiment, split, tokens, deadline, not_before, prefix, rank =
     unpack(ARGV, at, at + 11)
   local stored = spec_key(id)
   if existing[stored] then
@@ -64,7 +64,7 @@ for at = 1, #ARGV, 12 do
     existing[stored] = true
     write(stored, spec)
     local leaf = leaf_number(flow, weight, tenant, experiment, split)
-    local group = prefix ~= '' and order_byte .. group_start(leaf, prefix) or nil
+    local group = prefix ~= '' and rank .. group_start(leaf, prefix) or nil
     local waits = not_before ~= '' and tonumber(not_before) > now
     local fields = { 'HSET', job_key(id), 'st', waits and DELAYED or QUEUED, 'lf', leaf, 'tk', tokens, 'cr', created }
     local function set(name, value)

@@ -3,9 +3,7 @@
 -- ARGV  1 worker
 -- Returns 1 when it is gone, 0 when deliveries of its are pending still.
 local worker = ARGV[1]
-redis.call('HDEL', key('slots'), worker)
+-- Its places end now, and it goes as one that died does: at once, or when its deliveries have been taken back.
+redis.call('HSET', key('slots'), worker, '0:0:0:')
 count_slots(now_ms(), worker)
-local pending = redis.call('XPENDING', key('stream'), GROUP, '-', '+', 1, worker)
-if #pending > 0 then return 0 end
-redis.call('XGROUP', 'DELCONSUMER', key('stream'), GROUP, worker)
-return 1
+return 1 - redis.call('HEXISTS', key('slots'), worker)
