@@ -15,8 +15,8 @@ use genmill_core::request::Priority;
 use genmill_core::state::{Event, State, transition};
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, ContentHash, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Queue, RequestId, Reservation,
-    Room, Setting, Slots, Which,
+    Beat, Booked, ContentHash, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Queue, Redrive,
+    Redriven, RequestId, Reservation, Room, Setting, Slots, Which,
 };
 use genmill_tests::dice::Dice;
 use genmill_tests::redis_cluster::RedisCluster;
@@ -52,6 +52,7 @@ struct Known {
     /// Epochs whose verdicts were kept, and those that were fenced.
     kept: BTreeSet<u32>,
     fenced: BTreeSet<u32>,
+    redriven_as: Option<JobId>,
 }
 
 impl Known {
@@ -90,14 +91,14 @@ fn spec(dice: &mut Dice, model: &ModelName) -> JobSpec {
         priority: *dice.pick(&[Priority::Interactive, Priority::Normal, Priority::Bulk]).unwrap(),
         deadline: (dice.roll(6) == 0).then_some(UnixMs(1)),
         not_before: (dice.roll(6) == 0).then_some(UnixMs(u64::MAX / 4096)),
-        prefix: (dice.roll(2) == 0).then(|| PrefixKey(dice.roll(2))),
+        prefix: (dice.roll(2) == 0).then(|| PrefixKey(dice.roll(2) << 32)),
         ..plain(model.clone())
     }
 }
 
 impl Run {
     async fn command(&mut self) {
-        match self.dice.roll(11) {
+        match self.dice.roll(14) {
             0 | 1 => self.submit().await,
             2 | 3 => self.claim().await,
             4 | 5 => self.finish().await,
@@ -105,6 +106,9 @@ impl Run {
             7 => self.lose().await,
             8 => self.set().await,
             9 if self.dice.roll(4) == 0 => self.purge().await,
+            10 => self.beat().await,
+            11 => self.redrive().await,
+            12 => self.leave().await,
             _ => self.upkeep().await,
         }
     }
@@ -128,6 +132,7 @@ impl Run {
                 ends: Vec::new(),
                 kept: BTreeSet::new(),
                 fenced: BTreeSet::new(),
+                redriven_as: None,
             };
             self.jobs.insert(id, known);
             jobs.push(NewJob { id, spec });
@@ -140,10 +145,16 @@ impl Run {
     async fn claim(&mut self) {
         let worker = WorkerId::from_stored((*self.dice.pick(&WORKERS).unwrap()).to_owned());
         let free = u32::try_from(1 + self.dice.roll(4)).unwrap();
-        let room = Room { free, tokens: None };
+        let tokens = (self.dice.roll(3) == 0).then(|| self.dice.roll(20));
+        let room = Room { free, tokens };
         let claimed = self.queue.claim(self.lane, &worker, room, LEASE_MS).await.unwrap();
         let may_start = self.may_start().min(u64::from(free));
-        assert_eq!(u64::try_from(claimed.len()).unwrap(), may_start, "all places are filled while jobs wait");
+        let taken: Vec<u64> = claimed.iter().map(|lease| lease.spec.estimated_tokens()).collect();
+        let is_full = |taken: &[u64]| tokens.is_some_and(|tokens| taken.iter().sum::<u64>() >= tokens);
+        assert!(!taken.split_last().is_some_and(|(_, before)| is_full(before)), "{taken:?} for {tokens:?} tokens");
+        if !is_full(&taken) {
+            assert_eq!(u64::try_from(claimed.len()).unwrap(), may_start, "all places are filled while jobs wait");
+        }
         for lease in claimed {
             let job = self.jobs.get_mut(&lease.id).unwrap();
             job.happens(Event::Claim);
@@ -212,6 +223,46 @@ impl Run {
         assert_eq!(self.queue.purge(&listed).await.unwrap(), u64::try_from(purged).unwrap());
         self.purged += purged;
         self.leases.retain(|(lease, _)| self.jobs.contains_key(&lease.id));
+    }
+
+    /// A worker renews all that it thinks it holds, and says what it has free.
+    async fn beat(&mut self) {
+        let worker = WorkerId::from_stored((*self.dice.pick(&WORKERS).unwrap()).to_owned());
+        let (free, tokens) = (u32::try_from(self.dice.roll(3)).unwrap(), (self.dice.roll(3) == 0).then_some(100));
+        let slots = Slots { capacity: 4, free, tokens };
+        let mine = self.leases.iter().filter(|(_, holder)| *holder == worker);
+        let held: Vec<(Lease, bool)> = mine.map(|(lease, _)| (lease.clone(), self.dice.roll(2) == 0)).collect();
+        let holdings: Vec<Holding> =
+            held.iter().map(|(lease, started)| Holding { held: lease.held(), started: *started }).collect();
+        let told = self.queue.heartbeat(self.lane, &worker, slots, LEASE_MS, &holdings).await.unwrap();
+        for ((lease, started), beat) in held.iter().zip(told) {
+            let job = &self.jobs[&lease.id];
+            let expected = match (self.holds(lease), job.cancel_asked, job.overdue) {
+                (false, ..) => Beat::Lost,
+                (true, true, _) => Beat::Cancel,
+                (true, false, true) => Beat::DeadlinePassed,
+                (true, false, false) if !*started && beat == Beat::HandBack => Beat::HandBack,
+                (true, false, false) => Beat::Ok,
+            };
+            assert_eq!(beat, expected);
+        }
+    }
+
+    async fn redrive(&mut self) {
+        let ids: Vec<JobId> = self.jobs.keys().copied().collect();
+        let Some(from) = self.dice.pick(&ids).copied() else { return };
+        let to = JobId::new(UnixMs(1), self.lane, self.dice.roll(u64::MAX));
+        let told = self.queue.redrive(self.lane, &[Redrive { from, to }]).await.unwrap();
+        let job = self.jobs.get_mut(&from).unwrap();
+        let failed = job.state == State::Failed;
+        assert_eq!(told, [failed.then(|| Redriven::As(*job.redriven_as.get_or_insert(to)))]);
+    }
+
+    async fn leave(&mut self) {
+        let worker = WorkerId::from_stored((*self.dice.pick(&WORKERS).unwrap()).to_owned());
+        let holds = self.leases.iter().any(|(lease, holder)| *holder == worker && self.holds(lease));
+        let booked = self.queue.leave(self.lane, &worker).await.unwrap();
+        assert_eq!(booked, if holds { Booked::Pending } else { Booked::Gone });
     }
 
     /// Any lease that was ever given may be finished, at any time, and more than once.
@@ -295,6 +346,8 @@ impl Run {
     }
 
     async fn upkeep(&mut self) {
+        // What it does to the order is no promise of the model.
+        self.queue.age(self.lane).await.unwrap();
         if self.dice.roll(2) == 0 {
             self.queue.promote(self.lane).await.unwrap();
             for job in self.jobs.values_mut().filter(|job| job.state == State::Delayed && !job.parked) {
@@ -322,6 +375,12 @@ impl Run {
             assert_eq!(job.generation.is_some(), known.state == State::Succeeded);
         }
         let open = self.jobs.values().filter(|job| !job.state.is_final()).count();
+        let in_state = |state| u64::try_from(self.jobs.values().filter(|job| job.state == state).count()).unwrap();
+        let lane = self.queue.lane_state(self.lane).await.unwrap();
+        assert_eq!(
+            (lane.queued, lane.delayed, lane.running, lane.failed),
+            (in_state(State::Queued), in_state(State::Delayed), in_state(State::Running), in_state(State::Failed))
+        );
         let counted = self.queue.open_jobs(&[self.lane], None).await.unwrap();
         assert_eq!(counted, u64::try_from(open).unwrap());
         let finished = self.queue.finished(self.lane, None, 10_000).await.unwrap();
