@@ -33,15 +33,11 @@ fn main() -> Result<()> {
     {
         let all: Vec<Request> = (0..requests)
             .map(|index| Request {
-                prompt: Prompt::Text(format!("Tell me about number {index}")),
-                max_tokens: tokens,
                 temperature,
                 top_p,
                 top_k,
                 seed: index as u64,
-                stop: Vec::new(),
-                deadline: None,
-                now_unix_s: 0,
+                ..Request::greedy(Prompt::Text(format!("Tell me about number {index}")), tokens)
             })
             .collect();
         let (tokens, alone, texts_alone) = fastest(&engine, &all, 1)?;
@@ -83,7 +79,7 @@ fn submit(engine: &Engine, request: &Request) -> Result<Receiver<Event>> {
     let mut text = String::new();
     // As a worker does: text is collected, and the waiting thread woken at the end.
     let sink = Box::new(move |event| match event {
-        Event::Text { delta } => text.push_str(&delta),
+        Event::Text { delta, .. } => text.push_str(&delta),
         Event::Started => {}
         Event::Finished(_) | Event::Failed(_) => drop(sender.send(event)),
     });

@@ -4,6 +4,8 @@
 //! schedule.commit`; requests come in through a bounded channel, events go out through each
 //! request's own sink. A request that goes wrong fails alone.
 
+mod check;
+mod group;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -18,8 +20,9 @@ use crate::chat::ChatMessage;
 use crate::decoder::Room;
 use crate::kv::BLOCK_TOKENS;
 use crate::model::{Model, ModelCard, PromptError};
-use crate::sampler::{NotFinite, Sampling};
+use crate::sampler::{NotFinite, Sampling, Scored};
 use crate::schedule::{Limits, NeverFits, Schedule};
+use crate::shape::Shaping;
 
 /// The size of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +40,13 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         Self { kv_tokens: 16_384, max_sequences: 32, step_tokens: 256, max_waiting: 256 }
+    }
+}
+
+impl EngineOptions {
+    /// Most sequences that run or wait.
+    const fn places(&self) -> usize {
+        self.max_sequences + self.max_waiting
     }
 }
 
@@ -94,15 +104,60 @@ pub struct Request {
     pub top_p: f32,
     /// Considers so many of the best tokens; 0 is off.
     pub top_k: usize,
+    /// Considers tokens of at least this part of the best one's probability; 0 is off.
+    pub min_p: f32,
     /// The key of the random numbers.
     pub seed: u64,
+    /// How many texts to generate, each with random numbers of its own. At least 1.
+    pub samples: usize,
+    /// What changes the logits.
+    pub shaping: Shaping,
     /// Texts before which the output ends.
     pub stop: Vec<String>,
+    /// Tokens before which the output ends, beside the model's own end tokens.
+    pub stop_tokens: Vec<u32>,
+    /// The model's own end tokens are tokens like any other (vLLM's `ignore_eos`).
+    pub ignore_end: bool,
+    /// The log probability of each generated token is wanted, and those of so many of the best.
+    pub logprobs: Option<usize>,
+    /// The same of each token of the prompt.
+    pub prompt_logprobs: Option<usize>,
+    /// The text begins with the prompt, which must be text.
+    pub echo: bool,
     /// When to give up.
     pub deadline: Option<Instant>,
     /// The time a chat template sees, in seconds since 1970; the time of submission, so that a
     /// retry renders the same prompt.
     pub now_unix_s: u64,
+}
+
+impl Request {
+    /// Most of the best tokens whose log probabilities may be asked for.
+    pub const LOGPROBS_MAX: usize = 20;
+
+    /// Always the best token, at most `max_tokens` of them; everything else off.
+    #[must_use]
+    pub fn greedy(prompt: Prompt, max_tokens: usize) -> Self {
+        Self {
+            prompt,
+            max_tokens,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            samples: 1,
+            shaping: Shaping::default(),
+            stop: Vec::new(),
+            stop_tokens: Vec::new(),
+            ignore_end: false,
+            logprobs: None,
+            prompt_logprobs: None,
+            echo: false,
+            deadline: None,
+            now_unix_s: 0,
+        }
+    }
 }
 
 /// Why a request is refused; it never reached the engine's thread.
@@ -158,10 +213,12 @@ pub enum Event {
     Started,
     /// The next piece of text; never empty, never part of a character.
     Text {
+        /// Which of the request's samples, from 0.
+        sample: usize,
         /// The piece.
         delta: String,
     },
-    /// It ended.
+    /// It ended, with all of its samples.
     Finished(Completion),
     /// It could not go on.
     Failed(RequestError),
@@ -185,11 +242,19 @@ pub enum FinishReason {
 pub struct Completion {
     /// Why it ended.
     pub reason: FinishReason,
-    /// All deltas joined.
+    /// All deltas of the first sample joined.
     pub text: String,
-    /// Tokens of the prompt.
+    /// One for each of its generated tokens, an end token included, where asked for.
+    pub logprobs: Vec<Scored>,
+    /// The samples after the first.
+    pub more: Vec<Output>,
+    /// One for each token of the prompt but the first, where asked for.
+    pub prompt_logprobs: Vec<Scored>,
+    /// The first token of the prompt.
+    pub first_prompt_token: u32,
+    /// Tokens of the prompt, once for all samples.
     pub prompt_tokens: usize,
-    /// Tokens generated, an end token included.
+    /// Tokens generated in all samples, end tokens included.
     pub completion_tokens: usize,
     /// From submission to admission (or to the end, without one).
     pub queued: Duration,
@@ -199,6 +264,17 @@ pub struct Completion {
     pub total: Duration,
     /// The request's part of the engine's time: of each step, its part of the step's tokens.
     pub engine_time: Duration,
+}
+
+/// A sample after the first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// All its deltas joined.
+    pub text: String,
+    /// One for each of its generated tokens, an end token included, where asked for.
+    pub logprobs: Vec<Scored>,
 }
 
 /// Why a request could not go on.
@@ -265,7 +341,7 @@ impl Engine {
         forward.reserve(Room { rows: options.step_tokens, outputs: options.max_sequences, blocks: blocks as usize });
         // Every accepted request has a place in the channel, so `submit` never blocks; the same
         // room again is for cancellations, which may wait for a step to end.
-        let (commands, receiver) = sync_channel(2 * (options.max_sequences + options.max_waiting));
+        let (commands, receiver) = sync_channel(2 * options.places());
         let load = Arc::new(Load::default());
         let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
         let runner = run::Runner::new(forward, Schedule::new(blocks), limits, Arc::clone(&load), receiver);
@@ -290,25 +366,34 @@ impl Engine {
     /// When it is malformed, can never fit, or too many wait. Then `sink` is never called.
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestId, SubmitError> {
         let submitted = Instant::now();
-        check_parameters(&request)?;
+        check::parameters(&request, &self.options, self.card.vocabulary())?;
         let prompt = self
             .card
             .prompt_tokens(&request.prompt, request.now_unix_s)
             .map_err(|source| SubmitError::Prompt { source })?;
         let needed = self.check_length(prompt.len(), request.max_tokens)?;
-        self.take_place(needed)?;
-        let id = RequestId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let samples = request.samples;
+        self.take_places(samples, needed)?;
+        let id = RequestId(self.next_id.fetch_add(samples as u64, Ordering::Relaxed));
+        let mut end_tokens = if request.ignore_end { Vec::new() } else { self.card.end_tokens(&request.prompt) };
+        end_tokens.extend(&request.stop_tokens);
         let ticket = run::Ticket {
             id,
-            end_tokens: self.card.end_tokens(&request.prompt),
+            end_tokens,
             stream: self.card.stream(),
             sampling: Sampling {
                 temperature: request.temperature,
                 top_k: request.top_k,
                 top_p: request.top_p,
+                min_p: request.min_p,
                 seed: request.seed,
                 sample: 0,
             },
+            samples,
+            shaping: request.shaping,
+            logprobs: request.logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+            echo: if let (true, Prompt::Text(text)) = (request.echo, request.prompt) { text } else { String::new() },
             prompt,
             max_tokens: request.max_tokens,
             stop: request.stop,
@@ -323,7 +408,7 @@ impl Engine {
                 Ok(id)
             }
             Err(error) => {
-                self.load.give_place(needed);
+                (0..samples).for_each(|_| self.load.give_place(needed));
                 Err(match error {
                     TrySendError::Full(_) => SubmitError::Full { waiting: self.options.max_waiting },
                     TrySendError::Disconnected(_) => SubmitError::Stopped,
@@ -372,13 +457,15 @@ impl Engine {
         Ok(needed)
     }
 
-    fn take_place(&self, needed: usize) -> Result<(), SubmitError> {
-        let most = self.options.max_sequences + self.options.max_waiting;
+    fn take_places(&self, samples: usize, needed: usize) -> Result<(), SubmitError> {
+        let most = self.options.places();
         self.load
             .sequences
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| (count < most).then_some(count + 1))
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
+                (count + samples <= most).then_some(count + samples)
+            })
             .map_err(|_| SubmitError::Full { waiting: self.options.max_waiting })?;
-        self.load.kv_tokens.fetch_add(needed, Ordering::AcqRel);
+        self.load.kv_tokens.fetch_add(samples * needed, Ordering::AcqRel);
         Ok(())
     }
 }
@@ -421,22 +508,4 @@ fn checked_blocks(options: &EngineOptions) -> Result<u32, StartError> {
         Ok(blocks) => Ok(blocks),
         Err(_) => Err(wrong("kv_tokens", "is more than 2^36")),
     }
-}
-
-fn check_parameters(request: &Request) -> Result<(), SubmitError> {
-    let wrong = |parameter, reason: String| Err(SubmitError::Parameter { parameter, reason });
-    let Request { max_tokens, temperature, top_p, stop, .. } = request;
-    if *max_tokens == 0 {
-        return wrong("max_tokens", "is 0; it must be at least 1".to_owned());
-    }
-    if !(temperature.is_finite() && *temperature >= 0.0) {
-        return wrong("temperature", format!("is {temperature}; it must be 0 or more"));
-    }
-    if !(*top_p > 0.0 && *top_p <= 1.0) {
-        return wrong("top_p", format!("is {top_p}; it must be above 0 and at most 1"));
-    }
-    if stop.iter().any(String::is_empty) {
-        return wrong("stop", "has an empty string".to_owned());
-    }
-    Ok(())
 }

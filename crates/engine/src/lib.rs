@@ -20,13 +20,16 @@ mod math;
 pub mod model;
 pub mod sampler;
 pub mod schedule;
+pub mod shape;
 pub mod text;
 mod weights;
 
 pub use chat::ChatMessage;
 pub use engine::{
-    Completion, Engine, EngineOptions, Event, FinishReason, Free, Prompt, Request, RequestError, RequestId, Sink,
-    StartError, SubmitError,
+    Completion, Engine, EngineOptions, Event, FinishReason, Free, Output, Prompt, Request, RequestError, RequestId,
+    Sink, StartError, SubmitError,
 };
 pub use error::LoadError;
 pub use model::{Fingerprint, LoadOptions, Model, ModelCard, ModelPaths, PromptError};
+pub use sampler::Scored;
+pub use shape::Shaping;

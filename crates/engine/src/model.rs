@@ -234,6 +234,18 @@ impl ModelCard {
         ends
     }
 
+    /// How many tokens the model knows.
+    #[must_use]
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// What a token stands for by itself, see [`Words::text_of`].
+    #[must_use]
+    pub fn token_text(&self, id: u32) -> String {
+        self.words.text_of(id)
+    }
+
     /// A stream that decodes tokens as they come.
     #[must_use]
     pub fn stream(&self) -> TokenStream {

@@ -9,7 +9,8 @@ use pulp::{Arch, NullaryFnOnce};
 
 use crate::math;
 
-/// How a token is chosen.
+/// How a token is chosen. Temperature first, then what it may be among: `min_p`, `top_k` and `top_p`, in the order of
+/// vLLM's sampler (`vllm/v1/sample/sampler.py`), where each sees only what those before it left.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
     /// Logits are divided by this; 0 takes the best token.
@@ -19,6 +20,8 @@ pub struct Sampling {
     /// Only the best tokens whose probabilities together reach this are considered; 1 considers
     /// all.
     pub top_p: f32,
+    /// Only tokens are considered whose probability is at least this part of the best one's; 0 considers all.
+    pub min_p: f32,
     /// The key of the random numbers.
     pub seed: u64,
     /// Which of several samples for the same prompt and seed.
@@ -43,7 +46,12 @@ pub struct Workspace {
     kept_weights: Vec<f32>,
     sums: Vec<f64>,
     groups: Vec<f32>,
+    /// A row of logits that was changed before a token is chosen from it.
+    pub(crate) shaped: Vec<f32>,
 }
+
+/// Stands in for the logit of a token that may not be chosen: its weight is nothing, and it is still a number.
+pub const FORBIDDEN: f32 = f32::MIN;
 
 impl Sampling {
     /// The token at `position` (counted from the prompt's first). Equal logits: the lower id wins
@@ -59,6 +67,10 @@ impl Sampling {
         workspace.weights.resize(logits.len(), 0.0);
         let (largest, weights) = (logits[best as usize], &mut workspace.weights);
         workspace.arch.dispatch(Weigh { logits, largest, temperature: self.temperature, weights });
+        if self.min_p > 0.0 {
+            // The best token weighs 1, so weights are parts of its probability.
+            weights.iter_mut().filter(|weight| **weight < self.min_p).for_each(|weight| *weight = 0.0);
+        }
         let draw = uniform(self.seed, self.sample, position);
         let all = self.top_k == 0 || self.top_k >= logits.len();
         if all && self.top_p >= 1.0 {
@@ -192,8 +204,57 @@ impl NullaryFnOnce for Weigh<'_> {
     #[inline(always)]
     fn call(self) {
         for (weight, logit) in self.weights.iter_mut().zip(self.logits) {
-            *weight = math::exp((logit - self.largest) / self.temperature);
+            let weighed = math::exp((logit - self.largest) / self.temperature);
+            // A logit that is forbidden weighs nothing at any temperature.
+            *weight = if *logit > FORBIDDEN { weighed } else { 0.0 };
         }
+    }
+}
+
+/// What a token was worth to the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scored {
+    /// The token.
+    pub token: u32,
+    /// The natural logarithm of its probability.
+    pub logprob: f32,
+    /// The best tokens with theirs, best first; as many as were asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// The log probability of `token` and of the `top` best tokens, from the model's own logits: before temperature, bias,
+/// penalties and masks (vLLM's default, `raw_logprobs`). All in float32, added up in one fixed order.
+///
+/// # Errors
+/// When a logit is not finite.
+pub fn score(logits: &[f32], token: u32, top: usize, workspace: &mut Workspace) -> Result<Scored, NotFinite> {
+    let largest = logits[best(workspace.arch, logits)? as usize];
+    let spread = libm::logf(workspace.arch.dispatch(Spread { logits, largest }));
+    let logprob = |logit: f32| (logit - largest) - spread;
+    let top = top.min(logits.len());
+    if top > 0 {
+        workspace.rank(logits, top);
+    }
+    let best = workspace.ranked.iter().take(top).map(|key| self::token(*key));
+    Ok(Scored {
+        token,
+        logprob: logits.get(token as usize).map_or(f32::MIN, |logit| logprob(*logit)),
+        top: best.map(|token| (token, logprob(logits[token as usize]))).collect(),
+    })
+}
+
+/// The sum of e^(logit - largest).
+struct Spread<'a> {
+    logits: &'a [f32],
+    largest: f32,
+}
+
+impl NullaryFnOnce for Spread<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn call(self) -> f32 {
+        math::sum(self.logits, |logit, sum| sum + math::exp(logit - self.largest))
     }
 }
 

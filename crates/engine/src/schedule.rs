@@ -44,11 +44,14 @@ struct Waiting {
     id: RequestId,
     prompt_tokens: usize,
     max_tokens: usize,
+    scored: bool,
 }
 
 #[derive(Debug)]
 struct Running {
     id: RequestId,
+    /// The logits of every token of its prompt are wanted, not only those of the last.
+    scored: bool,
     /// Tokens whose keys and values are in the cache.
     computed: usize,
     /// Tokens that exist: the prompt and what was sampled.
@@ -76,6 +79,8 @@ pub struct Slice {
     pub tokens: usize,
     /// Whether the last token is the last one known, so that the next can be sampled from it.
     pub samples: bool,
+    /// Of how many of its last tokens the logits are wanted.
+    pub outputs: usize,
 }
 
 impl Step {
@@ -102,8 +107,16 @@ impl Schedule {
         if Blocks::for_tokens(needed) > self.blocks.total() {
             return Err(NeverFits { needed, total: self.blocks.total() * BLOCK_TOKENS });
         }
-        self.waiting.push_back(Waiting { id, prompt_tokens, max_tokens });
+        self.waiting.push_back(Waiting { id, prompt_tokens, max_tokens, scored: false });
         Ok(())
+    }
+
+    /// The logits of all of a waiting sequence's tokens are wanted. Its slices are then bounded so that no step has
+    /// more outputs than `max_sequences`.
+    pub fn score(&mut self, id: RequestId) {
+        if let Some(sequence) = self.waiting.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.scored = true;
+        }
     }
 
     /// Admits what fits and chooses the next step: every sequence that needs one token gets it,
@@ -111,22 +124,27 @@ impl Schedule {
     pub fn next(&mut self, limits: &Limits) -> Step {
         let admitted = self.admit(limits);
         let mut budget = limits.step_tokens;
+        // Every sequence may want one row of logits; what is left is for prompts of which all are wanted.
+        let mut outputs = limits.max_sequences.saturating_sub(self.running.len());
         let mut shares = vec![0; self.running.len()];
         for pass in [Pass::Single, Pass::Longer] {
             for (sequence, share) in self.running.iter().zip(&mut shares) {
                 let open = sequence.known - sequence.computed;
                 if pass.takes(open) {
                     *share = open.min(budget);
+                    if sequence.scored {
+                        *share = (*share).min(outputs + 1);
+                        outputs -= share.saturating_sub(1);
+                    }
                     budget -= *share;
                 }
             }
         }
         let slices = self.running.iter().zip(shares).filter(|(_, tokens)| *tokens > 0);
-        let slices = slices.map(|(sequence, tokens)| Slice {
-            id: sequence.id,
-            start: sequence.computed,
-            tokens,
-            samples: sequence.computed + tokens == sequence.known,
+        let slices = slices.map(|(sequence, tokens)| {
+            let samples = sequence.computed + tokens == sequence.known;
+            let outputs = if sequence.scored { tokens } else { usize::from(samples) };
+            Slice { id: sequence.id, start: sequence.computed, tokens, samples, outputs }
         });
         Step { admitted, slices: slices.collect() }
     }
@@ -135,6 +153,13 @@ impl Schedule {
     #[must_use]
     pub fn runs_only(&self, step: &Step) -> bool {
         self.waiting.is_empty() && step.slices.len() == self.running.len()
+    }
+
+    /// Records that so many more tokens of a sequence are known: they follow what was sampled, and are yet to be computed.
+    pub fn extend(&mut self, id: RequestId, tokens: usize) {
+        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.known += tokens;
+        }
     }
 
     /// Records that a sequence took so many more tokens after its slice of a step, each computed from the one before.
@@ -194,9 +219,9 @@ impl Schedule {
             && let Some(first) = self.waiting.front()
             && let Some(blocks) = self.blocks.take(Blocks::for_tokens(first.prompt_tokens + first.max_tokens))
         {
-            let (id, known) = (first.id, first.prompt_tokens);
+            let (id, known, scored) = (first.id, first.prompt_tokens, first.scored);
             self.waiting.pop_front();
-            self.running.push(Running { id, computed: 0, known, blocks });
+            self.running.push(Running { id, scored, computed: 0, known, blocks });
             admitted.push(id);
         }
         admitted

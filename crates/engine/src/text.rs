@@ -114,6 +114,18 @@ impl Words {
         self.tokenizer.token_to_id(name)
     }
 
+    /// What a token stands for by itself: its text, or the name of a special one. Bytes that are no character by
+    /// themselves are U+FFFD.
+    #[must_use]
+    pub fn text_of(&self, id: u32) -> String {
+        if let Some(table) = &self.bytes
+            && !table.of(id).is_empty()
+        {
+            return String::from_utf8_lossy(table.of(id)).into_owned();
+        }
+        self.tokenizer.decode(&[id], false).unwrap_or_default()
+    }
+
     /// A stream that decodes tokens as they come.
     #[must_use]
     pub fn stream(&self) -> TokenStream {
@@ -144,10 +156,10 @@ fn byte_of(letter: char) -> Option<u8> {
 
 /// Decodes tokens as they come. The pieces never split a character; bytes that never become one
 /// come out as U+FFFD.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct TokenStream(Mode);
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Mode {
     Bytes(Arc<TokenBytes>, Utf8Stream),
     Window(Words, Window),
@@ -172,7 +184,7 @@ impl TokenStream {
 }
 
 /// Bytes to characters, as `String::from_utf8_lossy` would convert all of them at once.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Utf8Stream {
     /// The beginning of a character, at most 3 bytes.
     open: Vec<u8>,
@@ -219,7 +231,7 @@ fn may_go_on(bytes: &[u8]) -> bool {
 /// Decoding for tokenizers whose tokens depend on their neighbours (a leading space is dropped,
 /// bytes are joined): a window of tokens is decoded, and what it adds to the text of those already
 /// given out is the next piece.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Window {
     ids: Vec<u32>,
     /// How many of `ids` were given out; they stay as the neighbours of what follows.

@@ -133,15 +133,10 @@ fn warm_up(engine: &Engine, sequences: usize) {
     for seed in (0..).take(sequences) {
         let ended = ended.clone();
         let request = Request {
-            prompt: Prompt::Text("warm up".to_owned()),
-            max_tokens: (engine.card().context_tokens() / 2).clamp(1, 256),
             temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
             seed,
-            stop: Vec::new(),
             deadline: Some(Instant::now() + WARM_UP),
-            now_unix_s: 0,
+            ..Request::greedy(Prompt::Text("warm up".to_owned()), (engine.card().context_tokens() / 2).clamp(1, 256))
         };
         let sink = move |event| {
             if matches!(event, Event::Finished(_) | Event::Failed(_)) {

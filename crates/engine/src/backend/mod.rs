@@ -97,7 +97,13 @@ impl Batch {
 
     /// Asks for the logits of the row added last.
     pub fn want_logits(&mut self) {
-        self.outputs.push(u32::try_from(self.ids.len() - 1).unwrap_or(u32::MAX));
+        self.want_logits_of(1);
+    }
+
+    /// Asks for the logits of so many rows added last.
+    pub fn want_logits_of(&mut self, rows: usize) {
+        let rows = self.ids.len().saturating_sub(rows)..self.ids.len();
+        self.outputs.extend(rows.map(|row| u32::try_from(row).unwrap_or(u32::MAX)));
     }
 
     /// How many rows there are.

@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 
 use crate::backend::Batch;
 use crate::decoder::{Encore, Forward, Lane, Next};
-use crate::engine::{Completion, Event, FinishReason, Load, RequestError, RequestId, Sink};
-use crate::sampler::{Sampling, Workspace};
+use crate::engine::group::{self, Group, Whole};
+use crate::engine::{FinishReason, Load, Output, RequestError, RequestId, Sink};
+use crate::sampler::{Sampling, Scored, Workspace, score};
 use crate::schedule::{Limits, Schedule, Slice, Step};
+use crate::shape::{Shaper, Shaping};
 use crate::text::{Cut, StopStrings, TokenStream};
 
 /// What is asked of the thread.
@@ -28,10 +30,17 @@ pub(super) enum Command {
 
 /// A checked request.
 pub(super) struct Ticket {
+    /// Of its first sample; the others follow.
     pub(super) id: RequestId,
+    pub(super) samples: usize,
     pub(super) prompt: Vec<u32>,
     pub(super) max_tokens: usize,
     pub(super) sampling: Sampling,
+    pub(super) shaping: Shaping,
+    pub(super) logprobs: Option<usize>,
+    pub(super) prompt_logprobs: Option<usize>,
+    /// What each text begins with.
+    pub(super) echo: String,
     pub(super) end_tokens: Vec<u32>,
     pub(super) stop: Vec<String>,
     pub(super) stream: TokenStream,
@@ -85,26 +94,38 @@ struct Share<'a> {
     sequence: &'a mut Sequence,
 }
 
-/// A request on its way.
+/// A sample of a request on its way.
 struct Sequence {
+    /// The id of the request's first sample.
+    first: RequestId,
+    group: Group,
     /// The prompt, then what was sampled.
     ids: Vec<u32>,
     prompt_tokens: usize,
     max_tokens: usize,
     sampling: Sampling,
+    shaper: Shaper,
+    scores: Scores,
     end_tokens: Vec<u32>,
     stream: TokenStream,
     stops: StopStrings,
+    echo: String,
     text: String,
     deadline: Option<Instant>,
     needed: usize,
-    submitted: Instant,
-    started: Option<Instant>,
     first_token: Option<Instant>,
     engine_time: Duration,
     /// Tokens it has taken in a lane's encore, which the schedule does not know of yet.
     ahead: usize,
-    sink: Sink,
+}
+
+/// The log probabilities that are wanted, with how many of the best tokens, and those collected.
+#[derive(Default)]
+struct Scores {
+    wanted: Option<usize>,
+    generated: Vec<Scored>,
+    wanted_of_prompt: Option<usize>,
+    prompt: Vec<Scored>,
 }
 
 /// How a request ends.
@@ -174,19 +195,35 @@ impl Runner {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Submit(ticket) => self.queue(*ticket),
-            Command::Cancel(id) => self.end(id, End::Finished(FinishReason::Cancelled)),
+            Command::Cancel(first) => {
+                for id in self.samples_of(first) {
+                    self.end(id, End::Finished(FinishReason::Cancelled));
+                }
+            }
             Command::Stop => self.stopping = true,
         }
     }
 
     fn queue(&mut self, ticket: Ticket) {
-        let id = ticket.id;
-        let added = self.schedule.add(id, ticket.prompt.len(), ticket.max_tokens);
-        self.sequences.insert(id, Sequence::new(ticket));
-        if let Err(error) = added {
-            // `submit` has checked this against the same pool.
-            self.end(id, End::Failed(RequestError::Step { message: error.to_string() }));
+        let (prompt_tokens, max_tokens, scored) =
+            (ticket.prompt.len(), ticket.max_tokens, ticket.prompt_logprobs.is_some());
+        for (index, sequence) in Sequence::all(ticket).into_iter().enumerate() {
+            let id = RequestId(sequence.first.0 + index as u64);
+            self.sequences.insert(id, sequence);
+            if let Err(error) = self.schedule.add(id, prompt_tokens, max_tokens) {
+                // `submit` has checked this against the same pool.
+                self.end(id, End::Failed(RequestError::Step { message: error.to_string() }));
+            }
+            if scored && index == 0 {
+                self.schedule.score(id);
+            }
         }
+    }
+
+    /// What still runs or waits of a request.
+    fn samples_of(&self, first: RequestId) -> Vec<RequestId> {
+        let samples = self.sequences.range(first..).take_while(|(_, sequence)| sequence.first == first);
+        samples.map(|(id, _)| *id).collect()
     }
 
     fn end_overdue(&mut self) {
@@ -203,8 +240,9 @@ impl Runner {
         let step = self.schedule.next(&self.limits);
         for id in &step.admitted {
             if let Some(sequence) = self.sequences.get_mut(id) {
-                sequence.started = Some(begun);
-                sequence.tell(Event::Started);
+                sequence.group.start(begun);
+                let echo = std::mem::take(&mut sequence.echo);
+                sequence.give(echo);
             }
         }
         if step.slices.is_empty() {
@@ -267,17 +305,27 @@ impl Runner {
         }
     }
 
-    /// Takes a request out and tells its sink how it ended. One that has ended is left alone.
+    /// Takes a sample out and tells its group how it ended; one that fails takes the others of its request along. One
+    /// that has ended is left alone.
     fn end(&mut self, id: RequestId, end: End) {
-        let Some(mut sequence) = self.sequences.remove(&id) else { return };
+        let Some(sequence) = self.remove(id) else { return };
+        match end {
+            End::Finished(reason) => sequence.finish(reason),
+            End::Failed(error) => {
+                for id in self.samples_of(sequence.first) {
+                    self.remove(id);
+                }
+                sequence.group.fail(error);
+            }
+        }
+    }
+
+    /// Takes a sequence out. Before its last event, so that who hears of the end finds the place free.
+    fn remove(&mut self, id: RequestId) -> Option<Sequence> {
+        let sequence = self.sequences.remove(&id)?;
         self.schedule.remove(id);
-        // Before the last event, so that who hears of the end finds the place free.
         self.load.give_place(sequence.needed);
-        let event = match end {
-            End::Finished(reason) => Event::Finished(sequence.complete(reason)),
-            End::Failed(error) => Event::Failed(error),
-        };
-        sequence.tell(event);
+        Some(sequence)
     }
 }
 
@@ -310,9 +358,7 @@ fn fill(batch: &mut Batch, shares: &[Share<'_>], schedule: &Schedule) {
     for Share { slice, sequence } in shares {
         let ids = &sequence.ids[slice.start..slice.start + slice.tokens];
         batch.push(ids, slice.start, schedule.table(slice.id));
-        if slice.samples {
-            batch.want_logits();
-        }
+        batch.want_logits_of(slice.outputs);
     }
 }
 
@@ -341,7 +387,7 @@ impl<'a> Turns<'a> {
         }
         for share in &mut self.shares {
             share.slice.start += share.slice.tokens;
-            share.slice.tokens = 1;
+            (share.slice.tokens, share.slice.outputs) = (1, 1);
             share.sequence.ahead += 1;
         }
         fill(batch, &self.shares, self.schedule);
@@ -375,10 +421,19 @@ fn groups(shares: Vec<Share<'_>>, most: usize) -> Vec<Vec<Share<'_>>> {
 }
 
 impl Share<'_> {
-    /// Samples from the next row and takes the token, where the slice has one; returns how the sequence ends, if it does.
+    /// Takes the slice's rows of logits, and the next token where it samples; returns how the sequence ends, if it does.
     fn advance<'b>(&mut self, rows: &mut impl Iterator<Item = &'b [f32]>, workspace: &mut Workspace) -> Option<End> {
-        let logits = if self.slice.samples { rows.next()? } else { return None };
-        match self.sequence.sample(logits, &self.slice, workspace) {
+        let end = self.slice.start + self.slice.tokens;
+        let mut last = None;
+        for next in end - self.slice.outputs + 1..=end {
+            let row = rows.next()?;
+            if let Err(error) = self.sequence.score_prompt(row, next, workspace) {
+                return Some(End::Failed(error));
+            }
+            last = Some(row);
+        }
+        let logits = if self.slice.samples { last? } else { return None };
+        match self.sequence.sample(logits, end, workspace) {
             Ok(token) => self.sequence.take(token).map(End::Finished),
             Err(error) => Some(End::Failed(error)),
         }
@@ -386,48 +441,93 @@ impl Share<'_> {
 }
 
 impl Sequence {
-    fn new(ticket: Ticket) -> Self {
-        let mut ids = ticket.prompt;
-        let prompt_tokens = ids.len();
-        ids.reserve_exact(ticket.max_tokens);
-        Self {
-            ids,
-            prompt_tokens,
-            max_tokens: ticket.max_tokens,
-            sampling: ticket.sampling,
-            end_tokens: ticket.end_tokens,
-            stream: ticket.stream,
-            stops: StopStrings::new(ticket.stop),
-            text: String::new(),
-            deadline: ticket.deadline,
-            needed: ticket.needed,
+    /// The samples of a request.
+    fn all(ticket: Ticket) -> Vec<Self> {
+        let whole = Whole {
+            first_prompt_token: ticket.prompt.first().copied().unwrap_or_default(),
+            prompt_tokens: ticket.prompt.len(),
             submitted: ticket.submitted,
-            started: None,
-            first_token: None,
-            engine_time: Duration::ZERO,
-            ahead: 0,
-            sink: ticket.sink,
-        }
+        };
+        let group = Group::new(ticket.samples, whole, ticket.sink);
+        let sample = |sample: u32| {
+            let prompt_tokens = ticket.prompt.len();
+            let mut ids = Vec::with_capacity(prompt_tokens + ticket.max_tokens);
+            ids.extend_from_slice(&ticket.prompt);
+            // The prompt is the same for all, so it is scored once.
+            let wanted_of_prompt = ticket.prompt_logprobs.filter(|_| sample == 0);
+            Self {
+                first: ticket.id,
+                group: group.clone(),
+                prompt_tokens,
+                max_tokens: ticket.max_tokens,
+                sampling: Sampling { sample, ..ticket.sampling },
+                shaper: Shaper::new(ticket.shaping.clone(), ticket.end_tokens.clone(), &ids),
+                ids,
+                scores: Scores { wanted: ticket.logprobs, wanted_of_prompt, ..Scores::default() },
+                end_tokens: ticket.end_tokens.clone(),
+                stream: ticket.stream.clone(),
+                stops: StopStrings::new(ticket.stop.clone()),
+                echo: ticket.echo.clone(),
+                text: String::new(),
+                deadline: ticket.deadline,
+                needed: ticket.needed,
+                first_token: None,
+                engine_time: Duration::ZERO,
+                ahead: 0,
+            }
+        };
+        (0..).map(sample).take(ticket.samples).collect()
     }
 
-    /// The token after a slice.
-    fn sample(&self, logits: &[f32], slice: &Slice, workspace: &mut Workspace) -> Result<u32, RequestError> {
-        let position = slice.start + slice.tokens;
+    /// Scores the prompt's token at a position by the logits before it, where that is wanted.
+    fn score_prompt(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<(), RequestError> {
+        if let Some(top) = self.scores.wanted_of_prompt
+            && position < self.prompt_tokens
+        {
+            let scored = score(logits, self.ids[position], top, workspace);
+            self.scores.prompt.push(scored.map_err(|source| RequestError::NotFinite { position, source })?);
+        }
+        Ok(())
+    }
+
+    /// The token at a position.
+    fn sample(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<u32, RequestError> {
         let counter = u32::try_from(position).unwrap_or(u32::MAX);
-        self.sampling.choose(logits, counter, workspace).map_err(|source| RequestError::NotFinite { position, source })
+        let chosen = if self.shaper.is_off() {
+            self.sampling.choose(logits, counter, workspace)
+        } else {
+            let mut shaped = std::mem::take(&mut workspace.shaped);
+            shaped.clear();
+            shaped.extend_from_slice(logits);
+            self.shaper.apply(&mut shaped);
+            let chosen = self.sampling.choose(&shaped, counter, workspace);
+            workspace.shaped = shaped;
+            chosen
+        };
+        let wrong = |source| RequestError::NotFinite { position, source };
+        let token = chosen.map_err(wrong)?;
+        if let Some(top) = self.scores.wanted {
+            self.scores.generated.push(score(logits, token, top, workspace).map_err(wrong)?);
+        }
+        Ok(token)
     }
 
     /// Takes the next token; returns why the text ends with it, if it does.
     fn take(&mut self, token: u32) -> Option<FinishReason> {
         self.first_token.get_or_insert_with(Instant::now);
         self.ids.push(token);
+        self.shaper.count(token);
         if self.end_tokens.contains(&token) {
             self.flush();
             return Some(FinishReason::Stop);
         }
         let piece = self.stream.push(token);
-        if self.cut(piece) {
-            return Some(FinishReason::Stop);
+        if self.shaper.may_end() {
+            if self.cut(piece) {
+                return Some(FinishReason::Stop);
+            }
+        } else {
+            self.give(piece);
         }
         if self.ids.len() - self.prompt_tokens < self.max_tokens {
             return None;
@@ -464,32 +564,21 @@ impl Sequence {
     fn give(&mut self, delta: String) {
         if !delta.is_empty() {
             self.text.push_str(&delta);
-            self.tell(Event::Text { delta });
+            self.group.text(self.sampling.sample as usize, delta);
         }
     }
 
-    fn complete(&mut self, reason: FinishReason) -> Completion {
-        if matches!(reason, FinishReason::Cancelled | FinishReason::Deadline) {
+    fn finish(mut self, reason: FinishReason) {
+        if reason.is_early() {
             self.flush();
         }
-        let now = Instant::now();
-        let since = |time: Instant| time.saturating_duration_since(self.submitted);
-        Completion {
-            reason,
-            text: std::mem::take(&mut self.text),
-            prompt_tokens: self.prompt_tokens,
-            completion_tokens: self.ids.len() - self.prompt_tokens,
-            queued: since(self.started.unwrap_or(now)),
-            first_token: self.first_token.map(since),
-            total: since(now),
+        self.group.finish(group::Share {
+            sample: self.sampling.sample as usize,
+            output: Output { reason, text: self.text, logprobs: self.scores.generated },
+            tokens: self.ids.len() - self.prompt_tokens,
+            first_token: self.first_token,
             engine_time: self.engine_time,
-        }
-    }
-
-    /// A sink that panics loses its events, nothing else.
-    fn tell(&mut self, event: Event) {
-        if catch_unwind(AssertUnwindSafe(|| (self.sink)(event))).is_err() {
-            tracing::error!("a request's sink panicked");
-        }
+            prompt_logprobs: self.scores.prompt,
+        });
     }
 }

@@ -54,17 +54,7 @@ fn engine(illness: Illness) -> Engine {
 
 fn submit(engine: &Engine, prompt: &str) -> Receiver<Event> {
     let (sender, events) = channel();
-    let request = Request {
-        prompt: Prompt::Text(prompt.to_owned()),
-        max_tokens: 100,
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        seed: 0,
-        stop: Vec::new(),
-        deadline: None,
-        now_unix_s: 0,
-    };
+    let request = Request::greedy(Prompt::Text(prompt.to_owned()), 100);
     engine.submit(request, Box::new(move |event| drop(sender.send(event)))).unwrap();
     events
 }

@@ -8,6 +8,7 @@ mod broken;
 mod reference;
 mod requests;
 mod sampler;
+mod sampling;
 mod schedule;
 
 use std::path::{Path, PathBuf};
@@ -36,17 +37,7 @@ fn engine(name: &str, step_tokens: usize) -> Engine {
 
 /// A greedy request.
 fn greedy(prompt: &str, max_tokens: usize) -> Request {
-    Request {
-        prompt: Prompt::Text(prompt.to_owned()),
-        max_tokens,
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        seed: 0,
-        stop: Vec::new(),
-        deadline: None,
-        now_unix_s: 0,
-    }
+    Request::greedy(Prompt::Text(prompt.to_owned()), max_tokens)
 }
 
 /// A submitted request's events.
@@ -58,7 +49,10 @@ struct Job {
 /// What became of a request.
 #[derive(Debug)]
 struct Outcome {
+    /// Of the first sample.
     deltas: Vec<String>,
+    /// Of the others.
+    more: Vec<String>,
     started: bool,
     end: Result<Completion, RequestError>,
 }
@@ -77,13 +71,19 @@ impl Job {
 
     /// Waits for the end and checks that the deltas are the text.
     fn outcome(self) -> Outcome {
-        let mut outcome = Outcome { deltas: Vec::new(), started: false, end: Err(step_error("no end")) };
+        let mut outcome =
+            Outcome { deltas: Vec::new(), more: Vec::new(), started: false, end: Err(step_error("no end")) };
         loop {
             match self.next() {
                 Event::Started => outcome.started = true,
-                Event::Text { delta } => outcome.deltas.push(delta),
+                Event::Text { sample: 0, delta } => outcome.deltas.push(delta),
+                Event::Text { sample, delta } => {
+                    outcome.more.resize(outcome.more.len().max(sample), String::new());
+                    outcome.more[sample - 1] += &delta;
+                }
                 Event::Finished(completion) => {
                     assert_eq!(outcome.deltas.concat(), completion.text);
+                    assert!(outcome.more.iter().zip(&completion.more).all(|(text, output)| *text == output.text));
                     assert!(self.events.recv().is_err(), "an event after the last");
                     return Outcome { end: Ok(completion), ..outcome };
                 }

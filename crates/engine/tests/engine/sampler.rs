@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use genmill_engine::sampler::{Sampling, Workspace, philox};
 use proptest::prelude::*;
 
-const PLAIN: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 1, sample: 0 };
+const PLAIN: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 1, sample: 0, min_p: 0.0 };
 
 fn draws(sampling: Sampling, logits: &[f32], count: u32) -> Vec<u32> {
     let mut workspace = Workspace::default();
@@ -102,7 +102,7 @@ proptest! {
         temperature in 0.2_f32..3.0,
         seed: u64,
     ) {
-        let sampling = Sampling { temperature, top_k, top_p, seed, sample: 0 };
+        let sampling = Sampling { temperature, top_k, top_p, min_p: 0.0, seed, sample: 0 };
         let considered = considered(&logits, &sampling);
         for token in draws(sampling, &logits, 30) {
             prop_assert!(considered.contains(&token));
