@@ -28,6 +28,11 @@ pub(crate) trait Forward: Send {
     /// `vocabulary` values.
     fn forward(&mut self, batch: &Batch) -> &[f32];
 
+    /// Forgets all copies of these blocks.
+    fn forget(&mut self, blocks: &[u32]) {
+        let _ = blocks;
+    }
+
     /// Logits per row.
     fn vocabulary(&self) -> usize;
 
@@ -178,7 +183,7 @@ impl<B: Backend> Decoder<B> {
         let (before, rest) = self.lanes.split_at_mut(lane);
         let Some((to, after)) = rest.split_first_mut() else { return };
         for from in before.iter_mut().chain(after) {
-            self.backend.move_blocks(&mut from.cache, &mut to.cache, &batch.tables);
+            self.backend.move_blocks(&mut from.cache, &mut to.cache, batch);
         }
     }
 }
@@ -189,6 +194,12 @@ impl<B: Backend> Forward for Decoder<B> {
         self.angles = angles(backend, config, room);
         let lanes = backend.lanes(self.body.work(1)).min(room.outputs);
         self.lanes = (0..lanes).map(|_| Buffers::new(backend, config, room)).collect();
+    }
+
+    fn forget(&mut self, blocks: &[u32]) {
+        for lane in &mut self.lanes {
+            self.backend.drop_blocks(&mut lane.cache, blocks);
+        }
     }
 
     fn forward(&mut self, batch: &Batch) -> &[f32] {

@@ -35,11 +35,13 @@ pub struct EngineOptions {
     pub step_tokens: usize,
     /// Most requests that wait for a place.
     pub max_waiting: usize,
+    /// Whether what was computed is kept for requests that begin alike, until the room is needed.
+    pub prefix_cache: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { kv_tokens: 16_384, max_sequences: 32, step_tokens: 256, max_waiting: 256 }
+        Self { kv_tokens: 16_384, max_sequences: 32, step_tokens: 256, max_waiting: 256, prefix_cache: true }
     }
 }
 
@@ -124,6 +126,8 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// The text begins with the prompt, which must be text.
     pub echo: bool,
+    /// How many requests that came before it it may overtake while it waits.
+    pub overtakes: u64,
     /// When to give up.
     pub deadline: Option<Instant>,
     /// The time a chat template sees, in seconds since 1970; the time of submission, so that a
@@ -147,6 +151,7 @@ impl Request {
             min_p: 0.0,
             seed: 0,
             samples: 1,
+            overtakes: 0,
             shaping: Shaping::default(),
             stop: Vec::new(),
             stop_tokens: Vec::new(),
@@ -254,6 +259,8 @@ pub struct Completion {
     pub first_prompt_token: u32,
     /// Tokens of the prompt, once for all samples.
     pub prompt_tokens: usize,
+    /// Of these, what others had computed before.
+    pub cached_prompt_tokens: usize,
     /// Tokens generated in all samples, end tokens included.
     pub completion_tokens: usize,
     /// From submission to admission (or to the end, without one).
@@ -344,7 +351,8 @@ impl Engine {
         let (commands, receiver) = sync_channel(2 * options.places());
         let load = Arc::new(Load::default());
         let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
-        let runner = run::Runner::new(forward, Schedule::new(blocks), limits, Arc::clone(&load), receiver);
+        let runner =
+            run::Runner::new(forward, Schedule::new(blocks, options.prefix_cache), limits, Arc::clone(&load), receiver);
         let thread = std::thread::Builder::new()
             .name("genmill-engine".to_owned())
             .spawn(move || runner.run())
@@ -396,6 +404,7 @@ impl Engine {
             echo: if let (true, Prompt::Text(text)) = (request.echo, request.prompt) { text } else { String::new() },
             prompt,
             max_tokens: request.max_tokens,
+            overtakes: request.overtakes,
             stop: request.stop,
             deadline: request.deadline,
             needed,

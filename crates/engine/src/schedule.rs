@@ -1,11 +1,13 @@
 //! What each step computes: which sequences, and how many tokens of each.
 //!
-//! Never here: tokens, tensors, time. A sequence is three numbers, of which one moves: `computed`.
+//! Never here: tensors, time. A sequence is a prompt and two numbers, of which one moves: `computed`.
 //! Prefill, a chunk of it and decoding are the same thing, tokens that are known and not yet
-//! computed. Admission is first come, first served by reservation of prompt and maximum output,
-//! so an admitted sequence always runs to its end and nothing is ever preempted.
+//! computed. Admission is by reservation of prompt and maximum output, so an admitted sequence always runs to its end and
+//! nothing is ever preempted. It goes by arrival, where an urgent sequence may overtake a bounded number of others; one
+//! that begins as another does whose prompt is being computed waits for that, and takes its blocks.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::engine::RequestId;
 use crate::kv::{BLOCK_TOKENS, Blocks};
@@ -33,18 +35,37 @@ pub struct NeverFits {
 /// Which sequences run, which wait, and who has which blocks.
 #[derive(Debug)]
 pub struct Schedule {
+    /// By rank.
     waiting: VecDeque<Waiting>,
     /// In the order of admission.
     running: Vec<Running>,
     blocks: Blocks,
+    /// How many have come.
+    arrivals: u64,
+    /// Whether blocks are kept for those that begin alike.
+    keeps_prefixes: bool,
+}
+
+/// A sequence that comes.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    /// Its prompt, at least one token.
+    pub prompt: Arc<[u32]>,
+    /// Most tokens that it may add.
+    pub max_tokens: usize,
+    /// How many that came before it it may overtake.
+    pub overtakes: u64,
+    /// The logits of every token of its prompt are wanted, not only those of the last. Its slices are then bounded so that
+    /// no step has more outputs than `max_sequences`, and no block of another is taken over.
+    pub scored: bool,
 }
 
 #[derive(Debug)]
 struct Waiting {
     id: RequestId,
-    prompt_tokens: usize,
-    max_tokens: usize,
-    scored: bool,
+    /// Its number, less what it may overtake.
+    rank: u64,
+    arrival: Arrival,
 }
 
 #[derive(Debug)]
@@ -56,14 +77,28 @@ struct Running {
     computed: usize,
     /// Tokens that exist: the prompt and what was sampled.
     known: usize,
+    prompt: Arc<[u32]>,
     blocks: Vec<u32>,
+    /// How many of them are kept for others.
+    kept: usize,
+}
+
+/// A sequence that was admitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// The sequence.
+    pub id: RequestId,
+    /// Tokens of its prompt that others have computed.
+    pub cached: usize,
 }
 
 /// What to compute now.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// The sequences admitted with this step.
-    pub admitted: Vec<RequestId>,
+    pub admitted: Vec<Admitted>,
+    /// Blocks of these that several sequences had read before: no copy of what was in them counts any more.
+    pub stale: Vec<u32>,
     /// At most one slice of each sequence.
     pub slices: Vec<Slice>,
 }
@@ -94,29 +129,25 @@ impl Step {
 impl Schedule {
     /// A schedule over a pool of so many blocks.
     #[must_use]
-    pub fn new(blocks: u32) -> Self {
-        Self { waiting: VecDeque::new(), running: Vec::new(), blocks: Blocks::new(blocks) }
+    pub fn new(blocks: u32, keeps_prefixes: bool) -> Self {
+        let blocks = Blocks::new(blocks);
+        Self { waiting: VecDeque::new(), running: Vec::new(), blocks, arrivals: 0, keeps_prefixes }
     }
 
     /// Queues a sequence.
     ///
     /// # Errors
     /// When even an empty pool could not hold it.
-    pub fn add(&mut self, id: RequestId, prompt_tokens: usize, max_tokens: usize) -> Result<(), NeverFits> {
-        let needed = prompt_tokens.saturating_add(max_tokens);
+    pub fn add(&mut self, id: RequestId, arrival: Arrival) -> Result<(), NeverFits> {
+        let needed = arrival.prompt.len().saturating_add(arrival.max_tokens);
         if Blocks::for_tokens(needed) > self.blocks.total() {
             return Err(NeverFits { needed, total: self.blocks.total() * BLOCK_TOKENS });
         }
-        self.waiting.push_back(Waiting { id, prompt_tokens, max_tokens, scored: false });
+        self.arrivals += 1;
+        let rank = self.arrivals.saturating_sub(arrival.overtakes);
+        let place = self.waiting.partition_point(|other| other.rank <= rank);
+        self.waiting.insert(place, Waiting { id, rank, arrival });
         Ok(())
-    }
-
-    /// The logits of all of a waiting sequence's tokens are wanted. Its slices are then bounded so that no step has
-    /// more outputs than `max_sequences`.
-    pub fn score(&mut self, id: RequestId) {
-        if let Some(sequence) = self.waiting.iter_mut().find(|sequence| sequence.id == id) {
-            sequence.scored = true;
-        }
     }
 
     /// Admits what fits and chooses the next step: every sequence that needs one token gets it,
@@ -146,7 +177,7 @@ impl Schedule {
             let outputs = if sequence.scored { tokens } else { usize::from(samples) };
             Slice { id: sequence.id, start: sequence.computed, tokens, samples, outputs }
         });
-        Step { admitted, slices: slices.collect() }
+        Step { slices: slices.collect(), stale: self.blocks.stale(), admitted }
     }
 
     /// Whether a step has all sequences that there are, running or waiting: then nobody waits for its end.
@@ -171,21 +202,29 @@ impl Schedule {
     }
 
     /// Records that a step was computed: each slice's sequence has that much more in the cache,
-    /// and one more token where it sampled. Sequences that ended are to be removed afterwards.
+    /// and one more token where it sampled. Sequences that ended are to be removed afterwards. Full blocks of the prompt
+    /// are kept for others from now on.
     pub fn commit(&mut self, step: &Step) {
         for slice in &step.slices {
             if let Some(sequence) = self.running.iter_mut().find(|s| s.id == slice.id) {
                 sequence.computed += slice.tokens;
                 sequence.known += usize::from(slice.samples);
+                if self.keeps_prefixes {
+                    let prompt = sequence.prompt.clone();
+                    sequence.keep(&prompt, &mut self.blocks);
+                }
             }
         }
     }
 
-    /// Takes a sequence out, waiting or running; its blocks are free at once. Returns whether it
-    /// was there.
-    pub fn remove(&mut self, id: RequestId) -> bool {
+    /// Takes a sequence out, waiting or running; its blocks are free at once. `tokens` are all that were computed well, by
+    /// which they may be found again. Returns whether it was there.
+    pub fn remove(&mut self, id: RequestId, tokens: &[u32]) -> bool {
         if let Some(index) = self.running.iter().position(|sequence| sequence.id == id) {
-            let sequence = self.running.remove(index);
+            let mut sequence = self.running.remove(index);
+            if self.keeps_prefixes {
+                sequence.keep(tokens, &mut self.blocks);
+            }
             self.blocks.give(sequence.blocks);
             return true;
         }
@@ -205,26 +244,77 @@ impl Schedule {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// How many blocks are free.
+    /// Whether more than one sequence reads a block.
+    #[must_use]
+    pub fn is_shared(&self, block: u32) -> bool {
+        self.blocks.is_shared(block)
+    }
+
+    /// How many blocks no sequence has.
     #[must_use]
     pub fn free_blocks(&self) -> usize {
         self.blocks.free()
     }
 
-    /// Admission in order; a sequence that does not fit yet holds back those behind it, so a long
-    /// one cannot starve.
-    fn admit(&mut self, limits: &Limits) -> Vec<RequestId> {
+    /// Admission by rank. A sequence for which there is no room yet holds back those behind it, so a long one cannot
+    /// starve; one that waits for another's prompt does not, as that takes a bounded number of steps.
+    fn admit(&mut self, limits: &Limits) -> Vec<Admitted> {
         let mut admitted = Vec::new();
+        let mut index = 0;
         while self.running.len() < limits.max_sequences
-            && let Some(first) = self.waiting.front()
-            && let Some(blocks) = self.blocks.take(Blocks::for_tokens(first.prompt_tokens + first.max_tokens))
+            && let Some(Waiting { id, arrival, .. }) = self.waiting.get(index)
         {
-            let (id, known, scored) = (first.id, first.prompt_tokens, first.scored);
-            self.waiting.pop_front();
-            self.running.push(Running { id, scored, computed: 0, known, blocks });
-            admitted.push(id);
+            let found = self.found(arrival);
+            let waits = || self.running.iter().any(|other| other.will_have_more(arrival, found.len()));
+            if self.keeps_prefixes && waits() {
+                index += 1;
+                continue;
+            }
+            let needed = Blocks::for_tokens(arrival.prompt.len() + arrival.max_tokens);
+            let Some(blocks) = self.blocks.take(&found, needed) else { break };
+            let (kept, computed) = (found.len(), found.len() * BLOCK_TOKENS);
+            admitted.push(Admitted { id: *id, cached: computed });
+            self.running.push(Running {
+                id: *id,
+                scored: arrival.scored,
+                computed,
+                known: arrival.prompt.len(),
+                prompt: arrival.prompt.clone(),
+                blocks,
+                kept,
+            });
+            self.waiting.remove(index);
         }
         admitted
+    }
+
+    /// Kept blocks with which a prompt begins. Its last token is left over, because something must be computed to sample.
+    fn found(&self, arrival: &Arrival) -> Vec<u32> {
+        match arrival.prompt.split_last() {
+            Some((_, tokens)) if self.keeps_prefixes && !arrival.scored => self.blocks.find(tokens),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Running {
+    /// Keeps the full blocks of what is computed, of which these are the first tokens.
+    fn keep(&mut self, tokens: &[u32], blocks: &mut Blocks) {
+        let full = self.computed.min(tokens.len()) / BLOCK_TOKENS;
+        if full > self.kept {
+            blocks.keep(&mut self.blocks, &tokens[..full * BLOCK_TOKENS], self.kept);
+            self.kept = full;
+        }
+    }
+
+    /// Whether this prompt, which is being computed, will give a sequence more blocks than it would get now.
+    fn will_have_more(&self, arrival: &Arrival, found: usize) -> bool {
+        if self.computed >= self.prompt.len() || arrival.scored {
+            return false;
+        }
+        let (mine, theirs) = (self.prompt.as_chunks::<BLOCK_TOKENS>().0, &arrival.prompt[..arrival.prompt.len() - 1]);
+        let alike = mine.iter().zip(theirs.as_chunks().0).take_while(|(a, b)| a == b).count();
+        alike > found
     }
 }
 

@@ -5,7 +5,7 @@ use crate::mailbox::{Ended, Mailbox};
 use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Usage};
 use genmill_core::money::{Picodollars, price_of_engine_time};
 use genmill_core::registration::ServedModel;
-use genmill_core::request::{ChatMessage, Input};
+use genmill_core::request::{ChatMessage, Input, Priority};
 use genmill_engine::{Completion, Engine, Prompt, Request, RequestId, SubmitError};
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::error::Error;
@@ -108,8 +108,19 @@ fn request(task: &Task) -> Request {
         top_k: spec.sampling.top_k.map_or(0, |k| usize::try_from(k).unwrap_or(usize::MAX)),
         seed: spec.sampling.seed,
         stop: spec.sampling.stop.clone(),
+        overtakes: overtakes(spec.priority),
         deadline: None,
         now_unix_s: task.id.submitted_at().0 / 1_000,
+    }
+}
+
+/// How many that came to the engine before it a job may overtake there. The queue has put them into order; here waits only
+/// what fits into a worker's free places but not yet into its blocks.
+const fn overtakes(priority: Priority) -> u64 {
+    match priority {
+        Priority::Interactive => 64,
+        Priority::Normal => 8,
+        Priority::Bulk => 0,
     }
 }
 
@@ -182,7 +193,7 @@ fn generation(completion: Completion, finish_reason: FinishReason) -> Generation
         finish_reason,
         usage: Some(Usage {
             prompt_tokens: count(completion.prompt_tokens),
-            cached_prompt_tokens: 0,
+            cached_prompt_tokens: count(completion.cached_prompt_tokens),
             completion_tokens: count(completion.completion_tokens),
         }),
         first_token_ms: completion.first_token.map(ms),

@@ -69,6 +69,8 @@ pub struct Batch {
     /// The block tables of all sequences: entry `i` of one holds its tokens
     /// `i * BLOCK_TOKENS ..`.
     pub tables: Vec<u32>,
+    /// For each entry of `tables`, whether other sequences read this block too.
+    pub shared: Vec<bool>,
     /// The rows whose logits are wanted, ascending.
     pub outputs: Vec<u32>,
 }
@@ -80,6 +82,7 @@ impl Batch {
         self.positions.clear();
         self.row_tables.clear();
         self.tables.clear();
+        self.shared.clear();
         self.outputs.clear();
     }
 
@@ -93,6 +96,12 @@ impl Batch {
             self.positions.push(u32::try_from(start + offset).unwrap_or(u32::MAX));
             self.row_tables.push(table.clone());
         }
+    }
+
+    /// Marks the blocks of the sequence added last that others read too.
+    pub fn share(&mut self, is_shared: impl Fn(u32) -> bool) {
+        let known = self.shared.len();
+        self.shared.extend(self.tables[known..].iter().map(|block| is_shared(*block)));
     }
 
     /// Asks for the logits of the row added last.
@@ -147,9 +156,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// An empty cache of so many blocks.
     fn cache(&self, layers: usize, blocks: usize, heads: &Heads) -> Self::Cache;
 
-    /// Moves these blocks from one cache to another of the same shape, where they are in the first.
-    /// A lane's cache holds the blocks of its sequences; all caches together hold each block once.
-    fn move_blocks(&self, from: &mut Self::Cache, to: &mut Self::Cache, blocks: &[u32]);
+    /// Moves the blocks of a batch from one cache to another of the same shape, where they are in the first and not in
+    /// the second; copies those that others read too. A lane's cache holds the blocks of its sequences; a block that can
+    /// be written is in one of all caches.
+    fn move_blocks(&self, from: &mut Self::Cache, to: &mut Self::Cache, batch: &Batch);
+
+    /// Forgets what a cache holds of these blocks.
+    fn drop_blocks(&self, cache: &mut Self::Cache, blocks: &[u32]);
 
     /// The threads that steps should run on, where there are some.
     fn pool(&self) -> Option<Arc<ThreadPool>> {

@@ -37,6 +37,8 @@ struct State {
     /// None once the last event was told.
     sink: Option<Sink>,
     started: Option<Instant>,
+    /// Tokens of the prompt that were found computed.
+    cached: usize,
     /// By sample.
     shares: Vec<Option<Share>>,
 }
@@ -44,7 +46,7 @@ struct State {
 impl Group {
     pub(super) fn new(samples: usize, whole: Whole, sink: Sink) -> Self {
         let shares = (0..samples).map(|_| None).collect();
-        Self(Arc::new(Mutex::new(State { whole, sink: Some(sink), started: None, shares })))
+        Self(Arc::new(Mutex::new(State { whole, sink: Some(sink), started: None, cached: 0, shares })))
     }
 
     /// Nothing that is done under the lock panics: sinks are caught.
@@ -52,11 +54,12 @@ impl Group {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A sample was admitted, at this time.
-    pub(super) fn start(&self, now: Instant) {
+    /// A sample was admitted, at this time, with so many tokens of the prompt computed.
+    pub(super) fn start(&self, now: Instant, cached: usize) {
         let mut state = self.lock();
         if state.started.is_none() {
             state.started = Some(now);
+            state.cached = cached;
             state.tell(Event::Started);
         }
     }
@@ -104,6 +107,7 @@ impl State {
             prompt_logprobs,
             first_prompt_token: self.whole.first_prompt_token,
             prompt_tokens: self.whole.prompt_tokens,
+            cached_prompt_tokens: self.cached,
             completion_tokens,
             queued: since(self.started.unwrap_or(now)),
             first_token,

@@ -17,7 +17,7 @@ use crate::decoder::{Encore, Forward, Lane, Next};
 use crate::engine::group::{self, Group, Whole};
 use crate::engine::{FinishReason, Load, Output, RequestError, RequestId, Sink};
 use crate::sampler::{Sampling, Scored, Workspace, score};
-use crate::schedule::{Limits, Schedule, Slice, Step};
+use crate::schedule::{Admitted, Arrival, Limits, Schedule, Slice, Step};
 use crate::shape::{Shaper, Shaping};
 use crate::text::{Cut, StopStrings, TokenStream};
 
@@ -35,6 +35,7 @@ pub(super) struct Ticket {
     pub(super) samples: usize,
     pub(super) prompt: Vec<u32>,
     pub(super) max_tokens: usize,
+    pub(super) overtakes: u64,
     pub(super) sampling: Sampling,
     pub(super) shaping: Shaping,
     pub(super) logprobs: Option<usize>,
@@ -128,6 +129,13 @@ struct Scores {
     prompt: Vec<Scored>,
 }
 
+/// Whether what a sequence computed may serve others.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Went {
+    Well,
+    Wrong,
+}
+
 /// How a request ends.
 enum End {
     Finished(FinishReason),
@@ -205,17 +213,20 @@ impl Runner {
     }
 
     fn queue(&mut self, ticket: Ticket) {
-        let (prompt_tokens, max_tokens, scored) =
-            (ticket.prompt.len(), ticket.max_tokens, ticket.prompt_logprobs.is_some());
+        let arrival = Arrival {
+            prompt: ticket.prompt.as_slice().into(),
+            max_tokens: ticket.max_tokens,
+            overtakes: ticket.overtakes,
+            scored: false,
+        };
+        let scored = ticket.prompt_logprobs.is_some();
         for (index, sequence) in Sequence::all(ticket).into_iter().enumerate() {
             let id = RequestId(sequence.first.0 + index as u64);
             self.sequences.insert(id, sequence);
-            if let Err(error) = self.schedule.add(id, prompt_tokens, max_tokens) {
+            let arrival = Arrival { scored: scored && index == 0, ..arrival.clone() };
+            if let Err(error) = self.schedule.add(id, arrival) {
                 // `submit` has checked this against the same pool.
                 self.end(id, End::Failed(RequestError::Step { message: error.to_string() }));
-            }
-            if scored && index == 0 {
-                self.schedule.score(id);
             }
         }
     }
@@ -238,9 +249,10 @@ impl Runner {
     fn step(&mut self) {
         let begun = Instant::now();
         let step = self.schedule.next(&self.limits);
-        for id in &step.admitted {
+        self.forward.forget(&step.stale);
+        for Admitted { id, cached } in &step.admitted {
             if let Some(sequence) = self.sequences.get_mut(id) {
-                sequence.group.start(begun);
+                sequence.group.start(begun, *cached);
                 let echo = std::mem::take(&mut sequence.echo);
                 sequence.give(echo);
             }
@@ -308,12 +320,13 @@ impl Runner {
     /// Takes a sample out and tells its group how it ended; one that fails takes the others of its request along. One
     /// that has ended is left alone.
     fn end(&mut self, id: RequestId, end: End) {
-        let Some(sequence) = self.remove(id) else { return };
+        let went = if matches!(end, End::Finished(_)) { Went::Well } else { Went::Wrong };
+        let Some(sequence) = self.remove(id, went) else { return };
         match end {
             End::Finished(reason) => sequence.finish(reason),
             End::Failed(error) => {
                 for id in self.samples_of(sequence.first) {
-                    self.remove(id);
+                    self.remove(id, Went::Wrong);
                 }
                 sequence.group.fail(error);
             }
@@ -321,9 +334,10 @@ impl Runner {
     }
 
     /// Takes a sequence out. Before its last event, so that who hears of the end finds the place free.
-    fn remove(&mut self, id: RequestId) -> Option<Sequence> {
+    fn remove(&mut self, id: RequestId, went: Went) -> Option<Sequence> {
         let sequence = self.sequences.remove(&id)?;
-        self.schedule.remove(id);
+        let computed = if went == Went::Well { sequence.ids.as_slice() } else { &[] };
+        self.schedule.remove(id, computed);
         self.load.give_place(sequence.needed);
         Some(sequence)
     }
@@ -358,6 +372,7 @@ fn fill(batch: &mut Batch, shares: &[Share<'_>], schedule: &Schedule) {
     for Share { slice, sequence } in shares {
         let ids = &sequence.ids[slice.start..slice.start + slice.tokens];
         batch.push(ids, slice.start, schedule.table(slice.id));
+        batch.share(|block| schedule.is_shared(block));
         batch.want_logits_of(slice.outputs);
     }
 }

@@ -2,9 +2,9 @@
 
 use std::sync::mpsc::channel;
 
-use genmill_engine::{Completion, Engine, Event, Prompt, Request};
+use genmill_engine::{Completion, Engine, EngineOptions, Event, Prompt, Request};
 
-use crate::{engine, greedy, submit};
+use crate::{engine, fixture, greedy, load, submit};
 
 /// Requests of many lengths, seeded, with all samplings.
 fn requests() -> Vec<Request> {
@@ -43,6 +43,51 @@ fn texts_alone_are_texts_in_a_batch_under_any_budget() {
                 assert_eq!(alone.text, among.text, "{name}, {step_tokens} tokens a step");
                 assert_eq!(alone.completion_tokens, among.completion_tokens);
                 assert_eq!(alone.reason, among.reason);
+            }
+        }
+    }
+}
+
+/// Requests of three groups that begin alike within each, all with log probabilities.
+fn groups() -> Vec<Request> {
+    let request = |index: usize| {
+        let beginning = format!("{} You are asked for the best move, and answer in one word.", index % 3).repeat(4);
+        Request {
+            prompt: Prompt::Text(format!("{beginning} {index}")),
+            temperature: [0.0, 0.9][index % 2],
+            seed: index as u64,
+            logprobs: Some(2),
+            samples: 1 + usize::from(index.is_multiple_of(7)),
+            ..greedy("", 24)
+        }
+    };
+    (0..30).map(request).collect()
+}
+
+#[test]
+fn what_others_have_computed_changes_no_bit() {
+    for name in ["qwen2", "gpt2"] {
+        let outcome = |engine: &Engine, requests: &[Request]| {
+            let completions = together(engine, requests).into_iter();
+            completions.map(|c| ((c.text, c.logprobs, c.more), c.cached_prompt_tokens)).unzip::<_, _, Vec<_>, Vec<_>>()
+        };
+        let options = |kv_tokens, prefix_cache| EngineOptions {
+            kv_tokens,
+            max_sequences: 32,
+            step_tokens: 64,
+            max_waiting: 64,
+            prefix_cache,
+        };
+        let start = |options| Engine::start(load(&fixture(name)), options).unwrap();
+        let (without, cached) = outcome(&start(options(8_192, false)), &groups());
+        assert_eq!(cached.iter().sum::<usize>(), 0);
+        // With room for all, and with so little that beginnings come and go.
+        for kv_tokens in [8_192, 1_024] {
+            let engine = start(options(kv_tokens, true));
+            for round in 0..2 {
+                let (with, cached) = outcome(&engine, &groups());
+                assert!(with == without, "{name}, {kv_tokens} tokens, round {round}");
+                assert!(cached.iter().filter(|cached| **cached > 0).count() > 10, "{cached:?}");
             }
         }
     }

@@ -31,7 +31,8 @@ fn load(folder: &Path) -> Model {
 
 /// A small engine on a fixture.
 fn engine(name: &str, step_tokens: usize) -> Engine {
-    let options = EngineOptions { kv_tokens: 8192, max_sequences: 32, step_tokens, max_waiting: 64 };
+    let options =
+        EngineOptions { kv_tokens: 8192, max_sequences: 32, step_tokens, max_waiting: 64, ..Default::default() };
     Engine::start(load(&fixture(name)), options).unwrap()
 }
 

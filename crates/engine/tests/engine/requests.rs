@@ -103,7 +103,8 @@ fn a_deadline_ends_a_request() {
 
 #[test]
 fn more_than_may_wait_is_refused() {
-    let options = EngineOptions { kv_tokens: 512, max_sequences: 1, step_tokens: 16, max_waiting: 2 };
+    let options =
+        EngineOptions { kv_tokens: 512, max_sequences: 1, step_tokens: 16, max_waiting: 2, ..Default::default() };
     let engine = Engine::start(load(&fixture("qwen2")), options).unwrap();
     let long = || Request { temperature: 1.0, ..greedy("X", 500) };
     let jobs: Vec<_> = (0..3).map(|_| submit(&engine, long()).unwrap()).collect();

@@ -57,12 +57,26 @@ impl Cache {
         }
     }
 
-    pub(super) fn take_blocks(&mut self, from: &mut Self, blocks: &[u32]) {
-        for block in blocks {
-            let mine = &mut self.blocks[*block as usize];
-            if mine.values.is_empty() {
-                std::mem::swap(mine, &mut from.blocks[*block as usize]);
+    pub(super) fn take_blocks(&mut self, from: &mut Self, batch: &Batch) {
+        let length = self.layers * 2 * self.half;
+        for (index, block) in batch.tables.iter().enumerate() {
+            let (mine, theirs) = (&mut self.blocks[*block as usize], &mut from.blocks[*block as usize]);
+            if !mine.values.is_empty() || theirs.values.is_empty() {
+                continue;
             }
+            if batch.shared.get(index).is_some_and(|shared| *shared) {
+                *mine = Block::new(length);
+                let (to, from) = (mine.start, theirs.start);
+                mine.values[to..][..length].copy_from_slice(&theirs.values[from..][..length]);
+            } else {
+                std::mem::swap(mine, theirs);
+            }
+        }
+    }
+
+    pub(super) fn drop_blocks(&mut self, blocks: &[u32]) {
+        for block in blocks {
+            self.blocks[*block as usize] = Block::default();
         }
     }
 

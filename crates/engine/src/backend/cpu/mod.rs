@@ -139,8 +139,12 @@ impl Backend for Cpu {
         Cache::new(layers, blocks, heads)
     }
 
-    fn move_blocks(&self, from: &mut Cache, to: &mut Cache, blocks: &[u32]) {
-        to.take_blocks(from, blocks);
+    fn move_blocks(&self, from: &mut Cache, to: &mut Cache, batch: &Batch) {
+        to.take_blocks(from, batch);
+    }
+
+    fn drop_blocks(&self, cache: &mut Cache, blocks: &[u32]) {
+        cache.drop_blocks(blocks);
     }
 
     fn pool(&self) -> Option<Arc<ThreadPool>> {
