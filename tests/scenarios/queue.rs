@@ -958,6 +958,39 @@ async fn a_large_charge_is_halved_while_a_job_waits() {
     assert_eq!(share_of_bulk(&bench, 30).await, 1);
 }
 
+async fn refuses(queue: &Queue, job: &NewJob, lease: &Lease, words: &str) {
+    let finish = done("x");
+    let ended = [Ended { held: lease.held(), started_at: lease.started_at, finish: &finish }];
+    let errors = [
+        queue.enqueue(&job.spec.model.lane(), std::slice::from_ref(job)).await.unwrap_err(),
+        queue.finish(lease.id.lane(), &worker("w"), &ended).await.unwrap_err(),
+    ];
+    for error in errors {
+        assert!(error.is_passing() && error.in_full().contains(words), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_redis_that_is_short_of_something_is_away_for_now() {
+    let mut bench = Bench::new().await;
+    let id = bench.submit(|_| ()).await;
+    let lease = bench.claim_one("w").await;
+    let job = NewJob { id: JobId::new(now(), bench.lane, 7), spec: spec() };
+    let set = |name: &str, value: &str| {
+        for node in bench.redis.nodes() {
+            ask::<()>(node, redis::cmd("CONFIG").arg("SET").arg(name).arg(value)).unwrap();
+        }
+    };
+    set("maxmemory", "1");
+    refuses(&bench.queue, &job, &lease, "OOM").await;
+    set("maxmemory", "0");
+    set("min-replicas-to-write", "1");
+    refuses(&bench.queue, &job, &lease, "NOREPLICAS").await;
+    set("min-replicas-to-write", "0");
+    assert_eq!(bench.finish(&lease, "w", done("x")).await, Kept::Kept);
+    assert_eq!(bench.ends(id).await, [AttemptEnd::Succeeded]);
+}
+
 #[tokio::test]
 async fn a_redis_that_still_loads_its_data_is_away_for_now() {
     // It looks up from loading every 1,024 commands, each of which is made to take half a millisecond.

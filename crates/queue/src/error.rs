@@ -5,9 +5,9 @@ use genmill_core::ids::JobId;
 /// An error of the queue.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// Redis does not answer, or not in time. What was asked may or may not have been done; every operation may be
-    /// repeated.
-    #[error("redis does not answer while {doing}")]
+    /// Redis does not answer, or not in time, or says that it cannot work now. What was asked may or may not have been
+    /// done; every operation may be repeated.
+    #[error("redis is not available while {doing}")]
     Unreachable {
         /// What was being done.
         doing: &'static str,
@@ -65,6 +65,15 @@ impl QueueError {
     pub const fn is_passing(&self) -> bool {
         matches!(self, Self::Unreachable { .. })
     }
+
+    /// What went wrong, with what Redis said of it: where no list of sources is shown.
+    #[must_use]
+    pub fn in_full(&self) -> String {
+        match std::error::Error::source(self) {
+            Some(source) => format!("{self}: {source}"),
+            None => self.to_string(),
+        }
+    }
 }
 
 /// Whether a Redis that answers with this code will serve later.
@@ -72,5 +81,7 @@ fn is_away(code: &str) -> bool {
     let loading = matches!(code, "LOADING" | "MASTERDOWN" | "CLUSTERDOWN" | "TRYAGAIN" | "READONLY");
     // What a client gets that has not yet learned where a slot is now, or whose node has just lost its scripts.
     let behind = matches!(code, "MOVED" | "ASK" | "NOSCRIPT");
-    loading || behind
+    // Until somebody gives it memory, disk or replicas, or ends the script that holds it up.
+    let short = matches!(code, "OOM" | "MISCONF" | "NOREPLICAS" | "BUSY");
+    loading || behind || short
 }

@@ -48,12 +48,7 @@ pub(crate) fn api_error(error: QueueError) -> ApiError {
         | QueueError::Corrupt { .. }
         | QueueError::LanesFull => Reason::Internal,
     };
-    let mut message = error.to_string();
-    let mut source = std::error::Error::source(&error);
-    while let Some(error) = source {
-        message = format!("{message}: {error}");
-        source = error.source();
-    }
+    let message = error.in_full();
     if reason == Reason::Internal {
         tracing::error!(message, "internal error");
     }
