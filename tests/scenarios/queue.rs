@@ -958,6 +958,23 @@ async fn a_large_charge_is_halved_while_a_job_waits() {
     assert_eq!(share_of_bulk(&bench, 30).await, 1);
 }
 
+#[tokio::test]
+async fn a_damaged_record_costs_no_other_job_its_lease() {
+    let mut bench = Bench::new().await;
+    let damaged = bench.submit(|_| ()).await;
+    let whole = bench.submit(|_| ()).await;
+    let lane = bench.lane.0;
+    let spec = [format!("test:{{{lane}}}:s:").as_bytes(), damaged.as_bytes()].concat();
+    // Without its list of failed jobs, the damaged one cannot even be failed. Of a cluster, one node has the lane.
+    for key in [spec, format!("test:{{{lane}}}:dead").into_bytes()] {
+        let mut set = redis::cmd("SET");
+        set.arg(key).arg("nonsense");
+        let written = bench.redis.nodes().iter().filter(|node| ask::<()>(node, &set).is_ok()).count();
+        assert_eq!(written, 1);
+    }
+    assert_eq!(bench.claimed("w", 2).await, [whole]);
+}
+
 async fn refuses(queue: &Queue, job: &NewJob, lease: &Lease, words: &str) {
     let finish = done("x");
     let ended = [Ended { held: lease.held(), started_at: lease.started_at, finish: &finish }];

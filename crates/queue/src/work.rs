@@ -4,6 +4,7 @@ use crate::error::QueueError;
 use crate::payload::{corrupt, decode, encode};
 use crate::queue::Queue;
 use crate::script::Call;
+use futures_util::future::join_all;
 use genmill_core::attempt::{AttemptEnd, Failure, FailureClass};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
@@ -188,21 +189,31 @@ impl Queue {
             .await
             .map_err(|source| QueueError::from_redis("claiming jobs", source))?;
         let mut leases = Vec::with_capacity(claimed.len());
+        let mut damaged = Vec::new();
         for (id, epoch, spec, failures, started) in claimed {
-            let id = JobId::from_bytes(&id).ok_or_else(|| corrupt("stream", "an entry names no job"))?;
-            let held = Held { id, epoch: Epoch(epoch) };
-            let started_at = UnixMs(started);
+            let Some(id) = JobId::from_bytes(&id) else {
+                tracing::error!(lane = lane.0, "an entry of the stream names no job");
+                continue;
+            };
+            let (epoch, started_at) = (Epoch(epoch), UnixMs(started));
             match decode("spec", &spec) {
-                Ok(spec) => leases.push(Lease { id, epoch: held.epoch, spec, failures, started_at }),
-                // One damaged record must not cost the jobs beside it their leases.
-                Err(error) => {
-                    let failure = Failure::new(FailureClass::Internal, error.to_string());
-                    let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)) };
-                    self.finish(lane, worker, &[Ended { held, started_at, finish: &finish }]).await?;
-                }
+                Ok(spec) => leases.push(Lease { id, epoch, spec, failures, started_at }),
+                Err(error) => damaged.push((Held { id, epoch }, started_at, error)),
             }
         }
+        join_all(damaged.into_iter().map(|(held, started_at, error)| self.fail(worker, held, started_at, error))).await;
         Ok(leases)
+    }
+
+    /// Ends a job whose record is damaged. Should that fail, it is tried again after the lease: it must not cost the jobs
+    /// beside it theirs.
+    async fn fail(&self, worker: &WorkerId, held: Held, started_at: UnixMs, damage: QueueError) {
+        let failure = Failure::new(FailureClass::Internal, damage.to_string());
+        let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)) };
+        let ended = Ended { held, started_at, finish: &finish };
+        if let Err(error) = self.finish(held.id.lane(), worker, &[ended]).await {
+            tracing::error!(job = %held.id, %damage, error = error.in_full(), "cannot end a damaged job");
+        }
     }
 
     /// Renews the leases that `worker` holds in `lane`, and says what it can run there.
