@@ -1,13 +1,15 @@
 //! What keeps every lane going: each task takes no input, may run twice, and may run in any scheduler.
 
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::{BoxFuture, try_join};
 use genmill_core::ids::LaneNumber;
 use genmill_core::judge::Policy;
 use genmill_daemon::health::Readiness;
 use genmill_queue::{Queue, QueueError, Settings};
-use std::collections::HashMap;
+use std::collections::BTreeSet;
 use std::time::Duration;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 /// How often every lane is looked after.
@@ -41,104 +43,118 @@ enum Judges {
     Workers,
 }
 
-/// What is kept from one round to the next.
-struct Upkeep {
-    queue: Queue,
-    policy: Policy,
-    /// All lanes, as far as they could be listed.
-    lanes: Vec<LaneNumber>,
-    /// What is set, as far as it could be read.
-    settings: Settings,
-    /// What is known to be applied to each lane. Whoever changes a setting applies it; should that fail half way, it is
-    /// made good here.
-    applied: HashMap<LaneNumber, Settings>,
-    /// Until when leases are left alone in lanes whose Redis was away.
-    leases_wait_until: HashMap<LaneNumber, Instant>,
-}
-
-/// Looks after all lanes until `stop`; while Redis does not answer for all of them, the scheduler is not ready.
+/// Looks after all lanes until `stop`, each by itself: of a cluster, the node of one may be away and those of others not.
+/// While the registry does not answer, the scheduler is not ready.
 pub(crate) async fn run(queue: Queue, policy: Policy, readiness: Readiness, stop: CancellationToken) {
-    let mut tick = interval(EVERY);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut upkeep = Upkeep {
-        queue,
-        policy,
-        lanes: Vec::new(),
-        settings: Settings::default(),
-        applied: HashMap::new(),
-        leases_wait_until: HashMap::new(),
-    };
+    let settings = watch::Sender::new(Settings::default());
+    let mut known = BTreeSet::new();
+    let mut lanes = JoinSet::new();
+    let mut tick = ticks();
     let mut failing = false;
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
-        match upkeep.round().await {
-            Ok(()) => {
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        let Some(read) = stop.run_until_cancelled(read_registry(&queue)).await else { break };
+        match read {
+            Ok((now_set, listed)) => {
+                settings.send_if_modified(|settings| {
+                    *settings != now_set && {
+                        *settings = now_set;
+                        true
+                    }
+                });
+                for lane in listed.into_iter().filter(|lane| known.insert(*lane)) {
+                    let upkeep = Upkeep::new(queue.clone(), policy, lane, settings.subscribe());
+                    lanes.spawn(stop.clone().run_until_cancelled_owned(upkeep.run()));
+                }
                 if failing {
-                    tracing::info!("upkeep works again");
+                    tracing::info!("the registry answers again");
                     readiness.ready();
                 }
                 failing = false;
             }
             Err(error) => {
                 if !failing {
-                    tracing::warn!(%error, "upkeep cannot work; trying again");
-                    readiness.not_ready(error.to_string());
-                    // Whatever it was, it may have kept any worker from its heartbeats.
-                    upkeep.leave_leases_alone(upkeep.lanes.clone());
+                    tracing::warn!(error = error.in_full(), "cannot read the registry; trying again");
+                    readiness.not_ready(error.in_full());
                 }
                 failing = true;
             }
         }
     }
+    lanes.join_all().await;
+}
+
+/// What is set, and all lanes.
+async fn read_registry(queue: &Queue) -> Result<(Settings, Vec<LaneNumber>), QueueError> {
+    let (settings, lanes) = try_join(queue.settings(), queue.all_lanes()).await?;
+    Ok((settings, lanes.into_iter().map(|(lane, _)| lane).collect()))
+}
+
+fn ticks() -> Interval {
+    let mut tick = interval(EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    tick
+}
+
+/// The upkeep of one lane.
+struct Upkeep {
+    queue: Queue,
+    policy: Policy,
+    lane: LaneNumber,
+    settings: watch::Receiver<Settings>,
+    /// What is known to be applied to the lane. Whoever changes a setting applies it; should that fail half way, it is
+    /// made good here.
+    applied: Option<Settings>,
+    /// Until when leases are left alone because Redis was away.
+    leases_wait_until: Option<Instant>,
 }
 
 impl Upkeep {
-    /// Looks after every lane: of a cluster, the node of one may be away and those of others not.
-    async fn round(&mut self) -> Result<(), QueueError> {
-        let settings = self.queue.settings().await.map(|settings| self.settings = settings);
-        let listed = self.queue.all_lanes().await;
-        let mut worked =
-            settings.and(listed).map(|lanes| self.lanes = lanes.into_iter().map(|(lane, _)| lane).collect());
-        let looked_after = join_all(self.lanes.iter().map(async |lane| (*lane, self.look_after(*lane).await)));
-        let looked_after = looked_after.await;
-        for (lane, lane_worked) in looked_after {
-            if lane_worked.is_err() {
-                self.leave_leases_alone([lane]);
-            } else {
-                self.applied.insert(lane, self.settings.clone());
+    const fn new(queue: Queue, policy: Policy, lane: LaneNumber, settings: watch::Receiver<Settings>) -> Self {
+        Self { queue, policy, lane, settings, applied: None, leases_wait_until: None }
+    }
+
+    /// Never ends.
+    async fn run(mut self) {
+        let lane = self.lane.0;
+        let mut tick = ticks();
+        let mut failing = false;
+        loop {
+            tick.tick().await;
+            let worked = self.look_after().await;
+            match &worked {
+                Ok(()) if failing => tracing::info!(lane, "upkeep works again"),
+                Err(error) if !failing => tracing::warn!(error = error.in_full(), lane, "no upkeep; trying again"),
+                Ok(()) | Err(_) => {}
             }
-            worked = worked.and(lane_worked);
+            failing = worked.is_err();
+            if failing {
+                self.leases_wait_until = Some(Instant::now() + RECLAIM_GRACE);
+            }
         }
-        worked
     }
 
-    fn leave_leases_alone(&mut self, lanes: impl IntoIterator<Item = LaneNumber>) {
-        let until = Instant::now() + RECLAIM_GRACE;
-        self.leases_wait_until.extend(lanes.into_iter().map(|lane| (lane, until)));
-    }
-
-    async fn look_after(&self, lane: LaneNumber) -> Result<(), QueueError> {
-        if self.applied.get(&lane) != Some(&self.settings) {
-            self.queue.apply(lane, &self.settings).await?;
+    async fn look_after(&mut self) -> Result<(), QueueError> {
+        let is_new = |settings: &&Settings| self.applied.as_ref() != Some(*settings);
+        let new = Some(&*self.settings.borrow()).filter(is_new).cloned();
+        if let Some(settings) = new {
+            self.queue.apply(self.lane, &settings).await?;
+            self.applied = Some(settings);
         }
-        let leases_count = self.leases_wait_until.get(&lane).is_none_or(|until| Instant::now() >= *until);
+        let leases_count = self.leases_wait_until.is_none_or(|until| Instant::now() >= until);
         let counts = |judges: Judges| leases_count || judges == Judges::Jobs;
         for (name, _, task) in TASKS.iter().filter(|(_, judges, _)| counts(*judges)) {
             for _ in 0..REPEATS_MAX {
-                let handled = match task(&self.queue, lane, &self.policy).await {
+                let handled = match task(&self.queue, self.lane, &self.policy).await {
                     Err(error) if error.is_passing() => return Err(error),
-                    // One damaged lane must not keep the others from being looked after.
+                    // One damaged job must not keep the lane from the other tasks.
                     Err(error) => {
-                        tracing::error!(%error, lane = lane.0, task = name, "upkeep failed");
+                        tracing::error!(error = error.in_full(), lane = self.lane.0, task = name, "upkeep failed");
                         break;
                     }
                     Ok(0) => break,
                     Ok(handled) => handled,
                 };
-                tracing::debug!(lane = lane.0, task = name, jobs = handled, "upkeep");
+                tracing::debug!(lane = self.lane.0, task = name, jobs = handled, "upkeep");
             }
         }
         Ok(())
