@@ -6,6 +6,7 @@ pub mod chaos;
 pub mod daemons;
 pub mod dice;
 pub mod place;
+pub mod puppet;
 pub mod redis_cluster;
 pub mod redis_server;
 pub mod specs;

@@ -14,15 +14,21 @@ use genmill_queue::{
     Ended, Event, Finish, Hint, Holding, Kept, Lease, NewJob, Options, Queue, QueueError, RequestId, Reservation, Room,
     Slots,
 };
-use genmill_tests::daemons::Start;
+use genmill_tests::daemons::{Daemon, Start};
+use genmill_tests::puppet::Puppet;
 use genmill_tests::redis_cluster::{RedisCluster, ask, cluster};
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
+use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 const LEASE_MS: u64 = 60_000;
+
+/// A lease that a node outlasts while it hangs.
+const HUNG_LEASE: Duration = Duration::from_secs(3);
 
 /// How long anything may take that has to happen. Generous: test machines are shared.
 const WITHIN: Duration = Duration::from_secs(60);
@@ -107,6 +113,12 @@ impl Bench {
         timeout(WITHIN, claiming).await.unwrap()
     }
 
+    fn scheduler(&self, folder: &Path) -> Daemon {
+        let scheduler = Start::new("genmill-scheduler", folder).unwrap().env("GENMILL__REDIS__NAMESPACE", "test");
+        let scheduler = scheduler.env("GENMILL__REDIS__URL", &self.redis.url());
+        scheduler.env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0").until_ready().unwrap()
+    }
+
     /// The node at which somebody listens.
     fn listened_at(&self, what: &str) -> usize {
         let listens = |node: &RedisServer| {
@@ -182,9 +194,7 @@ async fn a_node_that_is_away_holds_up_its_own_lanes_only() {
 async fn a_lane_is_looked_after_while_the_node_of_another_is_away() {
     let mut bench = Bench::new().await;
     let folder = tempfile::tempdir().unwrap();
-    let scheduler = Start::new("genmill-scheduler", folder.path()).unwrap().env("GENMILL__REDIS__NAMESPACE", "test");
-    let scheduler = scheduler.env("GENMILL__REDIS__URL", &bench.redis.url());
-    let _scheduler = scheduler.env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0").until_ready().unwrap();
+    let _scheduler = bench.scheduler(folder.path());
     assert!(bench.lanes[0].0 < bench.lanes[2].0, "the lane that is away comes first");
     let id = bench.submit(2).await;
     let lease = bench.claim(2).await.unwrap().remove(0);
@@ -194,6 +204,51 @@ async fn a_lane_is_looked_after_while_the_node_of_another_is_away() {
     let slots = Slots { capacity: 1, free: 0, tokens: None };
     bench.queue.heartbeat(bench.lanes[2].0, &worker(), slots, 0, &held).await.unwrap();
     timeout(WITHIN, async { while bench.queue.get(id).await.unwrap().losses == 0 {} }).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_hangs_holds_up_its_own_lanes_only() {
+    let mut bench = Bench::new().await;
+    let folder = tempfile::tempdir().unwrap();
+    let _scheduler = bench.scheduler(folder.path());
+    let models: Vec<ModelName> = bench.lanes.iter().map(|(_, model)| model.clone()).collect();
+    let mut puppet = Puppet::start(&bench.queue, &models, HUNG_LEASE.as_millis().try_into().unwrap()).await;
+    let mut long = Vec::new();
+    for place in 0..3 {
+        long.push((bench.submit(place).await, puppet.asked().await));
+    }
+    bench.redis.nodes()[0].signal(Signal::STOP).unwrap();
+    let begun = Instant::now();
+    let mut ids = Vec::new();
+    // Longer than a lease, and than a command waits for its answer.
+    while begun.elapsed() < 5 * HUNG_LEASE {
+        for place in [1, 2] {
+            ids.push(bench.submit(place).await);
+            puppet.asked().await.succeed("x");
+            let ending =
+                async { while bench.queue.get(ids[ids.len() - 1]).await.unwrap().state != State::Succeeded {} };
+            timeout(HUNG_LEASE, ending).await.unwrap();
+        }
+    }
+    bench.redis.nodes()[0].signal(Signal::CONT).unwrap();
+    let (first, _) = long[0];
+    for (id, asked) in long {
+        ids.push(id);
+        asked.succeed("x");
+    }
+    // It may run again, where its lease was not renewed.
+    let ending = async {
+        while !bench.queue.get(first).await.is_ok_and(|job| job.state.is_final()) {
+            puppet.asked_already().into_iter().for_each(|asked| asked.succeed("x"));
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(WITHIN, ending).await.unwrap();
+    puppet.stop().await;
+    for job in bench.queue.get_many(&ids).await.unwrap() {
+        assert_eq!(job.state, State::Succeeded);
+        assert!(job.id == first || (job.losses, job.attempts.len()) == (0, 1), "{job:?}");
+    }
 }
 
 #[tokio::test]

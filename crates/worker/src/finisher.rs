@@ -1,8 +1,7 @@
-//! Finishes attempts, those that end together in one call: the queue's cost of a call is shared.
+//! Finishes a lane's attempts, those that end together in one call: the queue's cost of a call is shared.
 
 use genmill_core::ids::{LaneNumber, WorkerId};
 use genmill_queue::{Ended, Finish, Kept, Lease, Queue, QueueError};
-use std::collections::BTreeMap;
 use tokio::sync::{mpsc, oneshot};
 
 /// How many attempts one call ends at most: bounds the time one script takes.
@@ -19,7 +18,7 @@ pub(crate) struct Unfinished {
 
 impl From<&QueueError> for Unfinished {
     fn from(error: &QueueError) -> Self {
-        Self { message: error.to_string(), passing: error.is_passing() }
+        Self { message: error.in_full(), passing: error.is_passing() }
     }
 }
 
@@ -45,9 +44,9 @@ pub(crate) struct Finisher {
 
 impl Finisher {
     /// A finisher and its task, which ends when all clones are gone.
-    pub(crate) fn new(queue: Queue, worker: WorkerId) -> (Self, impl Future<Output = ()> + Send) {
+    pub(crate) fn new(queue: Queue, lane: LaneNumber, worker: WorkerId) -> (Self, impl Future<Output = ()> + Send) {
         let (asked, receiver) = mpsc::channel(BATCH);
-        (Self { asked }, serve(queue, worker, receiver))
+        (Self { asked }, serve(queue, lane, worker, receiver))
     }
 
     /// Finishes an attempt.
@@ -60,24 +59,17 @@ impl Finisher {
     }
 }
 
-async fn serve(queue: Queue, worker: WorkerId, mut receiver: mpsc::Receiver<Asked>) {
+async fn serve(queue: Queue, lane: LaneNumber, worker: WorkerId, mut receiver: mpsc::Receiver<Asked>) {
     let mut batch = Vec::with_capacity(BATCH);
     while receiver.recv_many(&mut batch, BATCH).await > 0 {
-        let mut by_lane: BTreeMap<LaneNumber, Vec<Asked>> = BTreeMap::new();
-        for asked in batch.drain(..) {
-            by_lane.entry(asked.lease.id.lane()).or_default().push(asked);
-        }
-        for (lane, asked) in by_lane {
-            let ended: Vec<Ended<'_>> = asked.iter().map(Asked::ended).collect();
-            let kept = queue.finish(lane, &worker, &ended).await;
-            let kept: Vec<Answer> = match &kept {
-                Ok(kept) => kept.iter().copied().map(Ok).collect(),
-                Err(error) => asked.iter().map(|_| Err(Unfinished::from(error))).collect(),
-            };
-            for (asked, kept) in asked.into_iter().zip(kept) {
-                // An attempt that was given up no longer listens.
-                drop(asked.answer.send(kept));
-            }
+        let ended: Vec<Ended<'_>> = batch.iter().map(Asked::ended).collect();
+        let kept: Vec<Answer> = match queue.finish(lane, &worker, &ended).await {
+            Ok(kept) => kept.into_iter().map(Ok).collect(),
+            Err(error) => batch.iter().map(|_| Err(Unfinished::from(&error))).collect(),
+        };
+        for (asked, kept) in batch.drain(..).zip(kept) {
+            // An attempt that was given up no longer listens.
+            drop(asked.answer.send(kept));
         }
     }
 }

@@ -4,6 +4,7 @@
 
 mod attempt;
 mod finisher;
+mod lane;
 pub mod perform;
 mod run;
 mod serve;

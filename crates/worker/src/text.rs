@@ -1,4 +1,4 @@
-//! Passes the text of all running attempts on to the queue, a few times a second and together: what a call costs is
+//! Passes the text of a lane's running attempts on to the queue, a few times a second and together: what a call costs is
 //! shared by every attempt that has text.
 
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
@@ -18,7 +18,7 @@ const BATCH: usize = 100;
 
 /// Passes on what comes through `pieces` until its senders are gone. Text that Redis did not take is not sent again: the
 /// queue drops what would leave a gap, and the result has the whole text.
-pub(crate) async fn pass_on(queue: Queue, worker: WorkerId, mut pieces: mpsc::Receiver<Piece>) {
+pub(crate) async fn pass_on(queue: Queue, lane: LaneNumber, worker: WorkerId, mut pieces: mpsc::Receiver<Piece>) {
     let mut waiting = Vec::new();
     while pieces.recv_many(&mut waiting, PIECES_MAX).await > 0 {
         tokio::time::sleep(COALESCE).await;
@@ -28,18 +28,16 @@ pub(crate) async fn pass_on(queue: Queue, worker: WorkerId, mut pieces: mpsc::Re
                 break;
             }
         }
-        for (lane, pieces) in by_lane(waiting.drain(..)) {
-            for pieces in pieces.chunks(BATCH) {
-                if let Err(error) = queue.append(lane, &worker, pieces).await {
-                    tracing::warn!(%error, jobs = pieces.len(), "text is not shown while it comes");
-                }
+        for pieces in by_attempt(waiting.drain(..)).chunks(BATCH) {
+            if let Err(error) = queue.append(lane, &worker, pieces).await {
+                tracing::warn!(%error, jobs = pieces.len(), "text is not shown while it comes");
             }
         }
     }
 }
 
 /// Joins the pieces of each attempt.
-fn by_lane(pieces: impl Iterator<Item = Piece>) -> BTreeMap<LaneNumber, Vec<Piece>> {
+fn by_attempt(pieces: impl Iterator<Item = Piece>) -> Vec<Piece> {
     let mut attempts: BTreeMap<(JobId, Epoch), Piece> = BTreeMap::new();
     for piece in pieces {
         attempts
@@ -47,9 +45,5 @@ fn by_lane(pieces: impl Iterator<Item = Piece>) -> BTreeMap<LaneNumber, Vec<Piec
             .and_modify(|joined| joined.text.push_str(&piece.text))
             .or_insert(piece);
     }
-    let mut lanes: BTreeMap<LaneNumber, Vec<Piece>> = BTreeMap::new();
-    for piece in attempts.into_values() {
-        lanes.entry(piece.held.id.lane()).or_default().push(piece);
-    }
-    lanes
+    attempts.into_values().collect()
 }
