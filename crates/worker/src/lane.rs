@@ -20,6 +20,9 @@ use tokio_util::sync::CancellationToken;
 /// A claim is made this often even without a hint, in case one was lost.
 const CLAIM_EVERY: Duration = Duration::from_secs(1);
 
+/// After a heartbeat, cancelled jobs wait this long for the next: one tells of all of them.
+const CANCELS_EVERY: Duration = Duration::from_millis(20);
+
 /// How long a drain tries to say what it hands back, when Redis does not answer.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(8);
 
@@ -70,6 +73,7 @@ pub(crate) struct LaneLoop<P> {
     /// Work may wait there.
     hungry: bool,
     mood: Mood,
+    last_beat: Instant,
 }
 
 impl<P: Perform> LaneLoop<P> {
@@ -97,6 +101,7 @@ impl<P: Perform> LaneLoop<P> {
             tokens: 0,
             hungry: true,
             mood: Mood::Takes,
+            last_beat: Instant::now(),
         }
     }
 
@@ -124,10 +129,11 @@ impl<P: Perform> LaneLoop<P> {
             if self.wants() {
                 self.claim().await;
             }
+            let rested = self.last_beat + CANCELS_EVERY;
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = bell.work.notified() => self.hungry = true,
-                () = bell.cancel.notified() => self.heartbeat().await,
+                () = async { sleep_until(rested).await; bell.cancel.notified().await } => self.heartbeat().await,
                 _ = claim.tick() => self.hungry = true,
                 _ = beat.tick() => self.heartbeat().await,
                 Some(ended) = self.attempts.join_next_with_id() => self.attempts_ended(ended),
@@ -144,14 +150,19 @@ impl<P: Perform> LaneLoop<P> {
         }
     }
 
-    fn wants(&self) -> bool {
+    /// Whether it could take anything now.
+    fn takes(&self) -> bool {
         let room = self.room();
-        self.hungry && self.mood == Mood::Takes && room.free > 0 && room.tokens != Some(0)
+        self.mood == Mood::Takes && room.free > 0 && room.tokens != Some(0)
+    }
+
+    fn wants(&self) -> bool {
+        self.hungry && self.takes()
     }
 
     fn slots(&self) -> Slots {
         let room = self.room();
-        let free = if room.tokens == Some(0) { 0 } else { room.free };
+        let free = if self.takes() { room.free } else { 0 };
         Slots { capacity: self.offer.capacity, free, tokens: room.tokens }
     }
 
@@ -206,6 +217,7 @@ impl<P: Perform> LaneLoop<P> {
 
     /// One call renews all leases; attempts that must stop are told.
     pub(crate) async fn heartbeat(&mut self) {
+        self.last_beat = Instant::now();
         let running: Vec<&Running> = self.running.values().collect();
         let held = |running: &&Running| Holding { held: running.lease.held(), started: running.started.get() };
         let held: Vec<Holding> = running.iter().map(held).collect();
@@ -218,7 +230,7 @@ impl<P: Perform> LaneLoop<P> {
         });
         let mut handed_back = false;
         for (running, beat) in running.into_iter().zip(beats) {
-            if let Some(stop) = stop_for(beat) {
+            if let Some(stop) = stop_for(beat, running.started.get()) {
                 handed_back |= stop == Stop::HandBack;
                 running.tell.send_replace(Some(stop));
             }
@@ -268,12 +280,31 @@ impl<P: Perform> LaneLoop<P> {
     }
 }
 
-const fn stop_for(beat: Beat) -> Option<Stop> {
+/// What an attempt is told; nothing of handing back when its work began while the beat was on its way.
+const fn stop_for(beat: Beat, started: bool) -> Option<Stop> {
     match beat {
         Beat::Lost => Some(Stop::LeaseLost),
         Beat::Cancel => Some(Stop::Cancelled),
         Beat::DeadlinePassed => Some(Stop::DeadlinePassed),
-        Beat::HandBack => Some(Stop::HandBack),
-        Beat::Ok => None,
+        Beat::HandBack if !started => Some(Stop::HandBack),
+        Beat::Ok | Beat::HandBack => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_has_begun_is_not_handed_back() {
+        for (beat, started, expect) in [
+            (Beat::HandBack, false, Some(Stop::HandBack)),
+            (Beat::HandBack, true, None),
+            (Beat::Cancel, true, Some(Stop::Cancelled)),
+            (Beat::Lost, false, Some(Stop::LeaseLost)),
+            (Beat::Ok, false, None),
+        ] {
+            assert_eq!(stop_for(beat, started), expect, "{beat:?}");
+        }
     }
 }
