@@ -17,10 +17,6 @@ use tokio_util::sync::CancellationToken;
 /// How long a performer may take to end its work when told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(3);
 
-/// How long a verdict is offered to a Redis that does not answer. Far beyond the lease: until somebody else has the
-/// job, the result still counts.
-const FINISH_FOR: Duration = Duration::from_secs(600);
-
 /// Why an attempt is told to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -130,7 +126,8 @@ fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Pe
     Performed { outcome, cost }
 }
 
-/// Judges what was performed and finishes the job, for as long as it takes Redis to answer.
+/// Judges what was performed and finishes the job, for as long as it takes Redis to answer: until somebody else has the
+/// job, the result still counts.
 pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Performed) {
     // Without random numbers retries are not spread, which is no reason to stop.
     let verdict = judge(performed.outcome, lease.failures, &bench.policy, random_u64().unwrap_or_default());
@@ -139,13 +136,12 @@ pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Perfor
         tracing::warn!(job = %lease.id, class = ?failure.class, message = failure.message, ?event, "attempt failed");
     }
     let finish = Finish { verdict, cost: performed.cost };
-    let begun = Instant::now();
     let mut wait = Duration::from_millis(50);
     loop {
         match bench.finisher.finish(lease, &finish).await {
             Ok(Kept::Kept) => return tracing::debug!(job = %lease.id, ?event, "finished"),
             Ok(Kept::LeaseLost) => return tracing::warn!(job = %lease.id, ?event, "the lease was lost before"),
-            Err(error) if error.passing && begun.elapsed() < FINISH_FOR => {
+            Err(error) if error.passing => {
                 tracing::warn!(job = %lease.id, %error, "cannot finish; trying again");
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(Duration::from_secs(2));
