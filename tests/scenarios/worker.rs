@@ -1,9 +1,10 @@
 //! A worker's loop against a real Redis: what it makes of what Redis tells it, and of a Redis that is short of memory or
 //! has lost something.
 
-#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::v1;
+use genmill_client::v1::watch_job_response::Event;
 use genmill_core::attempt::AttemptEnd;
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::Job;
@@ -20,6 +21,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::time::timeout;
+use tokio_stream::StreamExt as _;
 
 /// How long anything may take that has to happen. Generous: test machines are shared.
 const WITHIN: Duration = Duration::from_secs(60);
@@ -81,6 +83,12 @@ impl Bench {
         timeout(WITHIN, ending).await.expect("the job does not end")
     }
 
+    /// Waits until the running attempt's text is `whole` for whoever watches.
+    async fn shown(&self, id: JobId, whole: &str) {
+        let showing = async { while self.queue.watch(id, 0).await.unwrap().text != whole.as_bytes() {} };
+        timeout(WITHIN, showing).await.expect("the text is not shown");
+    }
+
     async fn scheduler(
         &self,
     ) -> (Daemon, TempDir, v1::job_service_client::JobServiceClient<tonic::transport::Channel>) {
@@ -119,6 +127,56 @@ async fn a_result_is_kept_that_comes_while_redis_is_out_of_memory() {
     assert_eq!(job.attempts.iter().map(|attempt| attempt.end).collect::<Vec<_>>(), [AttemptEnd::Succeeded]);
     assert_eq!(job.cost(), Some(Picodollars(7)));
     bench.puppet.stop().await;
+}
+
+#[tokio::test]
+async fn text_that_redis_did_not_take_is_shown_once_it_does() {
+    let mut bench = Bench::new(60_000).await;
+    let id = bench.submit().await;
+    let mut asked = bench.puppet.asked().await;
+    asked.progress.text("Grüße".to_owned()).await;
+    bench.shown(id, "Grüße").await;
+    bench.redis::<()>("CONFIG SET maxmemory 1");
+    asked.progress.text(" an alle".to_owned()).await;
+    while bench.info("errorstats", "errorstat_OOM", "count") == 0 {
+        tokio::task::yield_now().await;
+    }
+    bench.redis::<()>("CONFIG SET maxmemory 0");
+    bench.shown(id, "Grüße an alle").await;
+}
+
+#[tokio::test]
+async fn a_watch_goes_on_when_redis_has_lost_the_end_of_the_text() {
+    let mut bench = Bench::new(60_000).await;
+    let (_scheduler, _folder, mut client) = bench.scheduler().await;
+    let id = bench.submit().await;
+    let mut asked = bench.puppet.asked().await;
+    let mut watch = async |offset| {
+        let asked = v1::WatchJobRequest { job_id: id.to_string(), epoch: 1, offset };
+        client.watch_job(asked).await.unwrap().into_inner()
+    };
+    let mut early = watch(0).await;
+    asked.progress.text("Grüße an alle".to_owned()).await;
+    let next = async |events: &mut tonic::Streaming<v1::WatchJobResponse>| {
+        let event = timeout(WITHIN, events.next()).await.unwrap().unwrap().unwrap().event.unwrap();
+        let Event::Text(delta) = event else { panic!("{event:?}") };
+        (delta.offset, delta.text)
+    };
+    assert_eq!(next(&mut early).await, (0, "Grüße an alle".to_owned()));
+    // As a Redis that was killed and had not yet written its last second.
+    let key = [format!("test:{{{}}}:t:", bench.lane.0).as_bytes(), id.as_bytes()].concat();
+    ask::<()>(&bench.redis, redis::cmd("SET").arg(key).arg("Gr")).unwrap();
+    let mut late = watch(15).await;
+    asked.progress.text("!".to_owned()).await;
+    for events in [&mut early, &mut late] {
+        assert_eq!(next(events).await, (15, "!".to_owned()));
+    }
+    bench.shown(id, "Grüße an alle!").await;
+    asked.succeed("Grüße an alle!");
+    for events in [&mut early, &mut late] {
+        let last = timeout(WITHIN, events.next()).await.unwrap().unwrap().unwrap().event.unwrap();
+        assert!(matches!(last, Event::Job(_)), "{last:?}");
+    }
 }
 
 #[tokio::test]

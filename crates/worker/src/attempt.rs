@@ -1,12 +1,12 @@
 //! One attempt: perform the job, judge the outcome, finish. Ends when told to.
 
 use crate::finisher::Finisher;
-use crate::perform::{Perform, Progress, Started, Task};
+use crate::perform::{Perform, Progress, Reported, Started, Task};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::judge::{Policy, judge};
 use genmill_core::request::TEXT_BYTES_MAX;
 use genmill_daemon::random::random_u64;
-use genmill_queue::{Finish, Kept, Lease, Piece};
+use genmill_queue::{Finish, Kept, Lease};
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
@@ -38,7 +38,7 @@ pub(crate) enum Stop {
 pub(crate) struct Bench<P> {
     pub(crate) performer: std::sync::Arc<P>,
     pub(crate) policy: Policy,
-    pub(crate) pieces: mpsc::Sender<Piece>,
+    pub(crate) reported: mpsc::Sender<Reported>,
     pub(crate) finisher: Finisher,
 }
 
@@ -47,7 +47,7 @@ impl<P> Clone for Bench<P> {
         Self {
             performer: self.performer.clone(),
             policy: self.policy,
-            pieces: self.pieces.clone(),
+            reported: self.reported.clone(),
             finisher: self.finisher.clone(),
         }
     }
@@ -62,7 +62,7 @@ pub(crate) async fn attempt<P: Perform>(
 ) {
     let token = CancellationToken::new();
     let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone() };
-    let progress = Progress::new(&task, started, bench.pieces.clone());
+    let progress = Progress::new(&task, started, bench.reported.clone());
     let performer = bench.performer.clone();
     let work = performer.perform(task, progress, token.clone());
     let (performed, stop) = until_stopped(work, &lease, told, &token).await;

@@ -84,12 +84,12 @@ impl<P: Perform> LaneLoop<P> {
         (number, offer): (LaneNumber, Offer),
     ) -> Self {
         let (finisher, finishing) = Finisher::new(queue.clone(), number, options.worker.clone());
-        let (pieces, receiver) = mpsc::channel(PIECES_MAX);
+        let (reported, receiver) = mpsc::channel(PIECES_MAX);
         let mut writers = JoinSet::new();
         writers.spawn(finishing);
         writers.spawn(pass_on(queue.clone(), number, options.worker.clone(), receiver));
         Self {
-            bench: Bench { performer, policy: options.policy, pieces, finisher },
+            bench: Bench { performer, policy: options.policy, reported, finisher },
             queue,
             options,
             number,

@@ -5,7 +5,7 @@ use genmill_core::ids::{Epoch, JobId};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
 use genmill_core::registration::ServedModel;
-use genmill_queue::{Held, Piece};
+use genmill_queue::Held;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,22 +70,32 @@ impl Started {
     }
 }
 
+/// A piece of an attempt's text, as its performer reported it.
+#[derive(Debug)]
+pub struct Reported {
+    /// Whose it is.
+    pub held: Held,
+    /// Whole characters, behind those of the piece before.
+    pub text: String,
+    /// Held by whoever may report more, and by what is on its way.
+    pub(crate) open: Arc<()>,
+}
+
 /// Takes the text of a running job, piece by piece.
 #[derive(Debug)]
 pub struct Progress {
     held: Held,
     /// To be set as soon as work on the job begins.
     pub started: Started,
-    /// Bytes of text reported so far.
-    reported: u64,
-    pieces: mpsc::Sender<Piece>,
+    open: Arc<()>,
+    reported: mpsc::Sender<Reported>,
 }
 
 impl Progress {
-    /// The progress of `task`, told to whoever receives `pieces`.
+    /// The progress of `task`, told to whoever receives what is `reported`.
     #[must_use]
-    pub const fn new(task: &Task, started: Started, pieces: mpsc::Sender<Piece>) -> Self {
-        Self { held: Held { id: task.id, epoch: task.epoch }, started, reported: 0, pieces }
+    pub fn new(task: &Task, started: Started, reported: mpsc::Sender<Reported>) -> Self {
+        Self { held: Held { id: task.id, epoch: task.epoch }, started, open: Arc::default(), reported }
     }
 
     /// Reports more text; whole characters only. Waits while the queue is slow, so that memory stays bounded. Text is
@@ -94,9 +104,7 @@ impl Progress {
         if text.is_empty() {
             return;
         }
-        let piece = Piece { held: self.held, offset: self.reported, text };
-        self.reported += piece.text.len() as u64;
         // The receiver is gone only when the worker has stopped.
-        drop(self.pieces.send(piece).await);
+        drop(self.reported.send(Reported { held: self.held, text, open: self.open.clone() }).await);
     }
 }

@@ -105,6 +105,7 @@ impl Watcher {
                 return Box::pin(self.look()).await;
             }
         }
+        let same_attempt = self.epoch == seen.epoch.0;
         self.epoch = seen.epoch.0;
         if seen.state.is_final() {
             let job = self.mill.queue.get(self.id).await.map_err(api_error)?;
@@ -112,6 +113,10 @@ impl Watcher {
             return Ok(true);
         }
         if self.offset > seen.text_bytes {
+            // It was there before: Redis has lost the end of the text, and the worker sends it again.
+            if same_attempt {
+                return Ok(false);
+            }
             return Err(self.bad_offset(seen.text_bytes).into());
         }
         let text = std::str::from_utf8(&seen.text).map_err(|_| self.bad_offset(seen.text_bytes))?;
