@@ -9,4 +9,5 @@ pub mod place;
 pub mod puppet;
 pub mod redis_cluster;
 pub mod redis_server;
+pub mod scheduler;
 pub mod specs;

@@ -14,14 +14,13 @@ use genmill_queue::{
     Ended, Event, Finish, Hint, Holding, Kept, Lease, NewJob, Options, Queue, QueueError, RequestId, Reservation, Room,
     Slots,
 };
-use genmill_tests::daemons::{Daemon, Start};
 use genmill_tests::puppet::Puppet;
 use genmill_tests::redis_cluster::{RedisCluster, ask, cluster};
 use genmill_tests::redis_server::RedisServer;
+use genmill_tests::scheduler::Scheduler;
 use genmill_tests::specs::plain;
 use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
@@ -113,12 +112,6 @@ impl Bench {
         timeout(WITHIN, claiming).await.unwrap()
     }
 
-    fn scheduler(&self, folder: &Path) -> Daemon {
-        let scheduler = Start::new("genmill-scheduler", folder).unwrap().env("GENMILL__REDIS__NAMESPACE", "test");
-        let scheduler = scheduler.env("GENMILL__REDIS__URL", &self.redis.url());
-        scheduler.env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0").until_ready().unwrap()
-    }
-
     /// The node at which somebody listens.
     fn listened_at(&self, what: &str) -> usize {
         let listens = |node: &RedisServer| {
@@ -193,8 +186,7 @@ async fn a_node_that_is_away_holds_up_its_own_lanes_only() {
 #[tokio::test]
 async fn a_lane_is_looked_after_while_the_node_of_another_is_away() {
     let mut bench = Bench::new().await;
-    let folder = tempfile::tempdir().unwrap();
-    let _scheduler = bench.scheduler(folder.path());
+    let _scheduler = Scheduler::start(&bench.redis.url());
     assert!(bench.lanes[0].0 < bench.lanes[2].0, "the lane that is away comes first");
     let id = bench.submit(2).await;
     let lease = bench.claim(2).await.unwrap().remove(0);
@@ -209,8 +201,7 @@ async fn a_lane_is_looked_after_while_the_node_of_another_is_away() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_hangs_holds_up_its_own_lanes_only() {
     let mut bench = Bench::new().await;
-    let folder = tempfile::tempdir().unwrap();
-    let _scheduler = bench.scheduler(folder.path());
+    let _scheduler = Scheduler::start(&bench.redis.url());
     let models: Vec<ModelName> = bench.lanes.iter().map(|(_, model)| model.clone()).collect();
     let mut puppet = Puppet::start(&bench.queue, &models, HUNG_LEASE.as_millis().try_into().unwrap()).await;
     let mut long = Vec::new();

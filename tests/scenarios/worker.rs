@@ -1,7 +1,7 @@
 //! A worker's loop against a real Redis: what it makes of what Redis tells it, and of a Redis that is short of memory or
 //! has lost something.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::v1;
 use genmill_client::v1::watch_job_response::Event;
@@ -12,14 +12,13 @@ use genmill_core::model::ModelName;
 use genmill_core::money::Picodollars;
 use genmill_core::time::UnixMs;
 use genmill_queue::{NewJob, Options, Queue};
-use genmill_tests::daemons::{Daemon, Start};
 use genmill_tests::puppet::{Puppet, worker};
 use genmill_tests::redis_cluster::ask;
 use genmill_tests::redis_server::RedisServer;
+use genmill_tests::scheduler::Scheduler;
 use genmill_tests::specs::plain;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
 use tokio::time::timeout;
 use tokio_stream::StreamExt as _;
 
@@ -58,7 +57,7 @@ impl Bench {
     fn redis<T: redis::FromRedisValue>(&self, line: &str) -> T {
         let mut words = line.split(' ');
         let mut command = redis::cmd(words.next().unwrap());
-        words.for_each(|word| drop(command.arg(word)));
+        command.arg(words.collect::<Vec<_>>());
         ask(&self.redis, &command).unwrap()
     }
 
@@ -88,27 +87,13 @@ impl Bench {
         let showing = async { while self.queue.watch(id, 0).await.unwrap().text != whole.as_bytes() {} };
         timeout(WITHIN, showing).await.expect("the text is not shown");
     }
-
-    async fn scheduler(
-        &self,
-    ) -> (Daemon, TempDir, v1::job_service_client::JobServiceClient<tonic::transport::Channel>) {
-        let folder = tempfile::tempdir().unwrap();
-        let scheduler = Start::new("genmill-scheduler", folder.path())
-            .unwrap()
-            .env("GENMILL__REDIS__NAMESPACE", "test")
-            .env("GENMILL__REDIS__URL", &self.redis.url())
-            .env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0")
-            .until_ready()
-            .unwrap();
-        let address = format!("http://{}", scheduler.place("grpc"));
-        (scheduler, folder, v1::job_service_client::JobServiceClient::connect(address).await.unwrap())
-    }
 }
 
 #[tokio::test]
 async fn a_result_is_kept_that_comes_while_redis_is_out_of_memory() {
     let mut bench = Bench::new(60_000).await;
-    let (_scheduler, _folder, mut client) = bench.scheduler().await;
+    let scheduler = Scheduler::start(&bench.redis.url());
+    let mut client = scheduler.connect().await;
     let id = bench.submit().await;
     let asked = bench.puppet.asked().await;
     let refusals = |bench: &Bench| bench.info("errorstats", "errorstat_OOM", "count");
@@ -148,7 +133,8 @@ async fn text_that_redis_did_not_take_is_shown_once_it_does() {
 #[tokio::test]
 async fn a_watch_goes_on_when_redis_has_lost_the_end_of_the_text() {
     let mut bench = Bench::new(60_000).await;
-    let (_scheduler, _folder, mut client) = bench.scheduler().await;
+    let scheduler = Scheduler::start(&bench.redis.url());
+    let mut client = scheduler.connect().await;
     let id = bench.submit().await;
     let mut asked = bench.puppet.asked().await;
     let mut watch = async |offset| {
