@@ -4,9 +4,14 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::{Client, Error, Pausable, Reason, Request, TenantLimits, v1};
+use genmill_core::ids::JobId;
+use genmill_core::names::Tenant;
+use genmill_core::time::UnixMs;
+use genmill_queue::{Head, ListQuery, Options, Purge, Queue, RequestId, Reservation, Which, content_hash};
 use genmill_tests::daemons::Daemon;
 use genmill_tests::place::{MODEL, OTHER_MODEL, Place, check_all_succeeded_once, client, request, results, submit_all};
 use genmill_tests::redis_server::RedisServer;
+use genmill_wire::from_pb;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,7 +29,7 @@ struct Mill {
     // Processes end before what they use.
     schedulers: [Daemon; 2],
     _worker: Daemon,
-    _redis: RedisServer,
+    redis: RedisServer,
     place: Place,
     /// Clients of the two schedulers.
     client: Client,
@@ -44,7 +49,7 @@ impl Mill {
         let schedulers = [start("genmill-scheduler"), start("genmill-scheduler")];
         let worker = start("genmill-worker-api");
         let (client, other) = (client(&schedulers[0]).await, client(&schedulers[1]).await);
-        Self { schedulers, _worker: worker, _redis: redis, place, client, other }
+        Self { schedulers, _worker: worker, redis, place, client, other }
     }
 
     /// Runs the command against the first scheduler. Fails unless it ends with `code`, and says exactly `out` on standard
@@ -69,6 +74,11 @@ impl Mill {
     /// The generated client of a scheduler, for what the client does not show.
     async fn raw(&self, scheduler: usize) -> JobServiceClient<tonic::transport::Channel> {
         JobServiceClient::connect(format!("http://{}", self.schedulers[scheduler].place("grpc"))).await.unwrap()
+    }
+
+    /// The queue itself, for what no scheduler does.
+    async fn queue(&self) -> Queue {
+        Queue::connect(&Options { url: self.redis.url(), namespace: "genmill".to_owned() }).await.unwrap()
     }
 
     /// Submits a job and returns it when it has ended.
@@ -356,6 +366,44 @@ async fn purging_removes_what_has_finished_and_frees_its_request_ids() {
     // Everything that finished by then.
     let before = Some((UNIX_EPOCH + YEAR_2100).into());
     assert_eq!(mill.client.purge(v1::JobFilter::default(), before).await.unwrap(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_id_that_stands_for_a_job_which_is_gone_is_taken_anew() {
+    let mill = Mill::up().await;
+    let queue = mill.queue().await;
+    let one = || request("one").request_id("r");
+    let first = mill.run(one()).await;
+    // As a purge that is cut off half way leaves it.
+    let id = JobId::parse(&first.id).unwrap();
+    let listed =
+        queue.list(ListQuery { lanes: &[id.lane()], which: Which::All, before: None, limit: 1 }).await.unwrap();
+    let head = Head { request_id: None, ..queue.heads(&[id]).await.unwrap().remove(0) };
+    assert_eq!(queue.purge(&[Purge { place: listed[0].place, head: &head }]).await.unwrap(), 1);
+    let (here, there) = tokio::join!(mill.client.submit(one()), mill.other.submit(one()));
+    let (here, there) = (here.unwrap(), there.unwrap());
+    assert!(here.job.id == there.job.id && here.job.id != first.id && here.existed != there.existed);
+    assert_eq!(mill.ended(&here.job.id).await.state(), v1::JobState::Succeeded);
+    assert_eq!(mill.place.provider.bill().calls, 2);
+    // Other content, when the job was never stored or went long ago.
+    let old = JobId::new(UnixMs(1), id.lane(), 1);
+    let reserve = async |request_id: &str, id: JobId, content: &[u8; 16]| {
+        let reservation = Reservation { tenant: &Tenant::default(), request_id, id, content };
+        assert_eq!(queue.reserve_request_ids(&[reservation]).await.unwrap(), [RequestId::Fresh]);
+    };
+    reserve("old", old, &[1; 16]).await;
+    let job = mill.run(request("two").request_id("old")).await;
+    assert_eq!(job.state(), v1::JobState::Succeeded);
+    assert!(mill.client.submit(request("two").request_id("old")).await.unwrap().existed);
+    // But not while the job is about to be stored, which whoever submits the same again makes good.
+    let three = v1::GenerationRequest::from(request("three").request_id("new"));
+    let created = SystemTime::try_from(job.created_at.unwrap()).unwrap().duration_since(UNIX_EPOCH).unwrap();
+    let new = JobId::new(UnixMs(u64::try_from(created.as_millis()).unwrap()), id.lane(), 1);
+    reserve("new", new, &content_hash(&from_pb::request(three.clone()).unwrap()).unwrap()).await;
+    let other = mill.client.submit(request("other").request_id("new")).await;
+    check_refused(other, Reason::RequestIdReused, &new.to_string());
+    let stored = mill.client.submit(three).await.unwrap();
+    assert_eq!((stored.job.id, stored.existed), (new.to_string(), false));
 }
 
 #[tokio::test(flavor = "multi_thread")]
