@@ -4,13 +4,19 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::{Client, Error, Pausable, Reason, Request, TenantLimits, v1};
-use genmill_core::ids::JobId;
+use genmill_core::attempt::{Failure, FailureClass};
+use genmill_core::ids::{JobId, WorkerId};
+use genmill_core::judge::Verdict;
+use genmill_core::model::ModelName;
 use genmill_core::names::Tenant;
 use genmill_core::time::UnixMs;
-use genmill_queue::{Head, ListQuery, Options, Purge, Queue, RequestId, Reservation, Which, content_hash};
+use genmill_queue::{
+    Ended, Finish, Head, ListQuery, NewJob, Options, Purge, Queue, RequestId, Reservation, Room, Which, content_hash,
+};
 use genmill_tests::daemons::Daemon;
 use genmill_tests::place::{MODEL, OTHER_MODEL, Place, check_all_succeeded_once, client, request, results, submit_all};
 use genmill_tests::redis_server::RedisServer;
+use genmill_tests::specs::plain;
 use genmill_wire::from_pb;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -404,6 +410,33 @@ async fn a_request_id_that_stands_for_a_job_which_is_gone_is_taken_anew() {
     check_refused(other, Reason::RequestIdReused, &new.to_string());
     let stored = mill.client.submit(three).await.unwrap();
     assert_eq!((stored.job.id, stored.existed), (new.to_string(), false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_model_nobody_serves_does_not_keep_others_from_being_redriven() {
+    let mill = Mill::up().await;
+    let fails = |n: u32| request(&format!("!status=400 times=1 {n}")).experiment("e");
+    submit_all(&mill.client, requests(2, fails)).await;
+    results(&mill.client, "e").await.unwrap();
+    // The one that failed last stands first in the list.
+    let queue = mill.queue().await;
+    let spec = plain(ModelName::parse("vllm_unserved").unwrap());
+    let lane = queue.open_lane(&spec.model.lane()).await.unwrap();
+    let unserved = JobId::new(UnixMs(1), lane, 1);
+    let worker = WorkerId::new("test", "host", 0);
+    queue.enqueue(&spec.model.lane(), &[NewJob { id: unserved, spec }]).await.unwrap();
+    let lease = queue.claim(lane, &worker, Room { free: 1, tokens: None }, 60_000).await.unwrap().remove(0);
+    let finish = Finish { verdict: Verdict::Fail(Failure::new(FailureClass::Invalid, "x")), cost: None };
+    let ended = Ended { held: lease.held(), started_at: lease.started_at, finish: &finish };
+    queue.finish(lane, &worker, &[ended]).await.unwrap();
+
+    let told = mill.client.redrive_all(v1::JobFilter::default()).await.unwrap();
+    assert_eq!((told.redriven, told.redriven_before, told.skipped, told.job_ids.len()), (2, 0, 1, 2));
+    assert!(told.skipped_because.contains("no live worker serves `vllm_unserved`"), "{}", told.skipped_because);
+    let line = format!("0 redriven, 2 had been before, 1 skipped: {}\n", told.skipped_because);
+    mill.command("redrive --all", 0, &line);
+    let error = mill.client.redrive(&unserved.to_string()).await.unwrap_err();
+    assert!(matches!(&error, Error::Refused { message, .. } if *message == told.skipped_because), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -26,8 +26,13 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     let told = match args.id {
         Some(id) => client.redrive(&id.to_string()).await?,
         None => {
-            let v1::RedriveResponse { redriven, redriven_before, .. } = client.redrive_all(args.filter.into()).await?;
-            format!("{redriven} redriven, {redriven_before} had been before")
+            let told = client.redrive_all(args.filter.into()).await?;
+            let v1::RedriveResponse { redriven, redriven_before, skipped, skipped_because, .. } = told;
+            let counts = format!("{redriven} redriven, {redriven_before} had been before");
+            match skipped {
+                0 => counts,
+                _ => format!("{counts}, {skipped} skipped: {skipped_because}"),
+            }
         }
     };
     output::line(&told)?;

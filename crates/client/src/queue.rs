@@ -109,10 +109,10 @@ impl Client {
         id.ok_or(Error::Protocol { problem: "an answer that must name a job names none" })
     }
 
-    /// Submits every failed job that matches `filter` again, each once.
+    /// Submits every failed job that matches `filter` again, each once; but for those whose model nobody serves.
     ///
     /// # Errors
-    /// [`Error::Refused`] when the filter is wrong or nobody serves a model.
+    /// [`Error::Refused`] when the filter is wrong.
     pub async fn redrive_all(&self, filter: v1::JobFilter) -> Result<v1::RedriveResponse, Error> {
         let which = v1::redrive_request::Which::Filter(filter);
         self.answer(self.queue().redrive(v1::RedriveRequest { which: Some(which) }).await)

@@ -1,11 +1,12 @@
 //! `Redrive`: failed jobs once more, as new jobs.
 
-use super::matching::{STEP, candidates, lanes, matches_spec};
+use super::matching::{STEP, candidates, lanes, matching};
 use crate::mill::{Mill, api_error};
+use genmill_core::admit::Refusal;
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::{Job, JobSpec};
 use genmill_core::state::State;
-use genmill_queue::{Enqueued, NewJob, Redrive, Redriven, Which};
+use genmill_queue::{Enqueued, Head, NewJob, Redrive, Redriven, Which};
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::v1::redrive_request::Which as Asked;
 use genmill_wire::{from_pb, v1};
@@ -18,9 +19,7 @@ const NAMED_MAX: usize = 1_000;
 pub(super) async fn serve(mill: &Mill, asked: v1::RedriveRequest) -> Result<v1::RedriveResponse, Status> {
     match asked.which {
         Some(Asked::JobId(id)) => Ok(one(mill, from_pb::job_id(&id)?).await?),
-        Some(Asked::Filter(filter)) => {
-            Ok(matching(mill, from_pb::filter(Some(filter)).map_err(ApiError::from)?).await?)
-        }
+        Some(Asked::Filter(filter)) => Ok(all(mill, from_pb::filter(Some(filter)).map_err(ApiError::from)?).await?),
         None => Err(ApiError::new(Reason::InvalidRequest, "which: either job_id or filter must be set").into()),
     }
 }
@@ -31,12 +30,13 @@ async fn one(mill: &Mill, id: JobId) -> Result<v1::RedriveResponse, ApiError> {
         let message = format!("job_id: job {id} is {}; only failed jobs can be redriven", job.state);
         return Err(ApiError::new(Reason::JobNotFailed, message));
     }
+    mill.registrations.about(&job.spec.model).await.map_err(api_error)?.check(&job.spec.model)?;
     let mut response = v1::RedriveResponse::default();
     redrive(mill, vec![job], &mut response).await?;
     Ok(response)
 }
 
-async fn matching(mill: &Mill, filter: from_pb::Filter) -> Result<v1::RedriveResponse, ApiError> {
+async fn all(mill: &Mill, filter: from_pb::Filter) -> Result<v1::RedriveResponse, ApiError> {
     if filter.state.is_some_and(|state| state != State::Failed) {
         return Err(ApiError::new(Reason::InvalidRequest, "filter.state: only failed jobs can be redriven"));
     }
@@ -46,13 +46,39 @@ async fn matching(mill: &Mill, filter: from_pb::Filter) -> Result<v1::RedriveRes
     loop {
         let listed = candidates(mill, Which::Failed, &lanes, before, STEP).await?;
         let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
-        let jobs = mill.queue.get_many(&ids).await.map_err(api_error)?;
-        redrive(mill, jobs.into_iter().filter(|job| matches_spec(&filter, job)).collect(), &mut response).await?;
+        let heads = matching(mill, &filter, &ids).await?;
+        let ids = served(mill, heads, &mut response).await?;
+        for ids in mill.queue.steps(&ids).await.map_err(api_error)? {
+            let jobs = mill.queue.get_many(ids).await.map_err(api_error)?;
+            redrive(mill, jobs, &mut response).await?;
+        }
         match listed.last() {
             Some(last) if listed.len() == STEP => before = Some(last.place),
             _ => return Ok(response),
         }
     }
+}
+
+/// Those of `jobs` whose models can be run now; the others are told as skipped, with the reason of the first.
+async fn served(mill: &Mill, jobs: Vec<Head>, response: &mut v1::RedriveResponse) -> Result<Vec<JobId>, ApiError> {
+    let mut checked: BTreeMap<String, Result<(), Refusal>> = BTreeMap::new();
+    let mut served = Vec::new();
+    for Head { id, model, .. } in jobs {
+        if !checked.contains_key(model.as_str()) {
+            let facts = mill.registrations.about(&model).await.map_err(api_error)?;
+            checked.insert(model.as_str().to_owned(), facts.check(&model));
+        }
+        match checked.get(model.as_str()) {
+            Some(Err(refusal)) => {
+                if response.skipped == 0 {
+                    response.skipped_because = refusal.to_string();
+                }
+                response.skipped += 1;
+            }
+            Some(Ok(())) | None => served.push(id),
+        }
+    }
+    Ok(served)
 }
 
 /// Redrives failed jobs. A crash half way is healed by asking again: what a job is redriven as is decided once, and
@@ -62,7 +88,6 @@ async fn redrive(mill: &Mill, jobs: Vec<Job>, response: &mut v1::RedriveResponse
     let order: Vec<JobId> = jobs.iter().map(|job| job.id).collect();
     let mut redriven: BTreeMap<JobId, JobId> = BTreeMap::new();
     for job in jobs {
-        mill.registrations.about(&job.spec.model).await.map_err(api_error)?.check(&job.spec.model)?;
         by_lane.entry(job.id.lane()).or_default().push(job);
     }
     for (lane, jobs) in by_lane {
