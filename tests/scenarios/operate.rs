@@ -459,6 +459,25 @@ async fn a_job_waits_for_its_time_and_may_be_cancelled_until_then() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_provider_that_asks_for_an_hour_is_left_alone_for_an_hour() {
+    let mill = Mill::up().await;
+    let asks = |prompt: &str| request(&format!("!status=429 retry-after=3600 {prompt}"));
+    let patient = mill.client.submit(asks("patient")).await.unwrap().job;
+    let accepted = SystemTime::try_from(patient.created_at.unwrap()).unwrap();
+    let mut job = mill.client.get(&patient.id).await.unwrap();
+    while job.state() != v1::JobState::Delayed {
+        job = mill.client.get(&patient.id).await.unwrap();
+    }
+    let due = SystemTime::try_from(job.not_before.unwrap()).unwrap();
+    assert!(due.duration_since(accepted).unwrap() >= Duration::from_secs(3_600), "{due:?}");
+    // It would be called again too late for this one.
+    let late = mill.run(asks("late").deadline(accepted + Duration::from_secs(3))).await;
+    assert_eq!((late.state(), late.attempts), (v1::JobState::Expired, 1));
+    assert_eq!(late.attempt_history[0].error.as_ref().unwrap().error_class(), v1::ErrorClass::Throttled);
+    assert_eq!(mill.place.provider.bill().calls, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_request_id_for_other_content_tells_what_differs() {
     let mill = Mill::up().await;
     let first = || request("one").request_id("r").max_tokens(5).experiment("e");

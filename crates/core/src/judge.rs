@@ -3,6 +3,10 @@
 use crate::attempt::{AttemptEnd, Failure, FailureClass, Generation, Outcome};
 use crate::state::{Event, State};
 
+/// The longest wait that a provider may ask for, in milliseconds: a day. A job whose deadline lies before its next attempt
+/// expires then.
+pub const RETRY_AFTER_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
+
 /// How failures and losses are dealt with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -10,7 +14,7 @@ pub struct Policy {
     pub retries_max: u32,
     /// The wait after the first failure, in milliseconds; doubled after each further one.
     pub delay_ms_first: u64,
-    /// The longest wait between attempts, in milliseconds.
+    /// The longest wait between attempts that nobody asked for, in milliseconds.
     pub delay_ms_max: u64,
     /// A job whose workers were lost this many times is poison.
     pub losses_max: u32,
@@ -96,11 +100,13 @@ pub fn judge(outcome: Outcome, failures: u32, policy: &Policy, random: u64) -> V
     }
 }
 
-/// First delay times 2 for every failure before, at least what the provider asked for, and up to a quarter more.
+/// First delay times 2 for every failure before, at least what the provider asked for, and up to a quarter more: of a
+/// long wait, as much more as of the longest that nobody asked for.
 fn delay_ms(failures: u32, failure: &Failure, policy: &Policy, random: u64) -> u64 {
     let doubled = policy.delay_ms_first.saturating_mul(2_u64.saturating_pow(failures));
-    let delay_ms = doubled.max(failure.retry_after_ms.unwrap_or(0)).min(policy.delay_ms_max);
-    delay_ms + random % (delay_ms / 4 + 1)
+    let asked_ms = failure.retry_after_ms.unwrap_or(0).min(RETRY_AFTER_MS_MAX);
+    let delay_ms = doubled.min(policy.delay_ms_max).max(asked_ms);
+    delay_ms + random % (delay_ms.min(policy.delay_ms_max) / 4 + 1)
 }
 
 /// What a lost worker means for a job that had lost `losses` workers before: back to the queue, or the end as poison.
@@ -161,7 +167,8 @@ mod tests {
     fn the_provider_may_ask_for_a_longer_wait_but_not_for_a_shorter_one() {
         check(failed(FailureClass::Throttled, Some(30_000)), 0, Some(30_000));
         check(failed(FailureClass::Throttled, Some(1)), 1, Some(2_000));
-        check(failed(FailureClass::Throttled, Some(u64::MAX)), 0, Some(600_000));
+        check(failed(FailureClass::Throttled, Some(3_600_000)), 0, Some(3_600_000));
+        check(failed(FailureClass::Throttled, Some(u64::MAX)), 0, Some(RETRY_AFTER_MS_MAX));
     }
 
     #[test]
@@ -172,6 +179,9 @@ mod tests {
             assert!((1_000..=1_250).contains(&delay_ms), "{delay_ms}");
         }
         assert_eq!(delay_ms(0, &Failure::new(FailureClass::Transient, "x"), &Policy::default(), 250), 1_250);
+        let hour = Failure::new(FailureClass::Throttled, "x").retry_after_ms(Some(3_600_000));
+        let longest = (0..300_000).map(|random| delay_ms(0, &hour, &Policy::default(), random)).max();
+        assert_eq!(longest, Some(3_750_000));
     }
 
     #[test]
