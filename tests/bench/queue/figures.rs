@@ -58,14 +58,18 @@ impl Figures {
 
     /// Adds a figure.
     pub(crate) fn add(&mut self, name: &str, value: f64, unit: &str, goal: Goal) -> anyhow::Result<()> {
-        let digits = if value < 100.0 { 1 } else { 0 };
+        let digits = match value {
+            ..10.0 => 2,
+            ..100.0 => 1,
+            _ => 0,
+        };
         let (told, reached, bound) = match goal {
             Goal::Nothing => (String::new(), None, None),
             Goal::AtLeast(bound) => (format!("(goal: at least {bound})"), Some(value >= bound), Some(bound)),
             Goal::AtMost(bound) => (format!("(goal: at most {bound})"), Some(value <= bound), Some(bound)),
         };
         let missed = if reached == Some(false) { " MISSED" } else { "" };
-        writeln!(std::io::stdout(), "  {name:<34} {value:>10.digits$} {unit:<12} {told}{missed}")?;
+        writeln!(std::io::stdout(), "  {name:<42} {value:>10.digits$} {unit:<12} {told}{missed}")?;
         let group = &self.heading;
         self.rows.push(
             json!({ "group": group, "name": name, "value": value, "unit": unit, "goal": bound, "reached": reached }),

@@ -54,10 +54,10 @@ async fn main() -> anyhow::Result<()> {
     let mut figures = Figures::default();
     let wanted = |part| args.only.is_empty() || args.only.contains(&part);
     for fsync in [figures::Fsync::None, figures::Fsync::EverySecond].into_iter().filter(|_| wanted(Part::Life)) {
-        life::measure(&mut figures, fsync, JOBS).await?;
-        scripts::measure(&mut figures, fsync, JOBS).await?;
+        let ours = life::measure(&mut figures, fsync, JOBS).await?;
+        scripts::measure(&mut figures, fsync, JOBS, ours).await?;
         if let Some(folder) = &args.bullmq {
-            peer::measure(&mut figures, fsync, folder, JOBS)?;
+            peer::measure(&mut figures, fsync, folder, JOBS, ours)?;
         }
     }
     if wanted(Part::Latency) {
