@@ -574,6 +574,10 @@ u       -           1   300 %
     let lanes = [
         json!({"name": OTHER_LANE, "capacity": "16", "max_running": 2}),
         json!({"name": LANE, "queued": "3", "capacity": "16", "paused": true}),
+        json!({"paused_experiments": ["e"], "tenants": [
+            {"tenant": "t", "paused": true},
+            {"tenant": "u", "max_running": 1, "weight_percent": 300},
+        ]}),
     ];
     assert_eq!(mill.json("lanes --json"), lanes);
     mill.command("resume lane litellm:openai", 0, "lane litellm:openai is resumed\n");

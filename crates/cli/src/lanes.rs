@@ -9,7 +9,7 @@ use genmill_client::{Client, v1};
 #[derive(Debug, clap::Args)]
 #[command(after_help = MEANING)]
 pub(crate) struct Args {
-    /// Print each lane as one line of JSON
+    /// Print each lane as one line of JSON, and another line with what is set for experiments and tenants, if anything is
     #[arg(long)]
     json: bool,
 }
@@ -21,15 +21,18 @@ that run there at once: `genmill limit` sets it, without one the workers' capaci
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     let client = Client::connect(server).await?;
     let lanes = client.list_lanes().await?;
+    let settings = client.list_settings().await?;
     if args.json {
         for lane in &lanes {
             output::line(&genmill_wire::json::to_json("Lane", lane)?)?;
+        }
+        if settings != v1::ListSettingsResponse::default() {
+            output::line(&genmill_wire::json::to_json("ListSettingsResponse", &settings)?)?;
         }
         return Ok(Ending::Done);
     }
     let nothing = "no lanes yet: they come with the workers that serve them";
     table::print(COLUMNS, lanes.iter().map(row).collect(), nothing)?;
-    let settings = client.list_settings().await?;
     if !settings.paused_experiments.is_empty() {
         output::line(&format!("\npaused experiments: {}", settings.paused_experiments.join(", ")))?;
     }

@@ -40,8 +40,6 @@ pub struct LaneState {
     pub failed: u64,
     /// Jobs that its live workers can run at once.
     pub capacity: u64,
-    /// Classes of tenants that have jobs waiting and may be fed.
-    pub flows: u64,
 }
 
 impl Queue {
@@ -108,14 +106,13 @@ impl Queue {
     pub async fn lane_state(&self, lane: LaneNumber) -> Result<LaneState, QueueError> {
         let mut connection = self.connection.clone();
         let key = |what| self.keys.of_lane(lane, what);
-        type Answer = (Option<u64>, u64, u64, (Option<u64>, Option<u64>), u64, u64);
-        let (open, delayed, running, (undelivered, capacity), failed, flows): Answer = redis::pipe()
+        type Answer = (Option<u64>, u64, u64, (Option<u64>, Option<u64>), u64);
+        let (open, delayed, running, (undelivered, capacity), failed): Answer = redis::pipe()
             .hget(key("open"), "")
             .zcard(key("delayed"))
             .zcard(key("leases"))
             .hmget(key("meta"), &["un", "ca"])
             .xlen(key("dead"))
-            .zcard(key("flows"))
             .query_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("looking at a lane", source))?;
@@ -127,7 +124,6 @@ impl Queue {
             look_ahead: undelivered.unwrap_or(0),
             failed,
             capacity: capacity.unwrap_or(0),
-            flows,
         })
     }
 }

@@ -49,18 +49,6 @@ impl Queue {
         check_layout(&keys, &mut connection).await?;
         Ok(Self { connection, keys, scripts: Arc::new(Scripts::new()), lanes: Arc::new(Lanes::default()) })
     }
-
-    /// Whether Redis answers.
-    ///
-    /// # Errors
-    /// [`QueueError::Unreachable`] when it does not.
-    pub async fn ping(&self) -> Result<(), QueueError> {
-        let mut connection = self.connection.clone();
-        redis::cmd("PING")
-            .query_async::<()>(&mut connection)
-            .await
-            .map_err(|source| QueueError::from_redis("pinging", source))
-    }
 }
 
 /// Whether what is stored can be read; where nothing is, it is written down how it will be laid out.
