@@ -3,24 +3,26 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
 
-use genmill_client::{Client, Error, Pausable, Reason, Request, TenantLimits, v1};
+use genmill_client::{Client, Error, Outcome, Pausable, Reason, Request, TenantLimits, v1};
 use genmill_core::attempt::{Failure, FailureClass};
 use genmill_core::ids::{JobId, WorkerId};
 use genmill_core::judge::Verdict;
 use genmill_core::model::ModelName;
 use genmill_core::names::Tenant;
+use genmill_core::registration::{Availability, Registration, ServedModel};
 use genmill_core::time::UnixMs;
 use genmill_queue::{
     Ended, Finish, Head, ListQuery, NewJob, Options, Purge, Queue, RequestId, Reservation, Room, Which, content_hash,
 };
 use genmill_tests::daemons::Daemon;
 use genmill_tests::place::{MODEL, OTHER_MODEL, Place, check_all_succeeded_once, client, request, results, submit_all};
+use genmill_tests::redis_cluster::ask;
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
 use genmill_wire::from_pb;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio_stream::StreamExt as _;
 use tonic_types::StatusExt as _;
 use v1::job_service_client::JobServiceClient;
@@ -113,6 +115,13 @@ fn of_experiment(name: &str) -> v1::JobFilter {
 
 fn in_state(state: v1::JobState) -> v1::JobFilter {
     v1::JobFilter { state: state.into(), ..v1::JobFilter::default() }
+}
+
+/// How often a Redis has run a command.
+fn command_calls(redis: &RedisServer, command: &str) -> u64 {
+    let told: String = ask(redis, redis::cmd("INFO").arg("commandstats")).unwrap();
+    let calls = told.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
+    calls.map_or(0, |calls| calls.split(',').next().unwrap().parse().unwrap())
 }
 
 fn requests(count: u32, request: impl Fn(u32) -> Request) -> Vec<Request> {
@@ -456,6 +465,35 @@ async fn a_job_waits_for_its_time_and_may_be_cancelled_until_then() {
     let late = at("late", YEAR_2100 + Duration::from_secs(1)).deadline(UNIX_EPOCH + YEAR_2100);
     check_refused(mill.client.submit(late).await, Reason::InvalidRequest, "not_before: must be before the deadline");
     assert_eq!(mill.place.provider.bill().calls, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_requests_for_an_unlisted_model_are_refused_together_and_a_new_worker_is_found_at_once() {
+    let mill = Mill::up().await;
+    let unlisted = |n: u32| v1::GenerationRequest::from(Request::new("litellm_unlisted").prompt(n.to_string()));
+    let readings = || command_calls(&mill.redis, "smembers");
+    let (before, begun) = (readings(), Instant::now());
+    let answers: Vec<_> = mill.client.submit_all(tokio_stream::iter((0..1_000).map(unlisted))).collect().await;
+    let (readings, took) = (readings() - before, begun.elapsed());
+    assert_eq!(answers.len(), 1_000);
+    assert!(answers.iter().all(|answer| matches!(answer.as_ref().unwrap().outcome, Outcome::Refused(_))));
+    assert!(u128::from(readings) <= took.as_millis() / 100 + 2, "{readings} readings in {took:?}");
+    // Refused a moment ago, and served now.
+    let served = ServedModel {
+        name: ModelName::parse("litellm_unlisted").unwrap(),
+        availability: Availability::Ready,
+        description: String::new(),
+        context_tokens: None,
+    };
+    let registration = Registration {
+        worker: WorkerId::new("test", "host", 0),
+        started_at: UnixMs(0),
+        capacity: 1,
+        prefixes: vec!["litellm".to_owned()],
+        models: vec![served],
+    };
+    mill.queue().await.register(&registration, 60_000).await.unwrap();
+    mill.client.submit(unlisted(0)).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -104,7 +104,7 @@ impl Mill {
     }
 
     async fn admit(&self, request: Request) -> Result<Result<JobSpec, Refusal>, ApiError> {
-        let facts = self.registrations.about(&request.model).await.map_err(api_error)?;
+        let facts = self.registrations.about(&request.model).await?;
         Ok(admit(request, &facts, &self.defaults, self.now(), self.random()?))
     }
 

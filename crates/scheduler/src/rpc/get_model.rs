@@ -1,6 +1,6 @@
 //! `GetModel`: one model, who serves it, and if nobody does, why.
 
-use crate::mill::{Mill, api_error};
+use crate::mill::Mill;
 use genmill_core::admit::Facts;
 use genmill_core::model::ModelName;
 use genmill_wire::v1;
@@ -9,7 +9,7 @@ use tonic::Status;
 pub(super) async fn serve(mill: &Mill, asked: v1::GetModelRequest) -> Result<v1::GetModelResponse, Status> {
     let model = match ModelName::parse(&asked.name) {
         Ok(name) => {
-            let live = mill.registrations.read().await.map_err(api_error)?;
+            let live = mill.registrations.read().await?;
             model(&name, &Facts::about(&name, &live))
         }
         Err(error) => v1::Model { name: asked.name, unavailable_reason: error.to_string(), ..v1::Model::default() },

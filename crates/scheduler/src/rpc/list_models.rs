@@ -1,7 +1,7 @@
 //! `ListModels`: every model in the configuration of a live worker.
 
 use super::get_model::model;
-use crate::mill::{Mill, api_error};
+use crate::mill::Mill;
 use genmill_core::admit::Facts;
 use genmill_core::model::{ModelName, PREFIXES, Prefix};
 use genmill_wire::error::{ApiError, Reason};
@@ -16,7 +16,7 @@ pub(super) async fn serve(mill: &Mill, asked: v1::ListModelsRequest) -> Result<v
         let message = format!("prefix: `{prefix}` is not known; there are {}", known.join(", "));
         return Err(ApiError::new(Reason::UnknownPrefix, message).into());
     }
-    let live = mill.registrations.read().await.map_err(api_error)?;
+    let live = mill.registrations.read().await?;
     let names: BTreeSet<&ModelName> = live.iter().flat_map(|r| r.models.iter().map(|served| &served.name)).collect();
     let names = names.into_iter().filter(|name| prefix.is_empty() || name.prefix().name == prefix);
     let models = names.map(|name| model(name, &Facts::about(name, &live)));

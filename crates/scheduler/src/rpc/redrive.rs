@@ -30,7 +30,7 @@ async fn one(mill: &Mill, id: JobId) -> Result<v1::RedriveResponse, ApiError> {
         let message = format!("job_id: job {id} is {}; only failed jobs can be redriven", job.state);
         return Err(ApiError::new(Reason::JobNotFailed, message));
     }
-    mill.registrations.about(&job.spec.model).await.map_err(api_error)?.check(&job.spec.model)?;
+    mill.registrations.about(&job.spec.model).await?.check(&job.spec.model)?;
     let mut response = v1::RedriveResponse::default();
     redrive(mill, vec![job], &mut response).await?;
     Ok(response)
@@ -65,7 +65,7 @@ async fn served(mill: &Mill, jobs: Vec<Head>, response: &mut v1::RedriveResponse
     let mut served = Vec::new();
     for Head { id, model, .. } in jobs {
         if !checked.contains_key(model.as_str()) {
-            let facts = mill.registrations.about(&model).await.map_err(api_error)?;
+            let facts = mill.registrations.about(&model).await?;
             checked.insert(model.as_str().to_owned(), facts.check(&model));
         }
         match checked.get(model.as_str()) {
