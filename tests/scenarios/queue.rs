@@ -121,10 +121,10 @@ impl Bench {
         Ok(self.queue.finish(lease.id.lane(), &worker(name), &[ended]).await?[0])
     }
 
-    /// Adds text to the attempt under a lease.
-    async fn append(&self, lease: &Lease, name: &str, offset: u64, text: &str) {
+    /// Adds text to the attempt under a lease. Returns how much of it is stored.
+    async fn append(&self, lease: &Lease, name: &str, offset: u64, text: &str) -> Option<u64> {
         let piece = Piece { held: lease.held(), offset, text: text.to_owned() };
-        self.queue.append(self.lane, &worker(name), &[piece]).await.unwrap();
+        self.queue.append(self.lane, &worker(name), &[piece]).await.unwrap()[0]
     }
 
     /// Lets the lease of a job run out, as if its worker had died long ago.
@@ -210,7 +210,7 @@ async fn a_lost_worker_can_change_nothing_but_its_cost_is_booked() {
     assert_eq!(bench.state(id).await, State::Queued);
     let fresh = bench.claim_one("alive").await;
     assert_eq!(fresh.epoch.0, 2);
-    bench.append(&stale, "dead", 0, "stale").await;
+    assert_eq!(bench.append(&stale, "dead", 0, "stale").await, None);
     // Twice, as after an answer that got lost.
     assert_eq!(bench.finish(&stale, "dead", done("stale")).await, Kept::LeaseLost);
     assert_eq!(bench.finish(&stale, "dead", done("stale")).await, Kept::LeaseLost);
@@ -376,8 +376,8 @@ async fn text_is_read_from_any_offset_and_a_new_attempt_voids_it() {
     let id = bench.submit(|_| ()).await;
     let lease = bench.claim_one("w").await;
     // Again, as after an answer that got lost, and one whose predecessor is missing: neither is added.
-    for (offset, text) in [(0, "Grüße"), (0, "Grüße"), (99, "!"), (7, " an alle")] {
-        bench.append(&lease, "w", offset, text).await;
+    for (offset, text, stored) in [(0, "Grüße", 7), (0, "Grüße", 7), (99, "!", 7), (7, " an alle", 15)] {
+        assert_eq!(bench.append(&lease, "w", offset, text).await, Some(stored));
     }
     let watched = bench.queue.watch(id, 7).await.unwrap();
     assert_eq!((watched.text.as_slice(), watched.text_bytes), (b" an alle".as_slice(), 15));

@@ -249,19 +249,27 @@ impl Queue {
         answer.into_iter().map(beat).collect()
     }
 
-    /// Adds text to running attempts. A piece whose lease was lost is dropped (the next heartbeat tells), and so is one
-    /// that would leave a gap or stand there twice; the result carries the whole text.
+    /// Adds text to running attempts, and tells how many bytes of each attempt's text are stored then; `None` where the
+    /// lease was lost. A piece that would leave a gap or stand there twice is dropped: what is missing is to be sent from
+    /// where the stored text ends.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer. Then a piece may or may not have been added; it may be sent again.
-    pub async fn append(&self, lane: LaneNumber, worker: &WorkerId, pieces: &[Piece]) -> Result<(), QueueError> {
+    pub async fn append(
+        &self,
+        lane: LaneNumber,
+        worker: &WorkerId,
+        pieces: &[Piece],
+    ) -> Result<Vec<Option<u64>>, QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.append.key(self.keys.lane(lane));
         call.arg(worker.as_str());
         for piece in pieces {
             call.arg(piece.held.id.as_bytes()).arg(piece.held.epoch.0).arg(piece.offset).arg(&piece.text);
         }
-        call.invoke_async(&mut connection).await.map_err(|source| QueueError::from_redis("adding text", source))
+        let stored: Vec<i64> =
+            call.invoke_async(&mut connection).await.map_err(|source| QueueError::from_redis("adding text", source))?;
+        Ok(stored.into_iter().map(|bytes| u64::try_from(bytes).ok()).collect())
     }
 
     /// Ends attempts of one lane together. May be repeated until it is answered.
