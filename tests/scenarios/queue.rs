@@ -15,8 +15,9 @@ use genmill_core::request::Priority;
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, Booked, Ended, Enqueued, Event, Finish, Held, Hint, Holding, Kept, Lease, ListQuery, Listed, NewJob, Options,
-    Piece, Queue, QueueError, Redrive, Redriven, RequestId, Reservation, Room, Setting, Slots, Tally, Which,
+    Beat, Booked, Ended, Enqueued, Event, Finish, Head, Held, Hint, Holding, Kept, Lease, ListQuery, Listed, NewJob,
+    Options, Piece, Purge, Queue, QueueError, Redrive, Redriven, RequestId, Reservation, Room, Setting, Slots, Tally,
+    Which,
 };
 use genmill_tests::redis_cluster::{Redis, ask};
 use genmill_tests::redis_server::RedisServer;
@@ -148,6 +149,32 @@ impl Bench {
                 ask::<()>(node, &older).unwrap();
             }
         }
+    }
+
+    /// What filters look at of all listed jobs, newest first.
+    async fn listed(&self) -> (Vec<Listed>, Vec<Head>) {
+        let query = ListQuery { lanes: &[self.lane], which: Which::All, before: None, limit: 9 };
+        let listed = self.queue.list(query).await.unwrap();
+        let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
+        (listed, self.queue.heads(&ids).await.unwrap())
+    }
+
+    /// Purges the newest `count` jobs.
+    async fn purge(&self, count: usize) -> u64 {
+        let (listed, heads) = self.listed().await;
+        let jobs = listed.iter().zip(&heads).map(|(listed, head)| Purge { place: listed.place, head });
+        self.queue.purge(&jobs.take(count).collect::<Vec<_>>()).await.unwrap()
+    }
+
+    async fn reserve(&self, id: JobId, content: u8) -> RequestId {
+        let tenant = Tenant::default();
+        let reservation = Reservation { tenant: &tenant, request_id: "r", id, content: &[content; 16] };
+        self.queue.reserve_request_ids(&[reservation]).await.unwrap()[0]
+    }
+
+    async fn enqueue(&self, id: JobId) -> Enqueued {
+        let job = NewJob { id, spec: JobSpec { request_id: Some("r".to_owned()), ..spec() } };
+        self.queue.enqueue(&spec().model.lane(), &[job]).await.unwrap()[0]
     }
 
     async fn state(&self, id: JobId) -> State {
@@ -878,19 +905,57 @@ async fn a_purged_job_does_not_come_back_by_redriving_what_it_repeats() {
     assert_eq!(bench.queue.redrive(bench.lane, &redrive).await.unwrap(), [Some(Redriven::As(copy))]);
     let lease = bench.claim_one("w").await;
     bench.finish(&lease, "w", done("x")).await;
-    let lanes = [bench.lane];
-    let newest = ListQuery { lanes: &lanes, which: Which::All, before: None, limit: 1 };
-    let listed = bench.queue.list(newest).await.unwrap();
-    assert_eq!((listed[0].id, bench.queue.purge(&listed).await.unwrap()), (copy, 1));
+    assert_eq!(bench.purge(1).await, 1);
     assert_eq!(bench.queue.redrive(bench.lane, &redrive).await.unwrap(), [Some(Redriven::Purged(copy))]);
     // What is repeated may have been purged before: then nothing of it comes back either.
     let gone = JobId::new(now(), bench.lane, 99);
     bench.submit(|spec| spec.redriven_from = Some(gone)).await;
     let lease = bench.claim_one("w").await;
     bench.finish(&lease, "w", done("x")).await;
-    let listed = bench.queue.list(newest).await.unwrap();
-    assert_eq!(bench.queue.purge(&listed).await.unwrap(), 1);
+    assert_eq!(bench.purge(1).await, 1);
     assert!(matches!(bench.queue.get(gone).await, Err(QueueError::NoSuchJob { .. })));
+}
+
+#[tokio::test]
+async fn a_job_that_two_purge_is_counted_once_and_a_request_id_taken_since_is_kept() {
+    let bench = Bench::new().await;
+    let [first, second] = [1, 2].map(|n| JobId::new(now(), bench.lane, n));
+    assert_eq!((bench.reserve(first, 1).await, bench.enqueue(first).await), (RequestId::Fresh, Enqueued::New));
+    let lease = bench.claim_one("w").await;
+    bench.finish(&lease, "w", done("x")).await;
+    // Both have read it before either removes it.
+    let (listed, heads) = bench.listed().await;
+    let job = [Purge { place: listed[0].place, head: &heads[0] }];
+    assert_eq!(bench.queue.purge(&job).await.unwrap(), 1);
+    assert_eq!((bench.reserve(second, 1).await, bench.enqueue(second).await), (RequestId::Fresh, Enqueued::New));
+    assert_eq!(bench.queue.purge(&job).await.unwrap(), 0);
+    assert_eq!(bench.reserve(first, 1).await, RequestId::Same(second));
+    assert_eq!(bench.state(second).await, State::Queued);
+    // Freed only by whoever names the job that it stands for.
+    for (names, then) in [(first, RequestId::Other(second)), (second, RequestId::Fresh)] {
+        bench.queue.free_request_ids(&[(&Tenant::default(), "r", names)]).await.unwrap();
+        assert_eq!(bench.reserve(first, 2).await, then);
+    }
+}
+
+#[tokio::test]
+async fn what_is_gone_is_not_enqueued_by_whoever_was_late() {
+    let bench = Bench::new().await;
+    let [purged, buried] = [1, 2].map(|n| JobId::new(now(), bench.lane, n));
+    assert!(bench.queue.bury(buried).await.unwrap());
+    assert_eq!(bench.enqueue(purged).await, Enqueued::New);
+    assert!(!bench.queue.bury(purged).await.unwrap());
+    let lease = bench.claim_one("w").await;
+    bench.finish(&lease, "w", done("x")).await;
+    assert_eq!(bench.purge(1).await, 1);
+    for id in [purged, buried] {
+        assert_eq!(bench.enqueue(id).await, Enqueued::Existed);
+        assert!(matches!(bench.queue.get(id).await, Err(QueueError::NoSuchJob { .. })));
+        assert!(bench.queue.bury(id).await.unwrap());
+    }
+    assert_eq!(bench.queue.states(&[purged, buried]).await.unwrap(), [None, None]);
+    assert!(bench.queue.heads(&[purged, buried]).await.unwrap().is_empty());
+    assert!(bench.claim("w", 9).await.is_empty());
 }
 
 #[tokio::test]
@@ -908,7 +973,7 @@ async fn finished_jobs_are_purged_with_all_that_is_stored_of_them() {
     let experiment = experiment("e");
     let list =
         async |which| bench.queue.list(ListQuery { lanes: &lanes, which, before: None, limit: 9 }).await.unwrap();
-    assert_eq!(bench.queue.purge(&list(Which::All).await).await.unwrap(), 2);
+    assert_eq!(bench.purge(9).await, 2);
     for which in [Which::All, Which::Of(&experiment)] {
         assert_eq!(list(which).await.iter().map(|job| job.id).collect::<Vec<_>>(), [waiting]);
     }
@@ -917,6 +982,15 @@ async fn finished_jobs_are_purged_with_all_that_is_stored_of_them() {
         assert!(matches!(bench.queue.get(id).await, Err(QueueError::NoSuchJob { .. })));
     }
     assert_eq!(bench.state(waiting).await, State::Queued);
+    // An experiment of which nothing is left leaves nothing behind.
+    let streams = || -> usize {
+        let of_node = |node| ask::<Vec<String>>(node, redis::cmd("KEYS").arg("test:{*}:x:*")).unwrap().len();
+        bench.redis.nodes().iter().map(of_node).sum()
+    };
+    assert_eq!(streams(), 1);
+    bench.queue.cancel(bench.lane, &[waiting]).await.unwrap();
+    assert_eq!(bench.purge(9).await, 1);
+    assert_eq!(streams(), 0);
 }
 
 /// How many of the next `count` jobs are bulk ones.

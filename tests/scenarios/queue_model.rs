@@ -15,7 +15,7 @@ use genmill_core::request::Priority;
 use genmill_core::state::{Event, State, transition};
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, Booked, ContentHash, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Queue, Redrive,
+    Beat, Booked, ContentHash, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Purge, Queue, Redrive,
     Redriven, RequestId, Reservation, Room, Setting, Slots, Which,
 };
 use genmill_tests::dice::Dice;
@@ -220,7 +220,12 @@ impl Run {
         let before = self.jobs.len();
         self.jobs.retain(|_, job| !job.state.is_final());
         let purged = before - self.jobs.len();
-        assert_eq!(self.queue.purge(&listed).await.unwrap(), u64::try_from(purged).unwrap());
+        let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
+        let heads = self.queue.heads(&ids).await.unwrap();
+        let jobs: Vec<Purge<'_>> =
+            listed.iter().zip(&heads).map(|(listed, head)| Purge { place: listed.place, head }).collect();
+        assert_eq!(self.queue.purge(&jobs).await.unwrap(), u64::try_from(purged).unwrap());
+        assert_eq!(self.queue.purge(&jobs).await.unwrap(), 0);
         self.purged += purged;
         self.leases.retain(|(lease, _)| self.jobs.contains_key(&lease.id));
     }

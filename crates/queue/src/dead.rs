@@ -1,9 +1,10 @@
 //! Failed jobs: redriving them as new ones, and removing jobs for good.
 
 use crate::error::QueueError;
-use crate::list::Listed;
+use crate::list::Place;
 use crate::payload::corrupt;
 use crate::queue::Queue;
+use crate::read::Head;
 use genmill_core::ids::{JobId, LaneNumber};
 use std::collections::BTreeMap;
 
@@ -17,6 +18,15 @@ pub struct Redrive {
     pub from: JobId,
     /// What it becomes, unless it was redriven before. In the same lane.
     pub to: JobId,
+}
+
+/// A finished job that is to be removed.
+#[derive(Clone, Copy, Debug)]
+pub struct Purge<'a> {
+    /// Where it stands in the list of all jobs, or in that of its experiment, which is the same.
+    pub place: Place,
+    /// The job.
+    pub head: &'a Head,
 }
 
 /// What a failed job is redriven as.
@@ -63,16 +73,17 @@ impl Queue {
         Ok(decided)
     }
 
-    /// Removes those of `jobs` that are finished, with everything stored of them; their request ids are free again.
-    /// Returns how many are gone. `jobs` are listed by acceptance.
+    /// Removes those of `jobs` that are finished, with what is stored of them; their request ids are free again. Returns
+    /// how many this call removed. A crash on the way may leave a request id that stands for a job which is gone: whoever
+    /// submits it next sees that.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer; the call may be repeated.
-    pub async fn purge(&self, jobs: &[Listed]) -> Result<u64, QueueError> {
+    pub async fn purge(&self, jobs: &[Purge<'_>]) -> Result<u64, QueueError> {
         let mut purged = 0;
-        let mut by_lane: BTreeMap<LaneNumber, Vec<Listed>> = BTreeMap::new();
+        let mut by_lane: BTreeMap<LaneNumber, Vec<Purge<'_>>> = BTreeMap::new();
         for job in jobs {
-            by_lane.entry(job.id.lane()).or_default().push(*job);
+            by_lane.entry(job.head.id.lane()).or_default().push(*job);
         }
         for (lane, jobs) in by_lane {
             for batch in jobs.chunks(BATCH) {
@@ -82,25 +93,21 @@ impl Queue {
         Ok(purged)
     }
 
-    async fn purge_batch(&self, lane: LaneNumber, batch: &[Listed]) -> Result<u64, QueueError> {
-        let ids: Vec<JobId> = batch.iter().map(|job| job.id).collect();
-        let jobs = self.get_many(&ids).await?;
+    async fn purge_batch(&self, lane: LaneNumber, batch: &[Purge<'_>]) -> Result<u64, QueueError> {
         let mut call = self.scripts.purge.key(self.keys.lane(lane));
-        let repeats: BTreeMap<JobId, JobId> =
-            jobs.iter().filter_map(|job| Some((job.id, job.spec.redriven_from?))).collect();
-        for job in batch {
-            let repeated = repeats.get(&job.id).map(JobId::as_bytes);
-            call.arg(job.id.as_bytes()).arg(job.place.entry()).arg(repeated.map_or(&[][..], |id| &id[..]));
+        for Purge { place, head } in batch {
+            let repeated = head.redriven_from.as_ref().map(JobId::as_bytes);
+            call.arg(head.id.as_bytes()).arg(place.entry()).arg(repeated.map_or(&[][..], |id| &id[..]));
         }
-        let mut connection = self.connection.clone();
-        let gone: Vec<u8> = call
-            .invoke_async(&mut connection)
+        let removed: Vec<bool> = call
+            .invoke_async(&mut self.connection.clone())
             .await
             .map_err(|source| QueueError::from_redis("purging jobs", source))?;
-        let gone: Vec<JobId> = ids.into_iter().zip(gone).filter(|(_, gone)| *gone == 1).map(|(id, _)| id).collect();
-        let freed = jobs.into_iter().filter(|job| gone.contains(&job.id));
-        let freed: Vec<_> = freed.filter_map(|job| Some((job.spec.tenant, job.spec.request_id?))).collect();
-        self.free_request_ids(&freed).await?;
-        Ok(u64::try_from(gone.len()).unwrap_or(u64::MAX))
+        let removed = batch.iter().zip(removed).filter(|(_, removed)| *removed).map(|(job, _)| job.head);
+        let stood_for: Vec<_> =
+            removed.clone().filter_map(|job| Some((&job.tenant, job.request_id.as_deref()?, job.id))).collect();
+        // Whoever met one of them before the job went cannot enqueue it again, so none stands for a job that lives.
+        self.free_request_ids(&stood_for).await?;
+        Ok(u64::try_from(removed.count()).unwrap_or(u64::MAX))
     }
 }

@@ -7,7 +7,7 @@
 //! | key | type | holds |
 //! |---|---|---|
 //! | `NS:{N}:j:ID` | hash | the job: fields below |
-//! | `NS:{N}:s:ID` | string | its spec |
+//! | `NS:{N}:s:ID` | string | its spec; empty and expiring: the job is gone and must not be stored again |
 //! | `NS:{N}:t:ID` | string | text of the running attempt |
 //! | `NS:{N}:r:ID` | string | its result |
 //! | `NS:{N}:a:ID` | string | its ended attempts, one record behind the other |
@@ -63,6 +63,9 @@ const RECLAIM_GAP_MS: u64 = 3_000;
 
 /// How keys and values are laid out. Another number means that this program cannot read what is stored.
 pub(crate) const LAYOUT: u32 = 2;
+
+/// How long the id of a job that is gone cannot be enqueued: far longer than from reserving a request id to enqueueing.
+const BURIED_MS: u64 = 600_000;
 
 /// Which jobs of a lane are listed.
 #[derive(Clone, Copy, Debug)]
@@ -191,13 +194,14 @@ pub(crate) fn lua_prelude() -> String {
     let finals = State::ALL.into_iter().filter(|state| state.is_final());
     let finals: Vec<String> = finals.map(|state| format!("['{}'] = true", state.name())).collect();
     format!(
-        "{}local FINAL = {{{}}}\nlocal GROUP, GROUP_MS, RECLAIM_GAP_MS, WEIGHT_MAX, AGING_MS = '{GROUP}', {}, {}, {}, {}\n{}",
+        "{}local FINAL = {{{}}}\nlocal GROUP, GROUP_MS, RECLAIM_GAP_MS, WEIGHT_MAX, AGING_MS = '{GROUP}', {}, {}, {}, {}\nlocal BURIED_MS = {}\n{}",
         states.concat(),
         finals.join(", "),
         GROUP_MS,
         RECLAIM_GAP_MS,
         Priority::WEIGHT_MAX,
         Priority::AGING_MS,
+        BURIED_MS,
         r"local base = KEYS[1]
 local function key(name) return base .. ':' .. name end
 local function job_key(id) return base .. ':j:' .. id end

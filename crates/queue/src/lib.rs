@@ -22,14 +22,14 @@ mod submit;
 mod upkeep;
 mod work;
 
-pub use dead::{Redrive, Redriven};
+pub use dead::{Purge, Redrive, Redriven};
 pub use error::QueueError;
 pub use events::{Event, Events, Hint, Hints};
 pub use keys::Which;
 pub use lanes::LaneState;
 pub use list::{Finished, ListQuery, Listed, Place, Tally};
 pub use queue::{Options, Queue};
-pub use read::Watched;
+pub use read::{Head, Watched};
 pub use settings::{Setting, Settings};
 pub use submit::{ContentHash, Enqueued, NewJob, RequestId, Reservation, content_hash};
 pub use work::{Beat, Booked, Ended, Finish, Held, Holding, Kept, Lease, Piece, Room, Slots};

@@ -1,17 +1,24 @@
 //! Reading jobs back.
 
 use crate::error::QueueError;
+use crate::keys::Keys;
 use crate::payload::{corrupt, decode, decode_all};
 use crate::queue::Queue;
 use genmill_core::attempt::Attempt;
 use genmill_core::ids::{Epoch, JobId, WorkerId};
 use genmill_core::job::Job;
+use genmill_core::model::ModelName;
+use genmill_core::names::{Experiment, Tenant};
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
+use serde::Deserialize;
 use std::collections::HashMap;
 
 /// How many jobs one round trip reads.
 const BATCH: usize = 250;
+
+/// How many bytes of stored records are read together, unless a single job has more.
+const STEP_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// Where a job's text stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +31,40 @@ pub struct Watched {
     pub text: Vec<u8>,
     /// How long the whole text of the running attempt is, in bytes.
     pub text_bytes: u64,
+}
+
+/// What filters look at: a job without its texts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Its id.
+    pub id: JobId,
+    /// Where it stands.
+    pub state: State,
+    /// When it reached a final state.
+    pub finished_at: Option<UnixMs>,
+    /// The model.
+    pub model: ModelName,
+    /// Who the job belongs to.
+    pub tenant: Tenant,
+    /// What it is part of.
+    pub experiment: Option<Experiment>,
+    /// Makes submission idempotent.
+    pub request_id: Option<String>,
+    /// The failed job that it repeats.
+    pub redriven_from: Option<JobId>,
+}
+
+/// The part of a stored spec that a [`Head`] has.
+#[derive(Deserialize)]
+struct SpecHead {
+    model: ModelName,
+    tenant: Tenant,
+    #[serde(default)]
+    experiment: Option<Experiment>,
+    #[serde(default)]
+    request_id: Option<String>,
+    #[serde(default)]
+    redriven_from: Option<JobId>,
 }
 
 type StoredJob = (HashMap<String, Vec<u8>>, Option<Vec<u8>>, Option<Vec<u8>>, Option<Vec<u8>>);
@@ -63,6 +104,60 @@ impl Queue {
             }
         }
         Ok(jobs)
+    }
+
+    /// Cuts `ids` into runs, each of jobs that can be read whole together without filling memory.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn steps<'a>(&self, ids: &'a [JobId]) -> Result<Vec<&'a [JobId]>, QueueError> {
+        self.steps_of(ids, &[Keys::spec, Keys::result]).await
+    }
+
+    /// The same by the records with the keys `of` alone.
+    async fn steps_of<'a>(
+        &self,
+        ids: &'a [JobId],
+        of: &[fn(&Keys, JobId) -> Vec<u8>],
+    ) -> Result<Vec<&'a [JobId]>, QueueError> {
+        let mut steps = Vec::new();
+        let mut connection = self.connection.clone();
+        for batch in ids.chunks(BATCH) {
+            let mut pipe = redis::pipe();
+            for (id, key) in batch.iter().flat_map(|id| of.iter().map(move |key| (id, key))) {
+                pipe.strlen(key(&self.keys, *id));
+            }
+            let bytes: Vec<u64> = pipe
+                .query_async(&mut connection)
+                .await
+                .map_err(|source| QueueError::from_redis("measuring jobs", source))?;
+            let bytes: Vec<u64> = bytes.chunks(of.len()).map(|records| records.iter().sum()).collect();
+            steps.extend(cut(batch, &bytes));
+        }
+        Ok(steps)
+    }
+
+    /// What filters look at of many jobs, in the order given. Those that do not exist are left out.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer or a record cannot be read.
+    pub async fn heads(&self, ids: &[JobId]) -> Result<Vec<Head>, QueueError> {
+        let mut heads = Vec::with_capacity(ids.len());
+        let mut connection = self.connection.clone();
+        for step in self.steps_of(ids, &[Keys::spec]).await? {
+            let mut pipe = redis::pipe();
+            for id in step {
+                pipe.hmget(self.keys.job(*id), &["st", "fa"]).get(self.keys.spec(*id));
+            }
+            let stored: Vec<redis::Value> = pipe
+                .query_async(&mut connection)
+                .await
+                .map_err(|source| QueueError::from_redis("reading jobs", source))?;
+            for (id, record) in step.iter().zip(stored.chunks(2)) {
+                heads.extend(head(*id, record)?);
+            }
+        }
+        Ok(heads)
     }
 
     /// The states of many jobs, in the order given; `None` for one that does not exist.
@@ -115,6 +210,33 @@ impl Queue {
     }
 }
 
+/// Cuts `ids`, whose records have `bytes`, where too much would be read together.
+fn cut<'a>(ids: &'a [JobId], bytes: &[u64]) -> Vec<&'a [JobId]> {
+    let mut steps = Vec::new();
+    let (mut from, mut sum) = (0, 0);
+    for (at, bytes) in bytes.iter().enumerate() {
+        sum += bytes;
+        if sum > STEP_BYTES_MAX && at > from {
+            steps.extend(ids.get(from..at));
+            (from, sum) = (at, *bytes);
+        }
+    }
+    steps.extend(ids.get(from..).filter(|rest| !rest.is_empty()));
+    steps
+}
+
+fn head(id: JobId, record: &[redis::Value]) -> Result<Option<Head>, QueueError> {
+    let bad = |problem: String| corrupt(format!("job {id}"), problem);
+    type Stored = ((Option<String>, Option<u64>), Option<Vec<u8>>);
+    let ((state, finished_at), spec): Stored =
+        redis::from_redis_value(redis::Value::Array(record.to_vec())).map_err(|error| bad(error.to_string()))?;
+    let (Some(state), Some(spec)) = (state, spec) else { return Ok(None) };
+    let state = State::from_name(&state).ok_or_else(|| bad("unknown state".to_owned()))?;
+    let SpecHead { model, tenant, experiment, request_id, redriven_from } = decode("spec", &spec)?;
+    let finished_at = finished_at.map(UnixMs);
+    Ok(Some(Head { id, state, finished_at, model, tenant, experiment, request_id, redriven_from }))
+}
+
 fn job(id: JobId, record: &[redis::Value]) -> Result<Option<Job>, QueueError> {
     let bad = |problem: String| corrupt(format!("job {id}"), problem);
     let tuple = redis::Value::Array(record.to_vec());
@@ -145,4 +267,26 @@ fn job(id: JobId, record: &[redis::Value]) -> Result<Option<Job>, QueueError> {
         failure,
         attempts,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use genmill_core::ids::LaneNumber;
+
+    #[test]
+    fn what_is_read_together_has_a_bound() {
+        let check = |bytes: &[u64], lengths: &[usize]| {
+            let ids: Vec<JobId> = (0..).map(|n| JobId::new(UnixMs(1), LaneNumber(1), n)).take(bytes.len()).collect();
+            let steps = cut(&ids, bytes);
+            assert_eq!(steps.concat(), ids, "{bytes:?}");
+            assert_eq!(steps.iter().map(|step| step.len()).collect::<Vec<_>>(), lengths, "{bytes:?}");
+        };
+        const HALF: u64 = STEP_BYTES_MAX / 2;
+        check(&[], &[]);
+        check(&[1, 1, 1], &[3]);
+        check(&[HALF, HALF, 1, HALF], &[2, 2]);
+        check(&[9 * HALF, 1, 9 * HALF, 9 * HALF], &[1, 1, 1, 1]);
+        check(&[0, 9 * HALF, 0], &[1, 1, 1]);
+    }
 }

@@ -4,6 +4,7 @@ use crate::error::QueueError;
 use crate::payload::{corrupt, encode};
 use crate::queue::Queue;
 use crate::work::or_empty;
+use futures_util::future::try_join_all;
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
@@ -88,7 +89,7 @@ pub struct NewJob {
 pub enum Enqueued {
     /// It was stored.
     New,
-    /// It was there already, and is left as it was.
+    /// It was there already, and is left as it was; or it was purged a while ago, and stays away.
     Existed,
 }
 
@@ -152,24 +153,38 @@ impl Queue {
         Ok(stored.and_then(same))
     }
 
-    /// Frees the request ids that stand for jobs which were purged.
+    /// Frees each of a tenant's request ids, unless it stands for another job than the given one by now.
     ///
     /// # Errors
-    /// [`QueueError`] when Redis does not answer.
-    pub(crate) async fn free_request_ids(&self, reservations: &[(Tenant, String)]) -> Result<(), QueueError> {
-        if reservations.is_empty() {
-            return Ok(());
-        }
-        let mut connection = self.connection.clone();
-        let mut pipe = redis::pipe();
-        for (tenant, request_id) in reservations {
+    /// [`QueueError`] when Redis does not answer; the call may be repeated.
+    pub async fn free_request_ids(&self, stood_for: &[(&Tenant, &str, JobId)]) -> Result<(), QueueError> {
+        let free = async |(tenant, request_id, id): &(&Tenant, &str, JobId)| {
             let hash = request_hash(request_id);
-            pipe.hdel(self.keys.request_ids(tenant, &hash), &hash).ignore();
-        }
-        pipe.query_async(&mut connection).await.map_err(|source| QueueError::from_redis("freeing request ids", source))
+            let mut call = self.scripts.free_request_id.key(self.keys.request_ids(tenant, &hash));
+            call.arg(&hash).arg(id.as_bytes());
+            call.invoke_async::<()>(&mut self.connection.clone()).await
+        };
+        let freed = try_join_all(stood_for.iter().map(free)).await;
+        freed.map(drop).map_err(|source| QueueError::from_redis("freeing request ids", source))
     }
 
-    /// Stores `jobs`, all of the lane `lane`, and feeds them to its workers. A job that exists is left alone.
+    /// Makes sure that a job which does not exist is not stored later either, by whoever reserved a request id for it and
+    /// was held up since. False when it exists.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer; the call may be repeated.
+    pub async fn bury(&self, id: JobId) -> Result<bool, QueueError> {
+        let mut call = self.scripts.bury.key(self.keys.lane(id.lane()));
+        let buried: Vec<bool> = call
+            .arg(id.as_bytes())
+            .invoke_async(&mut self.connection.clone())
+            .await
+            .map_err(|source| QueueError::from_redis("looking for a job", source))?;
+        Ok(buried == [true])
+    }
+
+    /// Stores `jobs`, all of the lane `lane`, and feeds them to its workers. A job that exists is left alone, and one that
+    /// was purged or buried a while ago stays away: it is told as existing.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer; the call may be repeated.

@@ -1,11 +1,12 @@
 //! `ListJobs`: pages of jobs, newest first. A page token is the last place that was looked at.
 
-use super::matching::{candidates, lanes, list_of, matches};
+use super::matching::{candidates, lanes, list_of, matching};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::JobId;
-use genmill_queue::{Listed, Place};
+use genmill_queue::Place;
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::{from_pb, to_pb, v1};
+use std::collections::BTreeMap;
 use tonic::Status;
 
 const PAGE_DEFAULT: usize = 100;
@@ -44,17 +45,22 @@ pub(super) async fn serve(mill: &Mill, asked: v1::ListJobsRequest) -> Result<v1:
     let shown = if asked.whole { to_pb::job } else { to_pb::job_in_list };
     loop {
         let listed = candidates(mill, list_of(&filter), &lanes, before, step).await?;
+        let places: BTreeMap<JobId, Place> = listed.iter().map(|job| (job.id, job.place)).collect();
         let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
-        let mut jobs = mill.queue.get_many(&ids).await.map_err(api_error)?.into_iter().peekable();
-        for Listed { place, id } in &listed {
-            // A job that was purged meanwhile is not among them.
-            let job = jobs.next_if(|job| job.id == *id).filter(|job| matches(&filter, job));
-            // A full page ends right behind its last job, so that the next page begins there.
-            if job.is_some_and(|job| !page.add(shown(job))) {
-                return Ok(page.end(before));
+        let ids: Vec<JobId> = matching(mill, &filter, &ids).await?.into_iter().map(|job| job.id).collect();
+        for ids in mill.queue.steps(&ids).await.map_err(api_error)? {
+            // A job may have been purged meanwhile, or have moved on.
+            let jobs = mill.queue.get_many(ids).await.map_err(api_error)?;
+            for job in jobs.into_iter().filter(|job| filter.state.is_none_or(|state| job.state == state)) {
+                let place = places.get(&job.id).copied();
+                // A full page ends right behind its last job, so that the next page begins there.
+                if !page.add(shown(job)) {
+                    return Ok(page.end(before));
+                }
+                before = place;
             }
-            before = Some(*place);
         }
+        before = listed.last().map_or(before, |job| Some(job.place));
         looked_at += listed.len();
         if listed.len() < step {
             return Ok(page.end(None));

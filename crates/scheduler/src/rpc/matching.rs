@@ -2,25 +2,25 @@
 
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
-use genmill_core::job::Job;
 use genmill_core::state::State;
-use genmill_queue::{ListQuery, Listed, Place, Which};
+use genmill_queue::{Head, ListQuery, Listed, Place, Which};
 use genmill_wire::error::ApiError;
 use genmill_wire::from_pb::Filter;
 
 /// How many jobs are looked at in one step.
 pub(super) const STEP: usize = 1_000;
 
-pub(super) fn matches(filter: &Filter, job: &Job) -> bool {
-    filter.state.is_none_or(|state| job.state == state) && matches_spec(filter, job)
+fn matches(filter: &Filter, job: &Head) -> bool {
+    filter.state.is_none_or(|state| job.state == state)
+        && filter.model.as_ref().is_none_or(|model| job.model == *model)
+        && filter.experiment.as_ref().is_none_or(|name| job.experiment.as_ref() == Some(name))
+        && filter.tenant.as_ref().is_none_or(|tenant| job.tenant == *tenant)
 }
 
-/// All of the filter but the state.
-pub(super) fn matches_spec(filter: &Filter, job: &Job) -> bool {
-    let spec = &job.spec;
-    filter.model.as_ref().is_none_or(|model| spec.model == *model)
-        && filter.experiment.as_ref().is_none_or(|name| spec.experiment.as_ref() == Some(name))
-        && filter.tenant.as_ref().is_none_or(|tenant| spec.tenant == *tenant)
+/// Those of `ids` that match the filter, in their order.
+pub(super) async fn matching(mill: &Mill, filter: &Filter, ids: &[JobId]) -> Result<Vec<Head>, ApiError> {
+    let heads = mill.queue.heads(ids).await.map_err(api_error)?;
+    Ok(heads.into_iter().filter(|job| matches(filter, job)).collect())
 }
 
 /// The lanes in which jobs of the filter can be.
@@ -61,6 +61,5 @@ pub(super) async fn unfinished(mill: &Mill, filter: &Filter, listed: &[Listed]) 
     if filter.tenant.is_none() && filter.model.is_none() {
         return Ok(open);
     }
-    let jobs = mill.queue.get_many(&open).await.map_err(api_error)?;
-    Ok(jobs.into_iter().filter(|job| matches_spec(filter, job)).map(|job| job.id).collect())
+    Ok(matching(mill, filter, &open).await?.into_iter().map(|job| job.id).collect())
 }

@@ -1,14 +1,13 @@
 //! `Purge`: finished jobs, removed for good.
 
-use super::matching::{STEP, candidates, lanes, matches};
+use super::matching::{STEP, candidates, lanes, matching};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::JobId;
-use genmill_core::job::Job;
-use genmill_queue::{Listed, Which};
+use genmill_queue::{Head, Place, Purge, Which};
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::from_pb::Filter;
 use genmill_wire::{from_pb, v1};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use tonic::Status;
 
 pub(super) async fn serve(mill: &Mill, asked: v1::PurgeRequest) -> Result<v1::PurgeResponse, Status> {
@@ -23,10 +22,8 @@ pub(super) async fn serve(mill: &Mill, asked: v1::PurgeRequest) -> Result<v1::Pu
         let message = format!("filter.state: {state} jobs are not finished; cancel them first");
         return Err(ApiError::new(Reason::InvalidRequest, message).into());
     }
-    let wanted = |job: &Job| {
-        job.state.is_final()
-            && matches(&filter, job)
-            && finished_before.is_none_or(|before| job.finished_at.is_some_and(|at| at < before))
+    let wanted = |job: &Head| {
+        job.state.is_final() && finished_before.is_none_or(|before| job.finished_at.is_some_and(|at| at < before))
     };
     // Jobs are removed from the lists of all and of their experiment at the place where they stand in both.
     let which = filter.experiment.as_ref().map_or(Which::All, Which::Of);
@@ -36,9 +33,11 @@ pub(super) async fn serve(mill: &Mill, asked: v1::PurgeRequest) -> Result<v1::Pu
     loop {
         let listed = candidates(mill, which, &lanes, before, STEP).await?;
         let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
-        let jobs = mill.queue.get_many(&ids).await.map_err(api_error)?;
-        let ids: BTreeSet<JobId> = jobs.iter().filter(|job| wanted(job)).map(|job| job.id).collect();
-        let chosen: Vec<Listed> = listed.iter().filter(|job| ids.contains(&job.id)).copied().collect();
+        let heads = matching(mill, &filter, &ids).await?;
+        let places: BTreeMap<JobId, Place> = listed.iter().map(|job| (job.id, job.place)).collect();
+        let chosen = heads.iter().filter(|job| wanted(job));
+        let chosen: Vec<Purge<'_>> =
+            chosen.filter_map(|head| Some(Purge { place: *places.get(&head.id)?, head })).collect();
         response.purged += mill.queue.purge(&chosen).await.map_err(api_error)?;
         match listed.last() {
             Some(last) if listed.len() == STEP => before = Some(last.place),

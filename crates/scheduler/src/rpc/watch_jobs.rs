@@ -1,7 +1,7 @@
 //! `WatchJobs`: the jobs of a filter as they finish. A cursor is the position in each lane's stream of finished jobs.
 
 use super::Answers;
-use super::matching::{STEP, candidates, lanes, list_of, matches, unfinished};
+use super::matching::{STEP, candidates, lanes, list_of, matching, unfinished};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_queue::Finished;
@@ -168,12 +168,17 @@ impl Watcher {
         let wanted = batch.iter().filter(|finished| experiment.is_none() || finished.experiment == experiment);
         let positions: BTreeMap<JobId, &str> =
             wanted.clone().map(|finished| (finished.id, finished.position.as_str())).collect();
-        let ids: Vec<JobId> = wanted.map(|finished| finished.id).collect();
-        for job in self.mill.queue.get_many(&ids).await.map_err(api_error)? {
-            let Some(position) = positions.get(&job.id).filter(|_| matches(&self.filter, &job)) else { continue };
-            self.cursor.0.insert(lane, (*position).to_owned());
-            if self.send(Some(to_pb::job(job))).await.is_err() {
-                return Ok(Err(Gone));
+        let mut ids: Vec<JobId> = wanted.map(|finished| finished.id).collect();
+        if self.filter.state.is_some() || self.filter.tenant.is_some() || self.filter.model.is_some() {
+            ids = matching(&self.mill, &self.filter, &ids).await?.into_iter().map(|job| job.id).collect();
+        }
+        for ids in self.mill.queue.steps(&ids).await.map_err(api_error)? {
+            for job in self.mill.queue.get_many(ids).await.map_err(api_error)? {
+                let Some(position) = positions.get(&job.id) else { continue };
+                self.cursor.0.insert(lane, (*position).to_owned());
+                if self.send(Some(to_pb::job(job))).await.is_err() {
+                    return Ok(Err(Gone));
+                }
             }
         }
         Ok(Ok(()))
