@@ -1,7 +1,5 @@
 //! Many watchers at one scheduler.
 
-#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
-
 use futures_util::future::join_all;
 use genmill_client::v1::watch_job_response::Event;
 use genmill_client::v1::{JobState, WatchJobRequest};

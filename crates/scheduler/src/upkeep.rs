@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 /// How often every lane is looked after.
@@ -18,30 +18,20 @@ const EVERY: Duration = Duration::from_millis(250);
 /// How often a task is repeated at once for one lane while it finds a full batch.
 const REPEATS_MAX: u32 = 50;
 
-/// How long leases are left alone after Redis was found away: workers could not renew them meanwhile, and will at their next
-/// heartbeat.
-const RECLAIM_GRACE: Duration = Duration::from_millis(RECLAIM_GRACE_MS);
+/// How long leases are left alone after a time in which nobody could look: workers could not renew them either, and will at
+/// their next heartbeat.
 const RECLAIM_GRACE_MS: u64 = 10_000;
 
 /// An upkeep task: does its work for one lane and says how many jobs it handled.
 type Task = for<'a> fn(&'a Queue, LaneNumber, &'a Policy) -> BoxFuture<'a, Result<u32, QueueError>>;
 
-/// Every upkeep task, and whether it judges workers by their leases.
-const TASKS: &[(&str, Judges, Task)] = &[
-    ("expire", Judges::Jobs, |queue, lane, _| Box::pin(queue.expire(lane))),
-    ("reclaim", Judges::Workers, |queue, lane, policy| Box::pin(queue.reclaim(lane, policy, RECLAIM_GRACE_MS))),
-    ("age", Judges::Jobs, |queue, lane, _| Box::pin(queue.age(lane))),
-    ("promote", Judges::Jobs, |queue, lane, _| Box::pin(queue.promote(lane))),
+/// Every upkeep task.
+const TASKS: &[(&str, Task)] = &[
+    ("expire", |queue, lane, _| Box::pin(queue.expire(lane))),
+    ("reclaim", |queue, lane, policy| Box::pin(queue.reclaim(lane, policy, RECLAIM_GRACE_MS))),
+    ("age", |queue, lane, _| Box::pin(queue.age(lane))),
+    ("promote", |queue, lane, _| Box::pin(queue.promote(lane))),
 ];
-
-/// What a task goes by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Judges {
-    /// Times of jobs.
-    Jobs,
-    /// Heartbeats of workers, which fail while Redis is away.
-    Workers,
-}
 
 /// Looks after all lanes until `stop`, each by itself: of a cluster, the node of one may be away and those of others not.
 /// While the registry does not answer, the scheduler is not ready.
@@ -104,13 +94,11 @@ struct Upkeep {
     /// What is known to be applied to the lane. Whoever changes a setting applies it; should that fail half way, it is
     /// made good here.
     applied: Option<Settings>,
-    /// Until when leases are left alone because Redis was away.
-    leases_wait_until: Option<Instant>,
 }
 
 impl Upkeep {
     const fn new(queue: Queue, policy: Policy, lane: LaneNumber, settings: watch::Receiver<Settings>) -> Self {
-        Self { queue, policy, lane, settings, applied: None, leases_wait_until: None }
+        Self { queue, policy, lane, settings, applied: None }
     }
 
     /// Never ends.
@@ -127,9 +115,6 @@ impl Upkeep {
                 Ok(()) | Err(_) => {}
             }
             failing = worked.is_err();
-            if failing {
-                self.leases_wait_until = Some(Instant::now() + RECLAIM_GRACE);
-            }
         }
     }
 
@@ -140,9 +125,7 @@ impl Upkeep {
             self.queue.apply(self.lane, &settings).await?;
             self.applied = Some(settings);
         }
-        let leases_count = self.leases_wait_until.is_none_or(|until| Instant::now() >= until);
-        let counts = |judges: Judges| leases_count || judges == Judges::Jobs;
-        for (name, _, task) in TASKS.iter().filter(|(_, judges, _)| counts(*judges)) {
+        for (name, task) in TASKS {
             for _ in 0..REPEATS_MAX {
                 let handled = match task(&self.queue, self.lane, &self.policy).await {
                     Err(error) if error.is_passing() => return Err(error),
