@@ -39,7 +39,7 @@ impl Asked {
     /// Ends the work with a generation that cost 7 picodollars.
     pub fn succeed(self, text: &str) {
         let text = text.to_owned();
-        let generation = Generation { text, finish_reason: FinishReason::Stop, usage: None, first_token_ms: None };
+        let generation = Generation::new(text, FinishReason::Stop);
         let performed = Performed { outcome: Outcome::Generated(generation), cost: Some(Picodollars(7)) };
         // Whoever was told to stop no longer listens.
         drop(self.answer.send(performed));

@@ -1,5 +1,6 @@
 //! Jobs that scenarios start from.
 
+use genmill_core::controls::Controls;
 use genmill_core::job::JobSpec;
 use genmill_core::model::ModelName;
 use genmill_core::names::Tenant;
@@ -12,7 +13,15 @@ pub fn plain(model: ModelName) -> JobSpec {
     JobSpec {
         model,
         input: Input::Prompt("Hello".to_owned()),
-        sampling: Sampling { max_tokens: 5, temperature: 0.0, top_p: None, top_k: None, seed: 1, stop: Vec::new() },
+        sampling: Sampling {
+            max_tokens: 5,
+            temperature: 0.0,
+            top_p: None,
+            top_k: None,
+            seed: 1,
+            stop: Vec::new(),
+            controls: Controls::default(),
+        },
         labels: BTreeMap::new(),
         tenant: Tenant::default(),
         experiment: None,

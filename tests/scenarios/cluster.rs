@@ -56,7 +56,7 @@ fn worker() -> WorkerId {
 
 fn succeed() -> Verdict {
     let text = "x".to_owned();
-    Verdict::Succeed(Generation { text, finish_reason: FinishReason::Stop, usage: None, first_token_ms: None })
+    Verdict::Succeed(Generation::new(text, FinishReason::Stop))
 }
 
 impl Bench {

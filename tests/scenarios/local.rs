@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
 
+#[path = "local/sampling.rs"]
+mod sampling;
+
 use genmill_client::{Client, Outcome, Request, Until, v1};
 use genmill_tests::daemons::{Daemon, Start};
 use std::collections::BTreeMap;

@@ -92,7 +92,7 @@ async fn text_is_watched_as_it_comes_and_from_any_offset_afterwards() {
     let mut raw =
         v1::job_service_client::JobServiceClient::connect(format!("http://{}", mill.place("grpc"))).await.unwrap();
     let mut watch = async |epoch, offset| {
-        let asked = v1::WatchJobRequest { job_id: job.id.clone(), epoch, offset };
+        let asked = v1::WatchJobRequest { job_id: job.id.clone(), epoch, offset, more_offsets: Vec::new() };
         let mut events = raw.watch_job(asked).await.unwrap().into_inner();
         let (mut text, mut pieces, mut last) = (String::new(), 0, None);
         while let Some(event) = events.next().await {
@@ -119,7 +119,7 @@ async fn text_is_watched_as_it_comes_and_from_any_offset_afterwards() {
     assert_eq!(watch(1, end).await.0, "");
     // Beyond the end, and inside a character.
     for offset in [end + 1, 3] {
-        let asked = v1::WatchJobRequest { job_id: watch(1, 0).await.2.id, epoch: 1, offset };
+        let asked = v1::WatchJobRequest { job_id: watch(1, 0).await.2.id, epoch: 1, offset, more_offsets: Vec::new() };
         let mut raw =
             v1::job_service_client::JobServiceClient::connect(format!("http://{}", mill.place("grpc"))).await.unwrap();
         let mut events = raw.watch_job(asked).await.unwrap().into_inner();

@@ -61,8 +61,7 @@ fn experiment(name: &str) -> Experiment {
 }
 
 fn done(text: &str) -> Finish {
-    let generation =
-        Generation { text: text.to_owned(), finish_reason: FinishReason::Stop, usage: None, first_token_ms: None };
+    let generation = Generation::new(text.to_owned(), FinishReason::Stop);
     Finish { verdict: Verdict::Succeed(generation), cost: Some(Picodollars(7)) }
 }
 

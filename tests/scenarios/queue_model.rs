@@ -274,8 +274,7 @@ impl Run {
     async fn finish(&mut self) {
         let Some((lease, worker)) = self.dice.pick(&self.leases).cloned() else { return };
         let failure = Failure::new(FailureClass::Transient, "x");
-        let generation =
-            Generation { text: "x".to_owned(), finish_reason: FinishReason::Stop, usage: None, first_token_ms: None };
+        let generation = Generation::new("x".to_owned(), FinishReason::Stop);
         let verdict = match self.dice.roll(6) {
             0 => Verdict::Fail(failure),
             1 => Verdict::Retry { delay_ms: 0, failure },

@@ -349,7 +349,7 @@ impl Mill {
 
 fn generated() -> Outcome {
     let text = String::new();
-    Outcome::Generated(Generation { text, finish_reason: FinishReason::Stop, usage: None, first_token_ms: None })
+    Outcome::Generated(Generation::new(text, FinishReason::Stop))
 }
 
 const STATES: &str = "states change as the table says, final ones never";

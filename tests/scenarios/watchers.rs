@@ -46,7 +46,7 @@ async fn ten_thousand_watchers_share_the_connections_of_their_scheduler() {
     for (client, job) in clients.iter().cycle().zip(jobs.iter().cycle()).take(WATCHERS) {
         let (mut client, id) = (client.clone(), job.id.to_string());
         opening.spawn(async move {
-            let asked = WatchJobRequest { job_id: id.clone(), epoch: 0, offset: 0 };
+            let asked = WatchJobRequest { job_id: id.clone(), epoch: 0, offset: 0, more_offsets: Vec::new() };
             (id, client.watch_job(asked).await.unwrap().into_inner())
         });
     }
@@ -55,8 +55,7 @@ async fn ten_thousand_watchers_share_the_connections_of_their_scheduler() {
 
     let worker = WorkerId::from_stored("w".to_owned());
     let leases = queue.claim(lane, &worker, Room { free: 100, tokens: None }, 60_000).await.unwrap();
-    let generation =
-        Generation { text: "hi".to_owned(), finish_reason: FinishReason::Stop, usage: None, first_token_ms: None };
+    let generation = Generation::new("hi".to_owned(), FinishReason::Stop);
     let finish = Finish { verdict: Verdict::Succeed(generation), cost: None };
     let ended: Vec<Ended<'_>> = leases
         .iter()

@@ -138,7 +138,7 @@ async fn a_watch_goes_on_when_redis_has_lost_the_end_of_the_text() {
     let id = bench.submit().await;
     let mut asked = bench.puppet.asked().await;
     let mut watch = async |offset| {
-        let asked = v1::WatchJobRequest { job_id: id.to_string(), epoch: 1, offset };
+        let asked = v1::WatchJobRequest { job_id: id.to_string(), epoch: 1, offset, more_offsets: Vec::new() };
         client.watch_job(asked).await.unwrap().into_inner()
     };
     let mut early = watch(0).await;

@@ -53,6 +53,9 @@ fn describe(job: &v1::Job) -> String {
     if let Some(result) = &job.result {
         describe_result(result, row);
         lines.push(format!("\n{}", result.text));
+        lines.extend(
+            result.more_samples.iter().map(|sample| format!("\n-- sample {} --\n{}", sample.sample, sample.text)),
+        );
     }
     lines.join("\n")
 }
@@ -60,6 +63,9 @@ fn describe(job: &v1::Job) -> String {
 fn describe_result(result: &v1::Result, mut row: impl FnMut(&str, String)) {
     let reason = result.finish_reason().as_str_name().trim_start_matches("FINISH_REASON_").to_lowercase();
     row("finish", reason);
+    let calls: Vec<String> =
+        result.tool_calls.iter().map(|call| format!("{}({}) as {}", call.name, call.arguments, call.id)).collect();
+    row("tool calls", calls.join(", "));
     if let Some(usage) = &result.usage {
         row("tokens", format!("{} prompt + {} generated", usage.prompt_tokens, usage.completion_tokens));
     }
@@ -93,6 +99,7 @@ mod tests {
             finish_reason: v1::FinishReason::Stop.into(),
             usage: Some(v1::Usage { prompt_tokens: 3, completion_tokens: 1, cached_prompt_tokens: 0 }),
             latency: Some(v1::Latency { queued_ms: 1, first_token_ms: Some(2), total_ms: 1_500 }),
+            ..v1::Result::default()
         };
         let job = v1::Job {
             id: "j".to_owned(),

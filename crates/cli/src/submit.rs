@@ -35,7 +35,7 @@ struct RequestArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     #[arg(required_unless_present = "messages_file", conflicts_with = "messages_file")]
     prompt: Option<String>,
-    /// The input as a conversation: a YAML or JSON list of {role: system|user|assistant, content}, bare or under the key
+    /// The input as a conversation: a YAML or JSON list of {role: system|user|assistant|tool, content}, bare or under the key
     /// `messages`; - is standard input
     #[arg(long, value_name = "FILE")]
     messages_file: Option<PathBuf>,
@@ -57,6 +57,8 @@ struct RequestArgs {
     /// Generation ends before this string; may be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
+    #[command(flatten)]
+    controls: ControlArgs,
     /// A label kept with the job; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
     labels: Vec<(String, String)>,
@@ -82,6 +84,82 @@ struct RequestArgs {
     /// No attempt starts earlier: an RFC 3339 time, or a duration from now such as 10m
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     not_before: Option<When>,
+}
+
+/// What else steers a generation, and the form of its text.
+#[derive(Debug, clap::Args)]
+struct ControlArgs {
+    /// Only tokens of at least this part of the best token's probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f64>,
+    /// Added to the logit of a token, -100 to 100; may be repeated
+    #[arg(long, value_name = "TOKEN_ID=BIAS", value_parser = parse_bias)]
+    logit_bias: Vec<(u32, f64)>,
+    /// No end before so many tokens
+    #[arg(long, value_name = "N")]
+    min_tokens: Option<u32>,
+    /// Generation ends before this token; may be repeated
+    #[arg(long = "stop-token", value_name = "TOKEN_ID")]
+    stop_tokens: Vec<u32>,
+    /// The model's own end tokens do not end the text
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Taken from a token's logit for each time it was generated, -2 to 2
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    frequency_penalty: Option<f64>,
+    /// Taken from a token's logit when it was generated at all, -2 to 2
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    presence_penalty: Option<f64>,
+    /// Divides positive and multiplies negative logits of tokens of prompt and text; 1 changes nothing
+    #[arg(long, value_name = "X")]
+    repetition_penalty: Option<f64>,
+    /// How many texts to generate; each is printed on a line of its own
+    #[arg(long, short, value_name = "N")]
+    n: Option<u32>,
+    /// Log probabilities of the text's tokens and of the N best at each place, 0 to 20; shown by --json
+    #[arg(long, value_name = "N")]
+    logprobs: Option<u32>,
+    /// The same of the prompt's tokens
+    #[arg(long, value_name = "N")]
+    prompt_logprobs: Option<u32>,
+    /// The text begins with the prompt
+    #[arg(long)]
+    echo: bool,
+    /// The text is a JSON value that the JSON schema in this file allows; - is standard input
+    #[arg(long, value_name = "FILE", group = "form")]
+    json_schema: Option<PathBuf>,
+    /// The text matches this regular expression
+    #[arg(long, value_name = "REGEX", group = "form", allow_hyphen_values = true)]
+    regex: Option<String>,
+    /// The text is this, or another --choice
+    #[arg(long = "choice", value_name = "TEXT", group = "form", allow_hyphen_values = true)]
+    choices: Vec<String>,
+    /// The text is a sentence of the Lark grammar in this file; - is standard input
+    #[arg(long, value_name = "FILE", group = "form")]
+    lark: Option<PathBuf>,
+    /// Functions that the model may ask to be called: a YAML or JSON list as chat APIs take it; - is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "form")]
+    tools_file: Option<PathBuf>,
+}
+
+impl ControlArgs {
+    fn form(&mut self) -> anyhow::Result<Option<v1::StructuredOutput>> {
+        use v1::structured_output::Form;
+        let form = match (self.json_schema.take(), self.lark.take(), self.regex.take()) {
+            (Some(file), _, _) => Form::JsonSchema(documents::read_text(&file)?),
+            (_, Some(file), _) => Form::Lark(documents::read_text(&file)?),
+            (_, _, Some(regex)) => Form::Regex(regex),
+            _ if self.choices.is_empty() => return Ok(None),
+            _ => Form::Choice(v1::Choices { choices: std::mem::take(&mut self.choices) }),
+        };
+        Ok(Some(v1::StructuredOutput { form: Some(form) }))
+    }
+
+    fn tools(&mut self) -> anyhow::Result<Vec<v1::Tool>> {
+        let Some(file) = self.tools_file.take() else { return Ok(Vec::new()) };
+        let text = documents::read_text(&file)?;
+        messages::tools(&text).with_context(|| format!("in {}", file.display()))
+    }
 }
 
 /// Which jobs go first.
@@ -113,6 +191,8 @@ Examples:
   genmill submit --model hf_gpt2 --prompt 'Once' --seed 7 --label set=a --no-wait
   genmill submit --model hf_gpt2 --prompt 'Once' --request-id once-1 --deadline 2027-01-31T18:00:00Z
   genmill submit --model hf_gpt2 --prompt 'Once' --json | jq -r .result.text
+  genmill submit --model vllm_x --prompt 'A person:' --json-schema person.json -n 4 --temperature 1
+  genmill submit --model vllm_x --messages-file chat.yaml --tools-file tools.json --json
 
 Exit codes: 0 done (with --no-wait: accepted), 1 the job failed or was refused, 2 wrong usage,
 3 server not reachable.";
@@ -120,6 +200,12 @@ Exit codes: 0 done (with --no-wait: accepted), 1 the job failed or was refused, 
 fn parse_label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f64), String> {
+    let form = "write TOKEN_ID=BIAS, such as 42=-100";
+    let (token, bias) = text.split_once('=').ok_or(form)?;
+    Ok((token.parse().map_err(|_| form)?, bias.parse().map_err(|_| form)?))
 }
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
@@ -141,7 +227,12 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     let job = crate::watch::wait(&client, &submitted.id).await?;
     match &job.result {
         _ if args.json => output::job_json(&job)?,
-        Some(result) => output::line(&result.text)?,
+        Some(result) => {
+            output::line(&result.text)?;
+            for sample in &result.more_samples {
+                output::line(&sample.text)?;
+            }
+        }
         None => {}
     }
     Ok(show::ending(job))
@@ -149,7 +240,22 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
 
 impl RequestArgs {
     fn into_message(self, now_unix_ms: u64) -> anyhow::Result<v1::GenerationRequest> {
+        let mut controls = self.controls;
         Ok(v1::GenerationRequest {
+            structured_output: controls.form()?,
+            tools: controls.tools()?,
+            min_p: controls.min_p,
+            logit_bias: controls.logit_bias.into_iter().collect(),
+            min_tokens: controls.min_tokens,
+            stop_token_ids: controls.stop_tokens,
+            ignore_eos: controls.ignore_eos,
+            frequency_penalty: controls.frequency_penalty,
+            presence_penalty: controls.presence_penalty,
+            repetition_penalty: controls.repetition_penalty,
+            n: controls.n,
+            logprobs: controls.logprobs,
+            prompt_logprobs: controls.prompt_logprobs,
+            echo: controls.echo,
             input: Some(input(self.prompt, self.messages_file)?),
             model: self.model,
             max_tokens: self.max_tokens,
@@ -194,7 +300,9 @@ mod tests {
     fn every_field_has_a_flag() {
         let line = "x --model vllm_x --prompt Hi --max-tokens 1 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 7 \
                     --stop a --stop b --label k=v=w --label e= --tenant t --experiment e --priority bulk \
-                    --request-id r --timeout-ms 5 --deadline 1s --not-before 500ms";
+                    --request-id r --timeout-ms 5 --deadline 1s --not-before 500ms --min-p 0.1 --logit-bias 5=-1.5 \
+                    --min-tokens 1 --stop-token 8 --ignore-eos --frequency-penalty -0.5 --presence-penalty 0.5 \
+                    --repetition-penalty 1.5 -n 2 --logprobs 3 --prompt-logprobs 0 --echo --choice a --choice b";
         let request = Line::try_parse_from(line.split_whitespace()).unwrap().request.into_message(4_000).unwrap();
         let expect = v1::GenerationRequest {
             model: "vllm_x".to_owned(),
@@ -213,6 +321,24 @@ mod tests {
             timeout_ms: Some(5),
             deadline: Some(prost_types::Timestamp { seconds: 5, nanos: 0 }),
             not_before: Some(prost_types::Timestamp { seconds: 4, nanos: 500_000_000 }),
+            min_p: Some(0.1),
+            logit_bias: [(5, -1.5)].into(),
+            min_tokens: Some(1),
+            stop_token_ids: vec![8],
+            ignore_eos: true,
+            frequency_penalty: Some(-0.5),
+            presence_penalty: Some(0.5),
+            repetition_penalty: Some(1.5),
+            n: Some(2),
+            logprobs: Some(3),
+            prompt_logprobs: Some(0),
+            echo: true,
+            structured_output: Some(v1::StructuredOutput {
+                form: Some(v1::structured_output::Form::Choice(v1::Choices {
+                    choices: vec!["a".to_owned(), "b".to_owned()],
+                })),
+            }),
+            tools: Vec::new(),
         };
         assert_eq!(request, expect);
     }

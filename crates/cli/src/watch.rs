@@ -28,7 +28,7 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
         output::job_json(&job)?;
         return Ok(show::ending(job));
     }
-    let from = Position { epoch: 0, offset: args.from_offset };
+    let from = Position { offset: args.from_offset, ..Position::default() };
     Ok(show::ending(print_text(&client, &id, from).await?))
 }
 
@@ -45,10 +45,12 @@ pub(crate) async fn wait(client: &Client, id: &str) -> anyhow::Result<v1::Job> {
 
 /// Prints a job's text as it comes, a line feed at its end, and returns the job.
 pub(crate) async fn print_text(client: &Client, id: &str, from: Position) -> anyhow::Result<v1::Job> {
-    let mut events = std::pin::pin!(client.watch_from(id, from));
     let mut printed = from.offset;
+    let mut events = std::pin::pin!(client.watch_from(id, from));
     while let Some(event) = events.try_next().await? {
         match event {
+            // Texts that come side by side cannot be read: what follows the first is printed when it is whole.
+            Event::Text(delta) if delta.sample > 0 => {}
             Event::Text(delta) => {
                 output::part(&delta.text)?;
                 printed = delta.offset + u64::try_from(delta.text.len())?;
@@ -62,6 +64,9 @@ pub(crate) async fn print_text(client: &Client, id: &str, from: Position) -> any
             }
             Event::Finished(job) => {
                 output::line(rest(&job, printed))?;
+                for sample in job.result.iter().flat_map(|result| &result.more_samples) {
+                    output::line(&sample.text)?;
+                }
                 return Ok(*job);
             }
         }

@@ -12,6 +12,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// A tool's answer to a call, see [`Request::tool_answer`].
+    Tool,
 }
 
 impl From<Role> for v1::Role {
@@ -20,6 +22,7 @@ impl From<Role> for v1::Role {
             Role::System => Self::System,
             Role::User => Self::User,
             Role::Assistant => Self::Assistant,
+            Role::Tool => Self::Tool,
         }
     }
 }
@@ -51,8 +54,15 @@ impl Request {
     }
 
     /// Adds a message to the conversation. Replaces a prompt.
-    pub fn message(mut self, role: Role, content: impl Into<String>) -> Self {
-        let message = v1::ChatMessage { role: v1::Role::from(role).into(), content: content.into() };
+    pub fn message(self, role: Role, content: impl Into<String>) -> Self {
+        self.add(v1::ChatMessage {
+            role: v1::Role::from(role).into(),
+            content: content.into(),
+            ..v1::ChatMessage::default()
+        })
+    }
+
+    fn add(mut self, message: v1::ChatMessage) -> Self {
         if let Some(v1::generation_request::Input::Messages(chat)) = &mut self.message.input {
             chat.messages.push(message);
             return self;
@@ -73,6 +83,32 @@ impl Request {
     /// Adds what the model has said.
     pub fn assistant(self, content: impl Into<String>) -> Self {
         self.message(Role::Assistant, content)
+    }
+
+    /// Adds what the model has said together with the calls that it asked for.
+    pub fn assistant_calls(self, content: impl Into<String>, calls: Vec<v1::ToolCall>) -> Self {
+        self.add(v1::ChatMessage {
+            role: v1::Role::Assistant.into(),
+            content: content.into(),
+            tool_calls: calls,
+            ..v1::ChatMessage::default()
+        })
+    }
+
+    /// Adds what a tool answered to the call of that id.
+    pub fn tool_answer(self, call_id: impl Into<String>, content: impl Into<String>) -> Self {
+        self.add(v1::ChatMessage {
+            role: v1::Role::Tool.into(),
+            content: content.into(),
+            tool_call_id: call_id.into(),
+            ..v1::ChatMessage::default()
+        })
+    }
+
+    /// Adds a function that the model may ask to be called; `parameters` is the JSON schema of its arguments.
+    pub fn tool(self, name: impl Into<String>, description: impl Into<String>, parameters: impl Into<String>) -> Self {
+        let tool = v1::Tool { name: name.into(), description: description.into(), parameters: parameters.into() };
+        self.with(|message| message.tools.push(tool))
     }
 
     fn input(self, input: v1::generation_request::Input) -> Self {
@@ -107,6 +143,91 @@ impl Request {
     /// Adds a string before which generation ends.
     pub fn stop(self, stop: impl Into<String>) -> Self {
         self.with(|message| message.stop.push(stop.into()))
+    }
+
+    /// Only tokens of at least this part of the best token's probability.
+    pub fn min_p(self, min_p: f64) -> Self {
+        self.with(|message| message.min_p = Some(min_p))
+    }
+
+    /// Adds to the logit of a token.
+    pub fn logit_bias(self, token_id: u32, bias: f64) -> Self {
+        self.with(|message| message.logit_bias.extend([(token_id, bias)]))
+    }
+
+    /// No end before so many tokens.
+    pub fn min_tokens(self, tokens: u32) -> Self {
+        self.with(|message| message.min_tokens = Some(tokens))
+    }
+
+    /// Adds a token before which generation ends.
+    pub fn stop_token(self, token_id: u32) -> Self {
+        self.with(|message| message.stop_token_ids.push(token_id))
+    }
+
+    /// The model's own end tokens do not end the text.
+    pub fn ignore_eos(self) -> Self {
+        self.with(|message| message.ignore_eos = true)
+    }
+
+    /// Taken from a token's logit for each time it was generated.
+    pub fn frequency_penalty(self, penalty: f64) -> Self {
+        self.with(|message| message.frequency_penalty = Some(penalty))
+    }
+
+    /// Taken from a token's logit when it was generated at all.
+    pub fn presence_penalty(self, penalty: f64) -> Self {
+        self.with(|message| message.presence_penalty = Some(penalty))
+    }
+
+    /// Divides positive and multiplies negative logits of tokens of prompt and text.
+    pub fn repetition_penalty(self, penalty: f64) -> Self {
+        self.with(|message| message.repetition_penalty = Some(penalty))
+    }
+
+    /// How many texts to generate.
+    pub fn samples(self, n: u32) -> Self {
+        self.with(|message| message.n = Some(n))
+    }
+
+    /// Log probabilities of the text's tokens, and of the `top` best at each place.
+    pub fn logprobs(self, top: u32) -> Self {
+        self.with(|message| message.logprobs = Some(top))
+    }
+
+    /// Log probabilities of the prompt's tokens, and of the `top` best at each place.
+    pub fn prompt_logprobs(self, top: u32) -> Self {
+        self.with(|message| message.prompt_logprobs = Some(top))
+    }
+
+    /// The text begins with the prompt.
+    pub fn echo(self) -> Self {
+        self.with(|message| message.echo = true)
+    }
+
+    /// The text is a JSON value that this JSON schema, written as JSON, allows.
+    pub fn json_schema(self, schema: impl Into<String>) -> Self {
+        self.form(v1::structured_output::Form::JsonSchema(schema.into()))
+    }
+
+    /// The text matches this regular expression.
+    pub fn regex(self, regex: impl Into<String>) -> Self {
+        self.form(v1::structured_output::Form::Regex(regex.into()))
+    }
+
+    /// The text is one of these.
+    pub fn choice<S: Into<String>>(self, choices: impl IntoIterator<Item = S>) -> Self {
+        let choices = choices.into_iter().map(Into::into).collect();
+        self.form(v1::structured_output::Form::Choice(v1::Choices { choices }))
+    }
+
+    /// The text is a sentence of this grammar in Lark's notation.
+    pub fn lark(self, grammar: impl Into<String>) -> Self {
+        self.form(v1::structured_output::Form::Lark(grammar.into()))
+    }
+
+    fn form(self, form: v1::structured_output::Form) -> Self {
+        self.with(|message| message.structured_output = Some(v1::StructuredOutput { form: Some(form) }))
     }
 
     /// Adds a label, kept with the job.

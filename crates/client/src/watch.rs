@@ -20,12 +20,31 @@ pub enum Event {
 }
 
 /// How much of a job's text has been seen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Position {
     /// The attempt that wrote it; 0: none seen yet.
     pub epoch: u32,
-    /// Bytes seen.
+    /// Bytes seen, of several samples those of the first.
     pub offset: u64,
+    /// Bytes seen of the samples after the first; what is left out is 0.
+    pub more: Vec<u64>,
+}
+
+impl Position {
+    /// Moves on past a piece of text.
+    fn pass(&mut self, delta: &v1::TextDelta) {
+        let seen = delta.offset.saturating_add(u64::try_from(delta.text.len()).unwrap_or(u64::MAX));
+        self.epoch = delta.epoch;
+        match usize::try_from(delta.sample).unwrap_or(usize::MAX).checked_sub(1) {
+            None => self.offset = seen,
+            // No job has more samples than this.
+            Some(index) if index < 1_024 => {
+                self.more.resize(self.more.len().max(index + 1), 0);
+                self.more[index] = seen;
+            }
+            Some(_) => {}
+        }
+    }
 }
 
 impl Client {
@@ -72,20 +91,20 @@ impl Follow for Watch {
     type Item = Event;
 
     async fn open(&self, client: &Client) -> Result<Response<Streaming<v1::WatchJobResponse>>, Status> {
-        let Position { epoch, offset } = self.position;
-        client.jobs().watch_job(v1::WatchJobRequest { job_id: self.job_id.clone(), epoch, offset }).await
+        let Position { epoch, offset, more } = self.position.clone();
+        let request = v1::WatchJobRequest { job_id: self.job_id.clone(), epoch, offset, more_offsets: more };
+        client.jobs().watch_job(request).await
     }
 
     fn accept(&mut self, response: v1::WatchJobResponse) -> Result<Option<Event>, Error> {
         use v1::watch_job_response::Event as Sent;
         Ok(match response.event {
             Some(Sent::Text(delta)) => {
-                let bytes = u64::try_from(delta.text.len()).unwrap_or(u64::MAX);
-                self.position = Position { epoch: delta.epoch, offset: delta.offset.saturating_add(bytes) };
+                self.position.pass(&delta);
                 Some(Event::Text(delta))
             }
             Some(Sent::Restarted(v1::Restarted { epoch })) => {
-                self.position = Position { epoch, offset: 0 };
+                self.position = Position { epoch, ..Position::default() };
                 Some(Event::Restarted { epoch })
             }
             Some(Sent::Job(job)) => {

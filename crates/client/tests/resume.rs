@@ -113,7 +113,7 @@ async fn start(played: Played) -> (Client, Fake, JoinSet<()>) {
 }
 
 fn text(epoch: u32, offset: u64, text: &str) -> Result<v1::WatchJobResponse, Status> {
-    let delta = v1::TextDelta { epoch, offset, text: text.to_owned() };
+    let delta = v1::TextDelta { epoch, offset, text: text.to_owned(), sample: 0 };
     Ok(v1::WatchJobResponse { event: Some(Sent::Text(delta)) })
 }
 

@@ -163,24 +163,29 @@ pub fn admit(
     random: u64,
 ) -> Result<JobSpec, Refusal> {
     request.check(now)?;
-    let bytes = request.input.text_bytes();
+    let bytes = request.input.text_bytes() + request.controls.text_bytes();
     if bytes > TEXT_BYTES_MAX {
         return Err(Refusal::TooLarge { bytes, max: TEXT_BYTES_MAX });
     }
     facts.check(&request.model)?;
+    let max_tokens = request.max_tokens.unwrap_or(defaults.max_tokens);
+    if request.controls.min_tokens.is_some_and(|min_tokens| min_tokens > max_tokens) {
+        return Err(Invalid::new("min_tokens", format!("must be at most max_tokens, which is {max_tokens}")).into());
+    }
     let remote = request.model.prefix().is_remote();
     let contexts = facts.listed.iter().filter_map(|(_, served)| served.context_tokens);
     Ok(JobSpec {
         context_tokens: contexts.max(),
         prefix: if remote { None } else { PrefixKey::of(&request.input) },
         sampling: Sampling {
-            max_tokens: request.max_tokens.unwrap_or(defaults.max_tokens),
+            max_tokens,
             temperature: request.temperature.unwrap_or(defaults.temperature),
             top_p: request.top_p,
             top_k: request.top_k,
             // Providers take seeds as signed integers, and JSON numbers are exact to 2^53 only.
             seed: request.seed.unwrap_or(random & ((1 << 53) - 1)),
             stop: request.stop,
+            controls: request.controls,
         },
         timeout_ms: request.timeout_ms.or(remote.then_some(defaults.remote_timeout_ms)),
         model: request.model,

@@ -2,6 +2,7 @@
 //!
 //! Never here: what follows from it (see `judge`).
 
+use crate::controls::ToolCall;
 use crate::ids::{Epoch, WorkerId};
 use crate::money::Picodollars;
 use crate::time::UnixMs;
@@ -28,14 +29,52 @@ pub enum FinishReason {
     Length,
     /// The provider withheld (part of) the text.
     ContentFilter,
+    /// The model asks for tools to be called.
+    ToolCalls,
     /// The provider gave none, or one that is not known.
     Unknown,
 }
 
+/// The log probability of a token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// The token in the model's vocabulary; `None` when a provider does not tell.
+    pub token_id: Option<u32>,
+    /// The token's text by itself.
+    pub token: String,
+    /// The natural logarithm of its probability; `None` for a prompt's first token, before which nothing stands.
+    pub logprob: Option<f32>,
+    /// The best tokens at its place, best first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub top: Vec<Self>,
+}
+
+impl TokenLogprob {
+    /// About the bytes that it takes in a message.
+    fn bytes(&self) -> usize {
+        16 + self.token.len() + self.top.iter().map(Self::bytes).sum::<usize>()
+    }
+}
+
+/// A sample after the first.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// The text, without stop string.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Of its tokens, where asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<TokenLogprob>,
+    /// What the model asks to be called.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+}
+
 /// What an attempt generated.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Generation {
-    /// The text, without prompt and stop string.
+    /// The text, without stop string; of several samples the first.
     pub text: String,
     /// Why it ended.
     pub finish_reason: FinishReason,
@@ -43,6 +82,56 @@ pub struct Generation {
     pub usage: Option<Usage>,
     /// From the start of the attempt to its first text, in milliseconds.
     pub first_token_ms: Option<u64>,
+    /// Of the text's tokens, where asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<TokenLogprob>,
+    /// Of the prompt's tokens, where asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prompt_logprobs: Vec<TokenLogprob>,
+    /// What the model asks to be called.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+    /// The samples after the first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more: Vec<Sample>,
+}
+
+impl Generation {
+    /// A text and nothing else.
+    #[must_use]
+    pub const fn new(text: String, finish_reason: FinishReason) -> Self {
+        Self {
+            text,
+            finish_reason,
+            usage: None,
+            first_token_ms: None,
+            logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
+            tool_calls: Vec::new(),
+            more: Vec::new(),
+        }
+    }
+
+    /// About the bytes that it takes in a message.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let calls = |calls: &[ToolCall]| calls.iter().map(ToolCall::text_bytes).sum::<usize>();
+        let logprobs = |logprobs: &[TokenLogprob]| logprobs.iter().map(TokenLogprob::bytes).sum::<usize>();
+        let more =
+            self.more.iter().map(|sample| sample.text.len() + logprobs(&sample.logprobs) + calls(&sample.tool_calls));
+        let own =
+            self.text.len() + logprobs(&self.logprobs) + logprobs(&self.prompt_logprobs) + calls(&self.tool_calls);
+        own + more.sum::<usize>()
+    }
+
+    /// The text of a sample.
+    #[must_use]
+    pub fn text_of(&self, sample: usize) -> Option<&str> {
+        match sample.checked_sub(1) {
+            None => Some(&self.text),
+            Some(index) => self.more.get(index).map(|sample| sample.text.as_str()),
+        }
+    }
 }
 
 /// Kinds of failure. Chosen where the fault was seen; everything after branches on it.

@@ -56,12 +56,13 @@ pub struct JobSpec {
 
 impl JobSpec {
     /// The work it asks for in tokens, for fairness: a guess of the input at 4 bytes a token, plus the bound of output;
-    /// no more than the model can hold.
+    /// no more than the model can hold for each sample.
     #[must_use]
     pub fn estimated_tokens(&self) -> u64 {
         let input = u64::try_from(self.input.text_bytes()).unwrap_or(u64::MAX) / 4;
         let asked = input.saturating_add(u64::from(self.sampling.max_tokens)).max(1);
-        self.context_tokens.map_or(asked, |context| asked.min(context.max(1)))
+        let sample = self.context_tokens.map_or(asked, |context| asked.min(context.max(1)));
+        sample.saturating_mul(u64::from(self.sampling.controls.samples().max(1)))
     }
 
     /// The fields in which two specs differ, as the API names them. What admission chose for `self` (the seed, when the
@@ -78,6 +79,7 @@ impl JobSpec {
             ("top_k", a.top_k == b.top_k),
             ("seed", a.seed == b.seed),
             ("stop", a.stop == b.stop),
+            ("sampling controls, structured_output or tools", a.controls == b.controls),
             ("labels", self.labels == other.labels),
             ("experiment", self.experiment == other.experiment),
             ("priority", self.priority == other.priority),

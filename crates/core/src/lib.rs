@@ -5,6 +5,7 @@
 
 pub mod admit;
 pub mod attempt;
+pub mod controls;
 pub mod ids;
 pub mod job;
 pub mod judge;
@@ -14,5 +15,6 @@ pub mod names;
 pub mod prefix;
 pub mod registration;
 pub mod request;
+pub mod samples;
 pub mod state;
 pub mod time;

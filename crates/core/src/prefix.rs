@@ -59,7 +59,7 @@ mod tests {
     }
 
     fn chat(messages: &[(Role, &str)]) -> Option<PrefixKey> {
-        let message = |(role, content): &(Role, &str)| ChatMessage { role: *role, content: (*content).to_owned() };
+        let message = |(role, content): &(Role, &str)| ChatMessage::new(*role, *content);
         PrefixKey::of(&Input::Messages(messages.iter().map(message).collect()))
     }
 

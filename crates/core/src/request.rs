@@ -1,5 +1,6 @@
 //! What a caller asks for, and the rules it must keep. Never here: whether anybody can serve it (see `admit`).
 
+use crate::controls::{Controls, ToolCall};
 use crate::model::ModelName;
 use crate::names::{Experiment, Tenant};
 use crate::time::UnixMs;
@@ -16,6 +17,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// What a tool that the model called has answered.
+    Tool,
 }
 
 impl Role {
@@ -26,6 +29,7 @@ impl Role {
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",
+            Self::Tool => "tool",
         }
     }
 }
@@ -37,6 +41,24 @@ pub struct ChatMessage {
     pub role: Role,
     /// What is said.
     pub content: String,
+    /// What the model asked to be called, in one of its own messages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+    /// Which call a tool's message answers.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tool_call_id: String,
+}
+
+impl ChatMessage {
+    /// A message without calls.
+    #[must_use]
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        Self { role, content: content.into(), tool_calls: Vec::new(), tool_call_id: String::new() }
+    }
+
+    fn text_bytes(&self) -> usize {
+        self.content.len() + self.tool_calls.iter().map(ToolCall::text_bytes).sum::<usize>()
+    }
 }
 
 /// What is to be continued or answered.
@@ -55,7 +77,7 @@ impl Input {
     pub fn text_bytes(&self) -> usize {
         match self {
             Self::Prompt(prompt) => prompt.len(),
-            Self::Messages(messages) => messages.iter().map(|message| message.content.len()).sum(),
+            Self::Messages(messages) => messages.iter().map(ChatMessage::text_bytes).sum(),
         }
     }
 }
@@ -119,6 +141,9 @@ pub struct Sampling {
     /// Generation ends before the first of these.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stop: Vec<String>,
+    /// What else steers them.
+    #[serde(default, skip_serializing_if = "Controls::is_off")]
+    pub controls: Controls,
 }
 
 /// A request as its caller wrote it: what is unset is for admission to fill in.
@@ -140,6 +165,9 @@ pub struct Request {
     pub seed: Option<u64>,
     /// Stop strings.
     pub stop: Vec<String>,
+    /// What else steers the generation.
+    #[serde(default, skip_serializing_if = "Controls::is_off")]
+    pub controls: Controls,
     /// Free key-value pairs.
     pub labels: BTreeMap<String, String>,
     /// Who the job belongs to.
@@ -189,6 +217,10 @@ impl Request {
         self.check_input()?;
         self.check_sampling()?;
         self.check_stop()?;
+        self.controls.check(&self.input)?;
+        if self.model.prefix().is_remote() {
+            self.controls.check_remote()?;
+        }
         self.check_labels()?;
         self.check_life(now)
     }
@@ -197,7 +229,9 @@ impl Request {
         match &self.input {
             Input::Prompt(prompt) => rule(!prompt.is_empty(), "prompt", || "must not be empty".to_owned()),
             Input::Messages(messages) => {
-                rule(!messages.is_empty(), "messages", || "at least one message is needed".to_owned())
+                rule(!messages.is_empty(), "messages", || "at least one message is needed".to_owned())?;
+                let calls = |message: &ChatMessage| !message.tool_calls.is_empty() && message.role != Role::Assistant;
+                rule(!messages.iter().any(calls), "messages", || "only the assistant calls tools".to_owned())
             }
         }
     }
@@ -240,7 +274,7 @@ impl Request {
     }
 }
 
-fn rule(kept: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), Invalid> {
+pub(crate) fn rule(kept: bool, field: &'static str, problem: impl FnOnce() -> String) -> Result<(), Invalid> {
     if kept { Ok(()) } else { Err(Invalid { field, problem: problem() }) }
 }
 
@@ -258,6 +292,7 @@ pub(crate) mod tests {
             top_k: None,
             seed: None,
             stop: Vec::new(),
+            controls: Controls::default(),
             labels: BTreeMap::new(),
             tenant: Tenant::default(),
             experiment: None,

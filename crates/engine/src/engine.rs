@@ -255,8 +255,8 @@ pub struct Completion {
     pub more: Vec<Output>,
     /// One for each token of the prompt but the first, where asked for.
     pub prompt_logprobs: Vec<Scored>,
-    /// The first token of the prompt.
-    pub first_prompt_token: u32,
+    /// The prompt's first token, where those are asked for: nothing stands before it, so it has none.
+    pub first_prompt_token: Option<u32>,
     /// Tokens of the prompt, once for all samples.
     pub prompt_tokens: usize,
     /// Of these, what others had computed before.

@@ -3,6 +3,7 @@
 use crate::error::{ApiError, Reason};
 use crate::v1;
 use genmill_core::admit::Refusal;
+use genmill_core::controls::{Controls, StructuredOutput, Tool, ToolCall};
 use genmill_core::ids::JobId;
 use genmill_core::model::ModelName;
 use genmill_core::names::{Experiment, Tenant};
@@ -23,7 +24,24 @@ pub fn request(pb: v1::GenerationRequest) -> Result<Request, Refusal> {
         return Err(invalid("model", "must be set"));
     }
     let text = |text: String| (!text.is_empty()).then_some(text);
+    let controls = Controls {
+        min_p: pb.min_p,
+        logit_bias: pb.logit_bias.into_iter().collect(),
+        min_tokens: pb.min_tokens,
+        stop_token_ids: pb.stop_token_ids,
+        ignore_eos: pb.ignore_eos,
+        frequency_penalty: pb.frequency_penalty,
+        presence_penalty: pb.presence_penalty,
+        repetition_penalty: pb.repetition_penalty,
+        n: pb.n,
+        logprobs: pb.logprobs,
+        prompt_logprobs: pb.prompt_logprobs,
+        echo: pb.echo,
+        structured_output: pb.structured_output.map(structured_output).transpose()?,
+        tools: pb.tools.into_iter().map(tool).collect(),
+    };
     Ok(Request {
+        controls,
         model: ModelName::parse(&pb.model)?,
         input: input(pb.input.ok_or_else(|| invalid("prompt", "either prompt or messages must be set"))?)?,
         max_tokens: pb.max_tokens,
@@ -43,6 +61,24 @@ pub fn request(pb: v1::GenerationRequest) -> Result<Request, Refusal> {
     })
 }
 
+fn structured_output(pb: v1::StructuredOutput) -> Result<StructuredOutput, Refusal> {
+    use v1::structured_output::Form;
+    match pb.form.ok_or_else(|| invalid("structured_output", "json_schema, regex, choice or lark must be set"))? {
+        Form::JsonSchema(schema) => Ok(StructuredOutput::JsonSchema(schema)),
+        Form::Regex(regex) => Ok(StructuredOutput::Regex(regex)),
+        Form::Choice(choice) => Ok(StructuredOutput::Choice(choice.choices)),
+        Form::Lark(grammar) => Ok(StructuredOutput::Lark(grammar)),
+    }
+}
+
+fn tool(v1::Tool { name, description, parameters }: v1::Tool) -> Tool {
+    Tool { name, description, parameters }
+}
+
+fn tool_call(v1::ToolCall { id, name, arguments }: v1::ToolCall) -> ToolCall {
+    ToolCall { id, name, arguments }
+}
+
 fn input(pb: v1::generation_request::Input) -> Result<Input, Refusal> {
     match pb {
         v1::generation_request::Input::Prompt(prompt) => Ok(Input::Prompt(prompt)),
@@ -57,11 +93,13 @@ fn message(pb: v1::ChatMessage) -> Result<ChatMessage, Refusal> {
         Ok(v1::Role::System) => Role::System,
         Ok(v1::Role::User) => Role::User,
         Ok(v1::Role::Assistant) => Role::Assistant,
+        Ok(v1::Role::Tool) => Role::Tool,
         Ok(v1::Role::Unspecified) | Err(_) => {
-            return Err(invalid("messages", "every message needs a role: system, user or assistant"));
+            return Err(invalid("messages", "every message needs a role: system, user, assistant or tool"));
         }
     };
-    Ok(ChatMessage { role, content: pb.content })
+    let tool_calls = pb.tool_calls.into_iter().map(tool_call).collect();
+    Ok(ChatMessage { role, content: pb.content, tool_calls, tool_call_id: pb.tool_call_id })
 }
 
 fn priority(pb: i32) -> Result<Priority, Refusal> {

@@ -49,7 +49,7 @@ mod tests {
                 text: "ä\n".to_owned(),
                 finish_reason: v1::FinishReason::Stop.into(),
                 usage: Some(v1::Usage { prompt_tokens: 3, ..v1::Usage::default() }),
-                latency: None,
+                ..v1::Result::default()
             }),
             created_at: Some(prost_types::Timestamp { seconds: 0, nanos: 500_000_000 }),
             ..v1::Job::default()

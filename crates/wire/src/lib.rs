@@ -13,6 +13,7 @@ pub mod v1 {
         clippy::allow_attributes,
         clippy::large_enum_variant,
         clippy::allow_attributes_without_reason,
+        clippy::use_self,
         unused_qualifications,
         reason = "generated code"
     )]

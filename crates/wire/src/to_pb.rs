@@ -1,7 +1,10 @@
 //! From the domain to protobuf. Cannot fail.
 
 use crate::v1;
-use genmill_core::attempt::{Attempt, AttemptEnd, Failure, FailureClass, FinishReason, Generation, Usage};
+use genmill_core::attempt::{
+    Attempt, AttemptEnd, Failure, FailureClass, FinishReason, Generation, Sample, TokenLogprob, Usage,
+};
+use genmill_core::controls::{StructuredOutput, Tool, ToolCall};
 use genmill_core::job::{Job, JobSpec};
 use genmill_core::money::Picodollars;
 use genmill_core::request::{ChatMessage, Input, Priority, Role};
@@ -35,22 +38,40 @@ pub fn job(job: Job) -> v1::Job {
     }
 }
 
-/// What a list shows of a job: everything but prompt, messages, text and history.
+/// What a list shows of a job: everything but what may be long: prompt, messages, tools, form of the text, what was generated, history.
 #[must_use]
 pub fn job_in_list(full: Job) -> v1::Job {
     let mut pb = job(full);
     if let Some(request) = &mut pb.request {
         request.input = None;
+        request.tools.clear();
+        request.structured_output = None;
     }
     if let Some(result) = &mut pb.result {
-        result.text.clear();
+        let (finish_reason, usage, latency) = (result.finish_reason, result.usage, result.latency);
+        *result = v1::Result { finish_reason, usage, latency, ..v1::Result::default() };
     }
     pb.attempt_history.clear();
     pb
 }
 
 fn request(spec: JobSpec) -> v1::GenerationRequest {
+    let controls = spec.sampling.controls;
     v1::GenerationRequest {
+        min_p: controls.min_p,
+        logit_bias: controls.logit_bias.into_iter().collect(),
+        min_tokens: controls.min_tokens,
+        stop_token_ids: controls.stop_token_ids,
+        ignore_eos: controls.ignore_eos,
+        frequency_penalty: controls.frequency_penalty,
+        presence_penalty: controls.presence_penalty,
+        repetition_penalty: controls.repetition_penalty,
+        n: controls.n,
+        logprobs: controls.logprobs,
+        prompt_logprobs: controls.prompt_logprobs,
+        echo: controls.echo,
+        structured_output: controls.structured_output.map(structured_output),
+        tools: controls.tools.into_iter().map(tool).collect(),
         model: spec.model.into(),
         input: Some(input(spec.input)),
         max_tokens: Some(spec.sampling.max_tokens),
@@ -70,6 +91,29 @@ fn request(spec: JobSpec) -> v1::GenerationRequest {
     }
 }
 
+fn structured_output(form: StructuredOutput) -> v1::StructuredOutput {
+    use v1::structured_output::Form;
+    let form = match form {
+        StructuredOutput::JsonSchema(schema) => Form::JsonSchema(schema),
+        StructuredOutput::Regex(regex) => Form::Regex(regex),
+        StructuredOutput::Choice(choices) => Form::Choice(v1::Choices { choices }),
+        StructuredOutput::Lark(grammar) => Form::Lark(grammar),
+    };
+    v1::StructuredOutput { form: Some(form) }
+}
+
+fn tool(Tool { name, description, parameters }: Tool) -> v1::Tool {
+    v1::Tool { name, description, parameters }
+}
+
+fn tool_call(ToolCall { id, name, arguments }: ToolCall) -> v1::ToolCall {
+    v1::ToolCall { id, name, arguments }
+}
+
+fn tool_calls(calls: &[ToolCall]) -> Vec<v1::ToolCall> {
+    calls.iter().cloned().map(tool_call).collect()
+}
+
 fn input(input: Input) -> v1::generation_request::Input {
     match input {
         Input::Prompt(prompt) => v1::generation_request::Input::Prompt(prompt),
@@ -84,8 +128,14 @@ fn message(message: ChatMessage) -> v1::ChatMessage {
         Role::System => v1::Role::System,
         Role::User => v1::Role::User,
         Role::Assistant => v1::Role::Assistant,
+        Role::Tool => v1::Role::Tool,
     };
-    v1::ChatMessage { role: role.into(), content: message.content }
+    v1::ChatMessage {
+        role: role.into(),
+        content: message.content,
+        tool_calls: tool_calls(&message.tool_calls),
+        tool_call_id: message.tool_call_id,
+    }
 }
 
 fn priority(priority: Priority) -> v1::Priority {
@@ -110,17 +160,45 @@ pub fn state(state: State) -> v1::JobState {
     }
 }
 
-fn result(generation: &Generation, job: &Job) -> v1::Result {
-    let finish_reason = match generation.finish_reason {
+fn finish_reason(reason: FinishReason) -> v1::FinishReason {
+    match reason {
         FinishReason::Stop => v1::FinishReason::Stop,
         FinishReason::Length => v1::FinishReason::Length,
         FinishReason::ContentFilter => v1::FinishReason::ContentFilter,
+        FinishReason::ToolCalls => v1::FinishReason::ToolCalls,
         FinishReason::Unknown => v1::FinishReason::Unspecified,
+    }
+}
+
+fn logprobs(logprobs: &[TokenLogprob]) -> Vec<v1::TokenLogprob> {
+    let each = |TokenLogprob { token_id, token, logprob, top }: &TokenLogprob| v1::TokenLogprob {
+        token_id: *token_id,
+        token: token.clone(),
+        logprob: *logprob,
+        top: self::logprobs(top),
     };
+    logprobs.iter().map(each).collect()
+}
+
+fn sample((number, sample): (u32, &Sample)) -> v1::Sample {
+    v1::Sample {
+        sample: number,
+        text: sample.text.clone(),
+        finish_reason: finish_reason(sample.finish_reason).into(),
+        logprobs: logprobs(&sample.logprobs),
+        tool_calls: tool_calls(&sample.tool_calls),
+    }
+}
+
+fn result(generation: &Generation, job: &Job) -> v1::Result {
     let since_created = |at: Option<UnixMs>| at.map_or(0, |at| at.ms_since(job.created_at));
     v1::Result {
         text: generation.text.clone(),
-        finish_reason: finish_reason.into(),
+        finish_reason: finish_reason(generation.finish_reason).into(),
+        logprobs: logprobs(&generation.logprobs),
+        prompt_logprobs: logprobs(&generation.prompt_logprobs),
+        tool_calls: tool_calls(&generation.tool_calls),
+        more_samples: (1..).zip(&generation.more).map(sample).collect(),
         usage: generation.usage.map(usage),
         latency: Some(v1::Latency {
             queued_ms: since_created(job.started_at),

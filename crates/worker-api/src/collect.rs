@@ -2,7 +2,8 @@
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
 use crate::stop::StopCut;
-use genmill_core::attempt::{FinishReason, Generation, Usage};
+use genmill_core::attempt::{FinishReason, Generation, TokenLogprob, Usage};
+use genmill_core::controls::ToolCall;
 use genmill_core::money::{Picodollars, Rates, price};
 
 /// What is known of an answer so far.
@@ -10,6 +11,8 @@ use genmill_core::money::{Picodollars, Rates, price};
 pub struct Collected {
     text: String,
     cut: StopCut,
+    tool_calls: Vec<ToolCall>,
+    logprobs: Vec<TokenLogprob>,
     finish_reason: Option<FinishReason>,
     usage: Option<Usage>,
     billed: Option<Picodollars>,
@@ -25,6 +28,8 @@ impl Collected {
         Self {
             text: String::new(),
             cut: StopCut::new(stops),
+            tool_calls: Vec::new(),
+            logprobs: Vec::new(),
             finish_reason: None,
             usage: None,
             billed: None,
@@ -46,6 +51,11 @@ impl Collected {
                 let held = self.cut.end();
                 return self.keep(held);
             }
+            StreamEvent::ToolCall { index, part } => {
+                self.first_token_ms.get_or_insert(elapsed_ms);
+                self.add_call(index, part);
+            }
+            StreamEvent::Logprobs(logprobs) => self.logprobs.extend(logprobs),
             StreamEvent::Usage(usage) => self.usage = Some(usage),
             StreamEvent::Billed(billed) => self.billed = Some(billed),
             StreamEvent::Error(error) => self.error = Some(error),
@@ -64,8 +74,25 @@ impl Collected {
         let text = (!reply.text.is_empty()).then_some(StreamEvent::Text(reply.text));
         let usage = reply.usage.map(StreamEvent::Usage);
         let billed = reply.billed.map(StreamEvent::Billed);
-        let events = [text, Some(finished), usage, billed, Some(StreamEvent::Done)].into_iter().flatten();
+        let calls = reply.tool_calls.into_iter().enumerate();
+        let calls = calls.map(|(index, part)| Some(StreamEvent::ToolCall { index, part }));
+        let logprobs = (!reply.logprobs.is_empty()).then_some(StreamEvent::Logprobs(reply.logprobs));
+        let rest = [logprobs, Some(finished), usage, billed, Some(StreamEvent::Done)];
+        let events = std::iter::once(text).chain(calls).chain(rest).flatten();
         events.filter_map(|event| self.take(event, elapsed_ms)).collect()
+    }
+
+    /// Takes more of a call. Indices without a call in between are not believed.
+    fn add_call(&mut self, index: usize, part: ToolCall) {
+        if index >= self.tool_calls.len() {
+            return self.tool_calls.push(part);
+        }
+        let call = &mut self.tool_calls[index];
+        if call.id.is_empty() {
+            call.id = part.id;
+        }
+        call.name.push_str(&part.name);
+        call.arguments.push_str(&part.arguments);
     }
 
     fn keep(&mut self, piece: String) -> Option<String> {
@@ -104,11 +131,13 @@ impl Collected {
     #[must_use]
     pub fn into_generation(self) -> Generation {
         let told = self.finish_reason.unwrap_or(FinishReason::Unknown);
+        let finish_reason = if self.cut.stopped() { FinishReason::Stop } else { told };
         Generation {
-            finish_reason: if self.cut.stopped() { FinishReason::Stop } else { told },
-            text: self.text,
             usage: self.usage,
             first_token_ms: self.first_token_ms,
+            tool_calls: self.tool_calls,
+            logprobs: self.logprobs,
+            ..Generation::new(self.text, finish_reason)
         }
     }
 }
@@ -137,6 +166,26 @@ mod tests {
         let generation = collected.into_generation();
         assert_eq!((generation.text.as_str(), reported.as_str()), ("a xy", "a xy"));
         assert_eq!((generation.finish_reason, generation.first_token_ms), (FinishReason::Length, Some(1)));
+    }
+
+    #[test]
+    fn pieces_of_calls_are_put_together() {
+        let part = |index, id: &str, name: &str, arguments: &str| StreamEvent::ToolCall {
+            index,
+            part: ToolCall { id: id.to_owned(), name: name.to_owned(), arguments: arguments.to_owned() },
+        };
+        let events = vec![
+            part(0, "a", "f", ""),
+            part(0, "", "", "{\"x\":"),
+            part(0, "", "", "1}"),
+            part(1, "b", "g", "{}"),
+            StreamEvent::Finished(FinishReason::ToolCalls),
+        ];
+        let generation = collect(&[], events).0.into_generation();
+        let calls: Vec<_> =
+            generation.tool_calls.iter().map(|call| (&*call.id, &*call.name, &*call.arguments)).collect();
+        assert_eq!(calls, [("a", "f", "{\"x\":1}"), ("b", "g", "{}")]);
+        assert_eq!(generation.finish_reason, FinishReason::ToolCalls);
     }
 
     #[test]

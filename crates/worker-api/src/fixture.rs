@@ -1,5 +1,6 @@
 //! Values that several tests start from.
 
+use genmill_core::controls::Controls;
 use genmill_core::job::JobSpec;
 use genmill_core::model::ModelName;
 use genmill_core::names::Tenant;
@@ -11,7 +12,15 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
     JobSpec {
         model: ModelName::parse(model).unwrap(),
         input: Input::Prompt(prompt.to_owned()),
-        sampling: Sampling { max_tokens: 250, temperature: 0.1, top_p: None, top_k: None, seed: 7, stop: Vec::new() },
+        sampling: Sampling {
+            max_tokens: 250,
+            temperature: 0.1,
+            top_p: None,
+            top_k: None,
+            seed: 7,
+            stop: Vec::new(),
+            controls: Controls::default(),
+        },
         labels: BTreeMap::new(),
         tenant: Tenant::default(),
         experiment: None,
@@ -28,6 +37,6 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
 
 /// A conversation.
 pub(crate) fn messages(messages: &[(Role, &str)]) -> Input {
-    let message = |(role, content): &(Role, &str)| ChatMessage { role: *role, content: (*content).to_owned() };
+    let message = |(role, content): &(Role, &str)| ChatMessage::new(*role, *content);
     Input::Messages(messages.iter().map(message).collect())
 }

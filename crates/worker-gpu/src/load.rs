@@ -2,6 +2,7 @@
 //! reason, so that a request for it is refused with that reason.
 
 use anyhow::Context as _;
+use genmill_core::controls::SAMPLES_MAX;
 use genmill_core::model::{ModelName, Prefix};
 use genmill_core::money::Picodollars;
 use genmill_core::registration::{Availability, ServedModel};
@@ -36,7 +37,9 @@ impl Settings {
                 kv_tokens: gpu.kv_tokens,
                 max_sequences: sequences,
                 step_tokens: gpu.step_tokens.max(sequences),
-                max_waiting: sequences,
+                // Each job that runs may have so many samples, which wait in the engine.
+                max_waiting: sequences.saturating_mul(usize::try_from(SAMPLES_MAX)?),
+                prefix_cache: true,
             },
             price_per_hour: price.context("gpu.dollars_per_hour")?,
         })

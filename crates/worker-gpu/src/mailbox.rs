@@ -3,6 +3,7 @@
 
 use genmill_engine::{Completion, Event, RequestError, Sink};
 use genmill_worker::perform::Started;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
@@ -12,9 +13,13 @@ pub(crate) type Ended = Result<Completion, RequestError>;
 
 #[derive(Default)]
 struct Letters {
-    text: String,
+    /// By sample; none is empty.
+    texts: Texts,
     ended: Option<Ended>,
 }
+
+/// More text of samples, by their number.
+pub(crate) type Texts = BTreeMap<usize, String>;
 
 /// Text and end of one request.
 #[derive(Default)]
@@ -47,9 +52,9 @@ impl Mailbox {
         let mut letters = self.lock();
         let wake = match event {
             Event::Started => return self.started.set(),
-            Event::Text { delta } => {
-                let first = letters.text.is_empty();
-                letters.text.push_str(&delta);
+            Event::Text { sample, delta } => {
+                let first = letters.texts.is_empty();
+                letters.texts.entry(sample).or_default().push_str(&delta);
                 first.then_some(&self.first_text)
             }
             Event::Finished(completion) => {
@@ -69,15 +74,15 @@ impl Mailbox {
 
     /// Waits for the end, or for text but then at least until `not_before`, and takes what is there. May be dropped at
     /// any point.
-    pub(crate) async fn take(&self, not_before: Instant) -> (String, Option<Ended>) {
+    pub(crate) async fn take(&self, not_before: Instant) -> (Texts, Option<Ended>) {
         loop {
             let waiting = {
                 let mut letters = self.lock();
-                let due = !letters.text.is_empty() && Instant::now() >= not_before;
+                let due = !letters.texts.is_empty() && Instant::now() >= not_before;
                 if due || letters.ended.is_some() {
-                    return (std::mem::take(&mut letters.text), letters.ended.take());
+                    return (std::mem::take(&mut letters.texts), letters.ended.take());
                 }
-                !letters.text.is_empty()
+                !letters.texts.is_empty()
             };
             tokio::select! {
                 () = self.end.notified() => {}
@@ -94,7 +99,7 @@ mod tests {
     use std::time::Duration;
 
     fn text(delta: &str) -> Event {
-        Event::Text { delta: delta.to_owned() }
+        Event::Text { sample: 0, delta: delta.to_owned() }
     }
 
     #[tokio::test]
@@ -102,13 +107,13 @@ mod tests {
         let mailbox = Arc::new(Mailbox::default());
         let mut sink = mailbox.sink();
         sink(text("a"));
-        assert_eq!(mailbox.take(Instant::now()).await.0, "a");
+        assert_eq!(mailbox.take(Instant::now()).await.0[&0], "a");
         tokio::time::pause();
         let later = Instant::now() + Duration::from_millis(10);
         let taking = mailbox.take(later);
         sink(text("b"));
         sink(text("c"));
-        assert_eq!(taking.await.0, "bc");
+        assert_eq!(taking.await.0[&0], "bc");
         assert!(Instant::now() >= later);
     }
 
@@ -122,7 +127,7 @@ mod tests {
             tokio::task::yield_now().await;
             sink(Event::Failed(RequestError::Step { message: "x".to_owned() }));
         });
-        assert_eq!(taken.0, "a");
+        assert_eq!(taken.0[&0], "a");
         assert!(taken.1.unwrap().is_err());
         assert_eq!(Instant::now(), begun);
     }

@@ -2,11 +2,13 @@
 
 use crate::load::LocalModel;
 use crate::mailbox::{Ended, Mailbox};
-use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Usage};
+use genmill_core::attempt::{
+    Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Sample, TokenLogprob, Usage,
+};
 use genmill_core::money::{Picodollars, price_of_engine_time};
 use genmill_core::registration::ServedModel;
 use genmill_core::request::{ChatMessage, Input, Priority};
-use genmill_engine::{Completion, Engine, Prompt, Request, RequestId, SubmitError};
+use genmill_engine::{Completion, Engine, ModelCard, Prompt, Request, RequestId, Scored, Shaping, SubmitError};
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::error::Error;
 use std::sync::Arc;
@@ -71,7 +73,7 @@ impl Perform for Performer {
         let mut told = false;
         let mut not_before = Instant::now();
         loop {
-            let (text, ended) = tokio::select! {
+            let (texts, ended) = tokio::select! {
                 taken = mailbox.take(not_before) => taken,
                 () = stop.cancelled(), if !told => {
                     told = true;
@@ -79,10 +81,12 @@ impl Perform for Performer {
                     continue;
                 }
             };
-            progress.text(text).await;
+            for (sample, text) in texts {
+                progress.text_of(u32::try_from(sample).unwrap_or(u32::MAX), text).await;
+            }
             not_before = Instant::now() + TEXT_EVERY;
             if let Some(ended) = ended {
-                return performed(ended, price);
+                return performed(ended, price, running.engine.card());
             }
         }
     }
@@ -94,20 +98,35 @@ fn request(task: &Task) -> Request {
         role: message.role.name().to_owned(),
         content: message.content.clone(),
     };
-    #[expect(clippy::cast_possible_truncation, reason = "an engine samples in f32, and these are small numbers")]
-    let (temperature, top_p) = (spec.sampling.temperature as f32, spec.sampling.top_p.unwrap_or(1.0) as f32);
+    let (sampling, controls) = (&spec.sampling, &spec.sampling.controls);
+    let count = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
+    let shaping = Shaping {
+        logit_bias: controls.logit_bias.iter().map(|(token, bias)| (*token, small(*bias))).collect(),
+        frequency_penalty: small(controls.frequency_penalty.unwrap_or(0.0)),
+        presence_penalty: small(controls.presence_penalty.unwrap_or(0.0)),
+        repetition_penalty: small(controls.repetition_penalty.unwrap_or(1.0)),
+        min_tokens: count(controls.min_tokens.unwrap_or(0)),
+    };
     Request {
         prompt: match &spec.input {
             Input::Prompt(prompt) => Prompt::Text(prompt.clone()),
             Input::Messages(messages) => Prompt::Chat(messages.iter().map(message).collect()),
         },
-        max_tokens: usize::try_from(spec.sampling.max_tokens).unwrap_or(usize::MAX),
-        temperature,
+        max_tokens: count(sampling.max_tokens),
+        temperature: small(sampling.temperature),
         // A share so small that it rounds to nothing still means the best token.
-        top_p: top_p.max(f32::MIN_POSITIVE),
-        top_k: spec.sampling.top_k.map_or(0, |k| usize::try_from(k).unwrap_or(usize::MAX)),
-        seed: spec.sampling.seed,
-        stop: spec.sampling.stop.clone(),
+        top_p: small(sampling.top_p.unwrap_or(1.0)).max(f32::MIN_POSITIVE),
+        top_k: sampling.top_k.map_or(0, count),
+        min_p: small(controls.min_p.unwrap_or(0.0)),
+        seed: sampling.seed,
+        samples: count(controls.samples()),
+        shaping,
+        stop: sampling.stop.clone(),
+        stop_tokens: controls.stop_token_ids.clone(),
+        ignore_end: controls.ignore_eos,
+        logprobs: controls.logprobs.map(count),
+        prompt_logprobs: controls.prompt_logprobs.map(count),
+        echo: controls.echo,
         overtakes: overtakes(spec.priority),
         deadline: None,
         now_unix_s: task.id.submitted_at().0 / 1_000,
@@ -122,6 +141,11 @@ const fn overtakes(priority: Priority) -> u64 {
         Priority::Normal => 8,
         Priority::Bulk => 0,
     }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "an engine samples in f32, and these are small numbers")]
+const fn small(number: f64) -> f32 {
+    number as f32
 }
 
 /// Prompts up to this many bytes are tokenised where they are: it takes less than handing them to another thread.
@@ -151,6 +175,7 @@ fn submit_what_fits(engine: &Engine, mut request: Request, mailbox: &Arc<Mailbox
     match engine.submit(request.clone(), mailbox.sink()) {
         Err(SubmitError::TooLong { prompt_tokens, context_tokens, .. }) if prompt_tokens < context_tokens => {
             request.max_tokens = context_tokens - prompt_tokens;
+            request.shaping.min_tokens = request.shaping.min_tokens.min(request.max_tokens);
             engine.submit(request, mailbox.sink())
         }
         submitted => submitted,
@@ -167,7 +192,7 @@ fn refused(error: &SubmitError) -> Outcome {
     }
 }
 
-fn performed(ended: Ended, price_per_hour: Option<Picodollars>) -> Performed {
+fn performed(ended: Ended, price_per_hour: Option<Picodollars>, card: &ModelCard) -> Performed {
     let completion = match ended {
         Ok(completion) => completion,
         Err(error) => {
@@ -177,28 +202,60 @@ fn performed(ended: Ended, price_per_hour: Option<Picodollars>) -> Performed {
     };
     let engine_us = u64::try_from(completion.engine_time.as_micros()).unwrap_or(u64::MAX);
     let cost = price_per_hour.map(|per_hour| price_of_engine_time(engine_us, per_hour));
-    let outcome = match completion.reason {
-        genmill_engine::FinishReason::Stop => Outcome::Generated(generation(completion, FinishReason::Stop)),
-        genmill_engine::FinishReason::Length => Outcome::Generated(generation(completion, FinishReason::Length)),
-        genmill_engine::FinishReason::Deadline => Outcome::DeadlinePassed,
-        genmill_engine::FinishReason::Cancelled => Outcome::HandedBack,
+    let reasons = std::iter::once(completion.reason).chain(completion.more.iter().map(|output| output.reason));
+    let outcome = match reasons.filter_map(finish_reason).count() {
+        count if count == 1 + completion.more.len() => Outcome::Generated(generation(completion, card)),
+        _ if completion.reason == genmill_engine::FinishReason::Deadline => Outcome::DeadlinePassed,
+        _ => Outcome::HandedBack,
     };
     Performed { outcome, cost }
 }
 
-fn generation(completion: Completion, finish_reason: FinishReason) -> Generation {
+/// Why a text ended; `None` when somebody ended it before.
+const fn finish_reason(reason: genmill_engine::FinishReason) -> Option<FinishReason> {
+    match reason {
+        genmill_engine::FinishReason::Stop => Some(FinishReason::Stop),
+        genmill_engine::FinishReason::Length => Some(FinishReason::Length),
+        genmill_engine::FinishReason::Deadline | genmill_engine::FinishReason::Cancelled => None,
+    }
+}
+
+fn generation(completion: Completion, card: &ModelCard) -> Generation {
     let count = |tokens: usize| u64::try_from(tokens).unwrap_or(u64::MAX);
     let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let reason = |reason| finish_reason(reason).unwrap_or(FinishReason::Unknown);
+    let first = completion.first_prompt_token.map(|id| token(id, None, card));
+    let prompt_logprobs = first.into_iter().chain(logprobs(&completion.prompt_logprobs, card)).collect();
+    let sample = |output: genmill_engine::Output| Sample {
+        logprobs: logprobs(&output.logprobs, card),
+        finish_reason: reason(output.reason),
+        text: output.text,
+        tool_calls: Vec::new(),
+    };
     Generation {
-        finish_reason,
         usage: Some(Usage {
             prompt_tokens: count(completion.prompt_tokens),
             cached_prompt_tokens: count(completion.cached_prompt_tokens),
             completion_tokens: count(completion.completion_tokens),
         }),
         first_token_ms: completion.first_token.map(ms),
-        text: completion.text,
+        logprobs: logprobs(&completion.logprobs, card),
+        prompt_logprobs,
+        more: completion.more.into_iter().map(sample).collect(),
+        ..Generation::new(completion.text, reason(completion.reason))
     }
+}
+
+fn logprobs(scored: &[Scored], card: &ModelCard) -> Vec<TokenLogprob> {
+    let each = |scored: &Scored| TokenLogprob {
+        top: scored.top.iter().map(|(id, logprob)| token(*id, Some(*logprob), card)).collect(),
+        ..token(scored.token, Some(scored.logprob), card)
+    };
+    scored.iter().map(each).collect()
+}
+
+fn token(id: u32, logprob: Option<f32>, card: &ModelCard) -> TokenLogprob {
+    TokenLogprob { token_id: Some(id), token: card.token_text(id), logprob, top: Vec::new() }
 }
 
 /// An error with what caused it.

@@ -108,9 +108,11 @@ async fn until(deadline: Option<Instant>) {
 fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Performed {
     let cost = performed.as_ref().and_then(|performed| performed.cost);
     let outcome = match (performed.map(|performed| performed.outcome), stop) {
-        (Some(Outcome::Generated(generation)), _) if generation.text.len() > TEXT_BYTES_MAX => {
-            let bytes = generation.text.len();
-            let message = format!("the text has {bytes} bytes; at most {TEXT_BYTES_MAX} are kept: lower max_tokens");
+        (Some(Outcome::Generated(generation)), _) if generation.bytes() > TEXT_BYTES_MAX => {
+            let bytes = generation.bytes();
+            let message = format!(
+                "the result has {bytes} bytes; at most {TEXT_BYTES_MAX} are kept: lower max_tokens, n or logprobs"
+            );
             Outcome::Failed(Failure::new(FailureClass::Invalid, message))
         }
         (Some(Outcome::Generated(generation)), _) => Outcome::Generated(generation),

@@ -5,6 +5,7 @@ use genmill_core::ids::{Epoch, JobId};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
 use genmill_core::registration::ServedModel;
+use genmill_core::samples;
 use genmill_queue::Held;
 use std::future::Future;
 use std::sync::Arc;
@@ -87,6 +88,8 @@ pub struct Progress {
     held: Held,
     /// To be set as soon as work on the job begins.
     pub started: Started,
+    /// The job has several samples, whose texts follow each other in parts that name them.
+    several: bool,
     open: Arc<()>,
     reported: mpsc::Sender<Reported>,
 }
@@ -95,15 +98,22 @@ impl Progress {
     /// The progress of `task`, told to whoever receives what is `reported`.
     #[must_use]
     pub fn new(task: &Task, started: Started, reported: mpsc::Sender<Reported>) -> Self {
-        Self { held: Held { id: task.id, epoch: task.epoch }, started, open: Arc::default(), reported }
+        let several = task.spec.sampling.controls.samples() > 1;
+        Self { held: Held { id: task.id, epoch: task.epoch }, started, several, open: Arc::default(), reported }
     }
 
-    /// Reports more text; whole characters only. Waits while the queue is slow, so that memory stays bounded. Text is
-    /// dropped once nobody listens any more: the final result has it all.
+    /// Reports more text of the first sample, see [`Progress::text_of`].
     pub async fn text(&mut self, text: String) {
+        self.text_of(0, text).await;
+    }
+
+    /// Reports more text of a sample; whole characters only. Waits while the queue is slow, so that memory stays bounded. Text is
+    /// dropped once nobody listens any more: the final result has it all.
+    pub async fn text_of(&mut self, sample: u32, text: String) {
         if text.is_empty() {
             return;
         }
+        let text = if self.several { samples::part(sample, &text) } else { text };
         // The receiver is gone only when the worker has stopped.
         drop(self.reported.send(Reported { held: self.held, text, open: self.open.clone() }).await);
     }

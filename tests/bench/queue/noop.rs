@@ -48,10 +48,9 @@ pub(crate) fn served() -> anyhow::Result<ServedModel> {
 /// What it answers.
 pub(crate) fn generation() -> Generation {
     Generation {
-        text: "a move".to_owned(),
-        finish_reason: FinishReason::Stop,
         usage: Some(Usage { prompt_tokens: 75, cached_prompt_tokens: 0, completion_tokens: 4 }),
         first_token_ms: Some(0),
+        ..Generation::new("a move".to_owned(), FinishReason::Stop)
     }
 }
 

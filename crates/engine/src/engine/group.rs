@@ -23,7 +23,7 @@ pub(super) struct Share {
 
 /// What is known of the request as a whole.
 pub(super) struct Whole {
-    pub(super) first_prompt_token: u32,
+    pub(super) first_prompt_token: Option<u32>,
     pub(super) prompt_tokens: usize,
     pub(super) submitted: Instant,
 }

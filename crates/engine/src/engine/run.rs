@@ -459,7 +459,7 @@ impl Sequence {
     /// The samples of a request.
     fn all(ticket: Ticket) -> Vec<Self> {
         let whole = Whole {
-            first_prompt_token: ticket.prompt.first().copied().unwrap_or_default(),
+            first_prompt_token: ticket.prompt_logprobs.and_then(|_| ticket.prompt.first().copied()),
             prompt_tokens: ticket.prompt.len(),
             submitted: ticket.submitted,
         };

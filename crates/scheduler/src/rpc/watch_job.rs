@@ -5,6 +5,7 @@ use crate::hub::Bell;
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::JobId;
 use genmill_core::job::Job;
+use genmill_core::samples;
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::v1::watch_job_response::Event;
 use genmill_wire::{from_pb, to_pb, v1};
@@ -28,9 +29,14 @@ pub(super) async fn serve(mill: Mill, asked: v1::WatchJobRequest) -> Result<Answ
     let id = from_pb::job_id(&asked.job_id)?;
     let bell = mill.hub.bell(id);
     // An unknown job is an error of the call, not of its stream.
-    mill.queue.watch(id, 0).await.map_err(api_error)?;
+    let job = mill.queue.get(id).await.map_err(api_error)?;
+    let count = usize::try_from(job.spec.sampling.controls.samples().max(1)).unwrap_or(1);
     let (out, answers) = mpsc::channel(EVENTS_MAX);
-    let watcher = Watcher { mill: mill.clone(), id, epoch: asked.epoch, offset: asked.offset, out };
+    let wanted = std::iter::once(asked.offset).chain(asked.more_offsets).chain(std::iter::repeat(0));
+    // The text of one sample is read from where it is wanted on; those of several lie in one log, which is read whole.
+    let log = if count == 1 { asked.offset } else { 0 };
+    let places = wanted.take(count).map(|wanted| Place { wanted, read: log }).collect();
+    let watcher = Watcher { mill: mill.clone(), id, epoch: asked.epoch, log, places, out };
     mill.shutdown.spawn(watcher.run(bell));
     Ok(Box::pin(ReceiverStream::new(answers)))
 }
@@ -40,8 +46,20 @@ struct Watcher {
     mill: Mill,
     id: JobId,
     epoch: u32,
-    offset: u64,
+    /// Bytes of the running text that were read.
+    log: u64,
+    /// Of each sample.
+    places: Vec<Place>,
     out: Out,
+}
+
+/// Where a watcher stands in the text of a sample, in bytes.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    /// What is to be sent next.
+    wanted: u64,
+    /// What was read of it.
+    read: u64,
 }
 
 /// Why a watcher ends before the job does.
@@ -93,9 +111,10 @@ impl Watcher {
 
     /// Sends what is new; true when the job has ended.
     async fn look(&mut self) -> Result<bool, Ended> {
-        let mut seen = self.mill.queue.watch(self.id, self.offset).await.map_err(api_error)?;
+        let mut seen = self.mill.queue.watch(self.id, self.log).await.map_err(api_error)?;
         if self.epoch != 0 && seen.epoch.0 != self.epoch {
-            self.offset = 0;
+            self.log = 0;
+            self.places.fill(Place::default());
             let restarted = v1::Restarted { epoch: seen.epoch.0 };
             self.send(Event::Restarted(restarted)).await?;
             self.epoch = seen.epoch.0;
@@ -112,34 +131,59 @@ impl Watcher {
             self.end(job).await?;
             return Ok(true);
         }
-        if self.offset > seen.text_bytes {
+        if self.log > seen.text_bytes {
             // It was there before: Redis has lost the end of the text, and the worker sends it again.
             if same_attempt {
                 return Ok(false);
             }
-            return Err(self.bad_offset(seen.text_bytes).into());
+            return Err(bad_offset(self.log, seen.text_bytes).into());
         }
-        let text = std::str::from_utf8(&seen.text).map_err(|_| self.bad_offset(seen.text_bytes))?;
-        self.send_text(text).await?;
-        Ok(false)
+        let text = std::str::from_utf8(&seen.text).map_err(|_| bad_offset(self.log, seen.text_bytes))?;
+        let (parts, taken) = if self.places.len() == 1 { (vec![(0, text)], text.len()) } else { samples::parts(text) };
+        self.log += bytes(taken);
+        for (sample, text) in parts {
+            self.pass_on(sample, text).await?;
+        }
+        match self.places.iter().find(|place| place.wanted > place.read) {
+            Some(place) if !same_attempt => Err(bad_offset(place.wanted, place.read).into()),
+            _ => Ok(false),
+        }
+    }
+
+    /// Sends what is wanted of a piece of a sample's text.
+    async fn pass_on(&mut self, sample: u32, text: &str) -> Result<(), Ended> {
+        let Some(place) = self.places.get_mut(index(sample)) else { return Ok(()) };
+        let known = place.wanted.saturating_sub(place.read);
+        place.read += bytes(text.len());
+        let (wanted, read) = (place.wanted, place.read);
+        match usize::try_from(known) {
+            Ok(known) if known <= text.len() => {
+                let rest = text.get(known..).ok_or_else(|| bad_offset(wanted, read))?;
+                self.send_text(sample, rest).await
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn end(&mut self, job: Job) -> Result<(), Ended> {
         if let Some(generation) = &job.generation {
-            let text = &generation.text;
-            let offset = usize::try_from(self.offset).unwrap_or(usize::MAX);
-            let bytes = u64::try_from(text.len()).unwrap_or(u64::MAX);
-            let rest = text.get(offset..).ok_or_else(|| self.bad_offset(bytes))?;
-            self.send_text(rest).await?;
+            for (sample, place) in (0..).zip(self.places.clone()) {
+                let text = generation.text_of(index(sample)).unwrap_or_default();
+                let rest = usize::try_from(place.wanted).ok().and_then(|wanted| text.get(wanted..));
+                let rest = rest.ok_or_else(|| bad_offset(place.wanted, bytes(text.len())))?;
+                self.send_text(sample, rest).await?;
+            }
         }
         self.send(Event::Job(to_pb::job(job))).await
     }
 
-    async fn send_text(&mut self, mut text: &str) -> Result<(), Ended> {
-        while !text.is_empty() {
+    async fn send_text(&mut self, sample: u32, mut text: &str) -> Result<(), Ended> {
+        while !text.is_empty()
+            && let Some(place) = self.places.get_mut(index(sample))
+        {
             let (piece, rest) = text.split_at(text.floor_char_boundary(PIECE_BYTES_MAX));
-            let delta = v1::TextDelta { epoch: self.epoch, offset: self.offset, text: piece.to_owned() };
-            self.offset += u64::try_from(piece.len()).unwrap_or(0);
+            let delta = v1::TextDelta { epoch: self.epoch, offset: place.wanted, text: piece.to_owned(), sample };
+            place.wanted += bytes(piece.len());
             self.send(Event::Text(delta)).await?;
             text = rest;
         }
@@ -149,11 +193,18 @@ impl Watcher {
     async fn send(&self, event: Event) -> Result<(), Ended> {
         Ok(self.out.send(Ok(v1::WatchJobResponse { event: Some(event) })).await?)
     }
+}
 
-    fn bad_offset(&self, bytes: u64) -> ApiError {
-        let offset = self.offset;
-        let message =
-            format!("offset: {offset} is beyond the text, which has {bytes} bytes, or inside one of its characters");
-        ApiError::new(Reason::InvalidRequest, message)
-    }
+fn bad_offset(offset: u64, bytes: u64) -> ApiError {
+    let message =
+        format!("offset: {offset} is beyond the text, which has {bytes} bytes, or inside one of its characters");
+    ApiError::new(Reason::InvalidRequest, message)
+}
+
+fn bytes(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}
+
+fn index(sample: u32) -> usize {
+    usize::try_from(sample).unwrap_or(usize::MAX)
 }

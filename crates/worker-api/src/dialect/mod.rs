@@ -6,7 +6,8 @@ mod openai;
 mod sse;
 
 use crate::providers::Provider;
-use genmill_core::attempt::{FinishReason, Usage};
+use genmill_core::attempt::{FinishReason, TokenLogprob, Usage};
+use genmill_core::controls::ToolCall;
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 
@@ -49,12 +50,16 @@ pub struct KeyHeader {
 }
 
 /// An answer as it is told whole.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct Reply {
     /// The text.
     pub text: String,
     /// Why it ended, when told.
     pub finish_reason: Option<FinishReason>,
+    /// Calls of tools that the model asks for.
+    pub tool_calls: Vec<ToolCall>,
+    /// Of the text's tokens, when told.
+    pub logprobs: Vec<TokenLogprob>,
     /// Tokens, when told.
     pub usage: Option<Usage>,
     /// What the provider says it costs.
@@ -73,10 +78,19 @@ pub struct ProviderError {
 }
 
 /// What a stream says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum StreamEvent {
     /// More text.
     Text(String),
+    /// More of a call that the model asks for: what is empty says nothing, arguments follow each other.
+    ToolCall {
+        /// Which call.
+        index: usize,
+        /// More of it.
+        part: ToolCall,
+    },
+    /// Of more tokens.
+    Logprobs(Vec<TokenLogprob>),
     /// Why the text ended.
     Finished(FinishReason),
     /// Tokens of the whole call.

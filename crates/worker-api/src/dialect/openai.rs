@@ -1,12 +1,13 @@
 //! Chat completions as OpenAI speaks them, and as most providers have learnt to.
 
+mod extras;
+
 use super::sse::Events;
 use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
-use genmill_core::request::{Input, Role};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
@@ -27,6 +28,8 @@ const FINISH_REASONS: &[(&str, FinishReason)] = &[
     ("length", FinishReason::Length),
     ("max_tokens", FinishReason::Length),
     ("model_length", FinishReason::Length),
+    ("tool_calls", FinishReason::ToolCalls),
+    ("function_call", FinishReason::ToolCalls),
     ("content_filter", FinishReason::ContentFilter),
     ("safety", FinishReason::ContentFilter),
 ];
@@ -60,6 +63,8 @@ impl Dialect for OpenAi {
             match event {
                 StreamEvent::Text(text) => reply.text.push_str(&text),
                 StreamEvent::Finished(reason) => reply.finish_reason = Some(reason),
+                StreamEvent::ToolCall { part, .. } => reply.tool_calls.push(part),
+                StreamEvent::Logprobs(logprobs) => reply.logprobs.extend(logprobs),
                 StreamEvent::Usage(usage) => reply.usage = Some(usage),
                 StreamEvent::Billed(billed) => reply.billed = Some(billed),
                 StreamEvent::Error(error) => return Err(error),
@@ -97,8 +102,8 @@ fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) 
     ];
     let mut body = Map::new();
     body.insert("model".to_owned(), json!(model));
-    body.insert("messages".to_owned(), messages(&spec.input));
-    for (parameter, field, value) in parameters {
+    body.insert("messages".to_owned(), extras::messages(&spec.input));
+    for (parameter, field, value) in parameters.into_iter().chain(extras::parameters(&sampling.controls)) {
         if let (Some(value), true) = (value, provider.takes(model, parameter)) {
             body.insert(field.to_owned(), value);
         }
@@ -110,14 +115,6 @@ fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) 
         }
     }
     body
-}
-
-fn messages(input: &Input) -> Value {
-    let message = |role: Role, content: &str| json!({"role": role.name(), "content": content});
-    match input {
-        Input::Prompt(prompt) => json!([message(Role::User, prompt)]),
-        Input::Messages(messages) => messages.iter().map(|each| message(each.role, &each.content)).collect(),
-    }
 }
 
 /// The seed in 31 bits, which every provider takes; a seed that fits is sent as it is.
@@ -174,6 +171,8 @@ struct Choice {
     #[serde(default)]
     message: Option<Message>,
     #[serde(default)]
+    logprobs: Value,
+    #[serde(default)]
     finish_reason: Option<Value>,
     #[serde(default)]
     error: Option<Value>,
@@ -183,6 +182,8 @@ struct Choice {
 struct Message {
     #[serde(default)]
     content: Option<Value>,
+    #[serde(default)]
+    tool_calls: Value,
 }
 
 #[derive(Deserialize)]
@@ -247,11 +248,13 @@ fn of_choice(choice: Choice) -> Vec<StreamEvent> {
         return vec![StreamEvent::Error(provider_error(&json!({ "error": error })))];
     }
     let message = choice.delta.or(choice.message);
-    let text = message.and_then(|message| message.content).map(text_of).unwrap_or_default();
     let mut events = Vec::new();
-    if !text.is_empty() {
-        events.push(StreamEvent::Text(text));
+    if let Some(Message { content, tool_calls }) = message {
+        let text = content.map(text_of).unwrap_or_default();
+        events.extend((!text.is_empty()).then_some(StreamEvent::Text(text)));
+        events.extend(extras::tool_calls(&tool_calls));
     }
+    events.extend(extras::logprobs(&choice.logprobs));
     match choice.finish_reason.as_ref().and_then(Value::as_str).filter(|reason| !reason.is_empty()) {
         Some(reason) if FINISHED_BY_ERROR.contains(&reason) => {
             events.push(StreamEvent::Error(unreadable("the provider failed while it answered")));

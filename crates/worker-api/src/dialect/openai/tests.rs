@@ -3,9 +3,10 @@
 use super::*;
 use crate::fixture::{messages, spec};
 use crate::providers::Table;
+use genmill_core::request::Role;
 use proptest::prelude::*;
 
-fn encoded(provider: &str, spec: &JobSpec, streaming: Streaming) -> Encoded {
+pub(super) fn encoded(provider: &str, spec: &JobSpec, streaming: Streaming) -> Encoded {
     let table = Table::embedded().unwrap();
     OpenAi.encode(spec, spec.model.backend_name(), table.find(provider).unwrap(), streaming)
 }
@@ -75,7 +76,7 @@ fn error(status: Option<u16>, code: &str, message: &str) -> ProviderError {
     ProviderError { status, code: code.to_owned(), message: message.to_owned() }
 }
 
-fn check(data: &str, expect: &[StreamEvent]) {
+pub(super) fn check(data: &str, expect: &[StreamEvent]) {
     assert_eq!(events(data), expect, "{data}");
 }
 
@@ -108,7 +109,7 @@ fn finish_reasons_are_mapped() {
     check("length", FinishReason::Length);
     check("model_length", FinishReason::Length);
     check("content_filter", FinishReason::ContentFilter);
-    check("tool_calls", FinishReason::Unknown);
+    check("tool_calls", FinishReason::ToolCalls);
     check("something new", FinishReason::Unknown);
 }
 
@@ -181,7 +182,13 @@ fn a_whole_answer_is_read() {
     let reply = OpenAi.decode(body.as_bytes()).unwrap();
     let usage = Usage { prompt_tokens: 1, cached_prompt_tokens: 0, completion_tokens: 2 };
     let billed = Some(Picodollars(500_000_000_000));
-    let expect = Reply { text: "hi".to_owned(), finish_reason: Some(FinishReason::Length), usage: Some(usage), billed };
+    let expect = Reply {
+        text: "hi".to_owned(),
+        finish_reason: Some(FinishReason::Length),
+        usage: Some(usage),
+        billed,
+        ..Reply::default()
+    };
     assert_eq!(reply, expect);
     let empty = OpenAi.decode(br#"{"choices":[{"message":{"content":null},"finish_reason":"stop"}]}"#).unwrap();
     assert_eq!((empty.text.as_str(), empty.finish_reason), ("", Some(FinishReason::Stop)));

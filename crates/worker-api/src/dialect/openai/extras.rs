@@ -1,0 +1,167 @@
+//! What chat completions have beside text: messages that call tools, tools, forms of the answer, log probabilities.
+
+use super::StreamEvent;
+use genmill_core::attempt::TokenLogprob;
+use genmill_core::controls::{Controls, StructuredOutput, Tool, ToolCall};
+use genmill_core::request::{ChatMessage, Input, Role};
+use serde_json::{Map, Value, json};
+
+/// The conversation as it is sent; a prompt is one message of the user.
+pub(super) fn messages(input: &Input) -> Value {
+    match input {
+        Input::Prompt(prompt) => json!([message(&ChatMessage::new(Role::User, prompt.as_str()))]),
+        Input::Messages(messages) => messages.iter().map(message).collect(),
+    }
+}
+
+fn message(message: &ChatMessage) -> Value {
+    let mut out = json!({"role": message.role.name(), "content": message.content});
+    if !message.tool_calls.is_empty() {
+        out["tool_calls"] = message.tool_calls.iter().map(call).collect();
+    }
+    if !message.tool_call_id.is_empty() {
+        out["tool_call_id"] = json!(message.tool_call_id);
+    }
+    out
+}
+
+fn call(ToolCall { id, name, arguments }: &ToolCall) -> Value {
+    json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+}
+
+/// The parameters beside the usual ones: each as Genmill names it, the field it is sent in, its value.
+pub(super) fn parameters(controls: &Controls) -> Vec<(&'static str, &'static str, Option<Value>)> {
+    let number = |number: Option<f64>| number.map(|number| json!(number));
+    let bias: Map<String, Value> =
+        controls.logit_bias.iter().map(|(token, bias)| (token.to_string(), json!(bias))).collect();
+    let schema = match &controls.structured_output {
+        Some(StructuredOutput::JsonSchema(schema)) => Some(schema),
+        // Refused at submission.
+        Some(StructuredOutput::Regex(_) | StructuredOutput::Choice(_) | StructuredOutput::Lark(_)) | None => None,
+    };
+    let format = schema
+        .map(|schema| json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": parsed(schema)}}));
+    vec![
+        ("min_p", "min_p", number(controls.min_p)),
+        ("frequency_penalty", "frequency_penalty", number(controls.frequency_penalty)),
+        ("presence_penalty", "presence_penalty", number(controls.presence_penalty)),
+        ("repetition_penalty", "repetition_penalty", number(controls.repetition_penalty)),
+        ("logit_bias", "logit_bias", (!bias.is_empty()).then_some(Value::Object(bias))),
+        ("logprobs", "logprobs", controls.logprobs.map(|_| json!(true))),
+        ("logprobs", "top_logprobs", controls.logprobs.filter(|top| *top > 0).map(|top| json!(top))),
+        ("structured_output", "response_format", format),
+        ("tools", "tools", (!controls.tools.is_empty()).then(|| controls.tools.iter().map(tool).collect())),
+    ]
+}
+
+fn tool(Tool { name, description, parameters }: &Tool) -> Value {
+    let mut function = json!({"name": name});
+    if !description.is_empty() {
+        function["description"] = json!(description);
+    }
+    if !parameters.is_empty() {
+        function["parameters"] = parsed(parameters);
+    }
+    json!({"type": "function", "function": function})
+}
+
+/// A schema, which was checked at submission.
+fn parsed(schema: &str) -> Value {
+    serde_json::from_str(schema).unwrap_or_default()
+}
+
+/// Calls of a message, or pieces of them.
+pub(super) fn tool_calls(calls: &Value) -> Vec<StreamEvent> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let piece = |(place, call): (usize, &Value)| {
+        let index = call["index"].as_u64().and_then(|index| usize::try_from(index).ok()).unwrap_or(place);
+        let function = &call["function"];
+        // Some providers send the arguments as an object.
+        let arguments = match &function["arguments"] {
+            Value::Object(_) => function["arguments"].to_string(),
+            other => text(other),
+        };
+        StreamEvent::ToolCall {
+            index,
+            part: ToolCall { id: text(&call["id"]), name: text(&function["name"]), arguments },
+        }
+    };
+    calls.as_array().into_iter().flatten().enumerate().map(piece).collect()
+}
+
+/// Log probabilities of a choice.
+pub(super) fn logprobs(logprobs: &Value) -> Option<StreamEvent> {
+    let content = logprobs["content"].as_array().filter(|content| !content.is_empty())?;
+    Some(StreamEvent::Logprobs(content.iter().map(logprob).collect()))
+}
+
+fn logprob(token: &Value) -> TokenLogprob {
+    #[expect(clippy::cast_possible_truncation, reason = "log probabilities are kept in float32")]
+    let number = |value: &Value| value.as_f64().map(|number| number as f32);
+    TokenLogprob {
+        token_id: None,
+        token: token["token"].as_str().unwrap_or_default().to_owned(),
+        logprob: number(&token["logprob"]),
+        top: token["top_logprobs"].as_array().into_iter().flatten().map(logprob).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{check, encoded};
+    use super::*;
+    use crate::dialect::Streaming;
+    use crate::fixture::spec;
+
+    #[test]
+    fn what_steers_a_generation_is_sent_and_what_a_provider_refuses_is_dropped() {
+        let mut spec = spec("litellm_x/y", "hi");
+        spec.sampling.controls = Controls {
+            min_p: Some(0.1),
+            frequency_penalty: Some(0.5),
+            repetition_penalty: Some(1.1),
+            logit_bias: [(7, -100.0)].into(),
+            logprobs: Some(2),
+            structured_output: Some(StructuredOutput::JsonSchema(r#"{"type":"object"}"#.to_owned())),
+            ..Controls::default()
+        };
+        let body = |provider| encoded(provider, &spec, Streaming::Off).body;
+        insta::assert_snapshot!(body("together_ai"), @r#"{"frequency_penalty":0.5,"logit_bias":{"7":-100.0},"logprobs":true,"max_tokens":250,"messages":[{"content":"hi","role":"user"}],"min_p":0.1,"model":"y","repetition_penalty":1.1,"response_format":{"json_schema":{"name":"answer","schema":{"type":"object"}},"type":"json_schema"},"seed":7,"temperature":0.1,"top_logprobs":2}"#);
+        assert!(!body("openai").contains("min_p") && !body("openai").contains("repetition_penalty"));
+        assert!(body("openai").contains("logit_bias"));
+    }
+
+    #[test]
+    fn calls_and_answers_are_sent_as_chat_apis_take_them() {
+        let mut spec = spec("litellm_x/y", "");
+        let call = ToolCall { id: "c".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+        let asked = ChatMessage { tool_calls: vec![call], ..ChatMessage::new(Role::Assistant, "") };
+        let answer = ChatMessage { tool_call_id: "c".to_owned(), ..ChatMessage::new(Role::Tool, "4") };
+        spec.input = Input::Messages(vec![asked, answer]);
+        let tool = Tool { name: "f".to_owned(), description: String::new(), parameters: "{}".to_owned() };
+        spec.sampling.controls.tools = vec![tool];
+        insta::assert_snapshot!(encoded("openai", &spec, Streaming::Off).body, @r#"{"max_tokens":250,"messages":[{"content":"","role":"assistant","tool_calls":[{"function":{"arguments":"{}","name":"f"},"id":"c","type":"function"}]},{"content":"4","role":"tool","tool_call_id":"c"}],"model":"y","seed":7,"temperature":0.1,"tools":[{"function":{"name":"f","parameters":{}},"type":"function"}]}"#);
+    }
+
+    #[test]
+    fn pieces_of_calls_and_log_probabilities_are_read() {
+        let part = |index, id: &str, name: &str, arguments: &str| StreamEvent::ToolCall {
+            index,
+            part: ToolCall { id: id.to_owned(), name: name.to_owned(), arguments: arguments.to_owned() },
+        };
+        check(
+            r#"{"choices":[{"delta":{"tool_calls":[{"index":1,"id":"c","function":{"name":"f","arguments":""}}]}}]}"#,
+            &[part(1, "c", "f", "")],
+        );
+        check(
+            r#"{"choices":[{"message":{"tool_calls":[{"id":"c","function":{"name":"f","arguments":{"a":1}}}]}}]}"#,
+            &[part(0, "c", "f", r#"{"a":1}"#)],
+        );
+        let best = TokenLogprob { token_id: None, token: "b".to_owned(), logprob: Some(-0.5), top: Vec::new() };
+        let first = TokenLogprob { token: "a".to_owned(), logprob: Some(-1.0), top: vec![best.clone()], ..best };
+        check(
+            r#"{"choices":[{"delta":{},"logprobs":{"content":[{"token":"a","logprob":-1.0,"top_logprobs":[{"token":"b","logprob":-0.5}]}]}}]}"#,
+            &[StreamEvent::Logprobs(vec![first])],
+        );
+    }
+}
