@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
 
-use genmill_client::{Client, Error, Outcome, Pausable, Reason, Request, TenantLimits, v1};
+use genmill_client::{Client, Error, Outcome, Pausable, Reason, Request, TenantLimits, Until, v1};
 use genmill_core::attempt::{Failure, FailureClass};
 use genmill_core::ids::{JobId, WorkerId};
 use genmill_core::judge::Verdict;
@@ -494,6 +494,32 @@ async fn many_requests_for_an_unlisted_model_are_refused_together_and_a_new_work
     };
     mill.queue().await.register(&registration, 60_000).await.unwrap();
     mill.client.submit(unlisted(0)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watching_a_tenant_until_it_is_idle_looks_at_the_jobs_of_others_once() {
+    const OTHERS: u32 = 2_500;
+    let mill = Mill::up().await;
+    mill.client.pause(Pausable::Tenant("watched".to_owned())).await.unwrap();
+    let of_tenant = v1::JobFilter { tenant: "watched".to_owned(), ..v1::JobFilter::default() };
+    let open = mill.client.submit(request("open").tenant("watched")).await.unwrap().job.id;
+    let other = |n: u32| request(&n.to_string()).tenant("other").not_before(UNIX_EPOCH + YEAR_2100);
+    submit_all(&mill.client, requests(OTHERS, other)).await;
+    mill.client.cancel_all(v1::JobFilter { tenant: "other".to_owned(), ..v1::JobFilter::default() }).await.unwrap();
+    let mut watched = Box::pin(mill.other.watch_jobs(of_tenant, String::new(), Until::Idle));
+    let before = command_calls(&mill.redis, "hget");
+    // Each wakes the watcher up.
+    let runs = async {
+        for n in 0..20 {
+            mill.run(request(&format!("wakes {n}")).tenant("other")).await;
+        }
+        mill.client.resume(Pausable::Tenant("watched".to_owned())).await.unwrap();
+    };
+    let (told, ()) = tokio::join!(watched.next(), runs);
+    assert_eq!(told.unwrap().unwrap().job.id, open);
+    assert!(watched.next().await.is_none());
+    let looked_at = command_calls(&mill.redis, "hget") - before;
+    assert!(looked_at < u64::from(3 * OTHERS), "{looked_at}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -68,6 +68,13 @@ pub struct Listed {
     pub id: JobId,
 }
 
+impl Listed {
+    fn in_lane(lane: LaneNumber, entry: &redis::streams::StreamId) -> Option<Self> {
+        let id = entry.get::<Vec<u8>>("j").and_then(|id| JobId::from_bytes(&id))?;
+        Some(Self { place: Place::in_lane(lane, &entry.id)?, id })
+    }
+}
+
 /// An entry of a lane's stream of finished jobs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finished {
@@ -108,15 +115,35 @@ impl Queue {
             pipe.query_async(&mut connection).await.map_err(|source| QueueError::from_redis("listing jobs", source))?;
         let mut listed = Vec::new();
         for (lane, entries) in query.lanes.iter().zip(found) {
-            let job = |entry: redis::streams::StreamId| {
-                let id = entry.get::<Vec<u8>>("j").and_then(|id| JobId::from_bytes(&id))?;
-                Some(Listed { place: Place::in_lane(*lane, &entry.id)?, id })
-            };
-            listed.extend(entries.ids.into_iter().filter_map(job));
+            listed.extend(entries.ids.iter().filter_map(|entry| Listed::in_lane(*lane, entry)));
         }
         listed.sort_unstable_by_key(|job| std::cmp::Reverse(job.place));
         listed.truncate(query.limit);
         Ok(listed)
+    }
+
+    /// Lists up to `limit` jobs of `lane` that stand after `after` (`None`: the first ones), oldest first.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn list_after(
+        &self,
+        lane: LaneNumber,
+        which: Which<'_>,
+        after: Option<Place>,
+        limit: usize,
+    ) -> Result<Vec<Listed>, QueueError> {
+        let mut connection = self.connection.clone();
+        let entries: redis::streams::StreamRangeReply = redis::cmd("XRANGE")
+            .arg(self.keys.listed(lane, which))
+            .arg(after.map_or_else(|| "-".to_owned(), |place| format!("({}", place.entry())))
+            .arg("+")
+            .arg("COUNT")
+            .arg(limit)
+            .query_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("listing jobs", source))?;
+        Ok(entries.ids.iter().filter_map(|entry| Listed::in_lane(lane, entry)).collect())
     }
 
     /// How many jobs of `lanes` are unfinished, those of `experiment` only when one is given.

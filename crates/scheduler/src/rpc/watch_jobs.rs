@@ -1,10 +1,10 @@
 //! `WatchJobs`: the jobs of a filter as they finish. A cursor is the position in each lane's stream of finished jobs.
 
 use super::Answers;
-use super::matching::{STEP, candidates, lanes, list_of, matching, unfinished};
+use super::matching::{STEP, lanes, list_of, matching, unfinished};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
-use genmill_queue::Finished;
+use genmill_queue::{Finished, Place};
 use genmill_wire::error::{ApiError, Reason};
 use genmill_wire::from_pb::Filter;
 use genmill_wire::{from_pb, to_pb, v1};
@@ -20,6 +20,9 @@ const JOBS_MAX: usize = 64;
 /// How many finished jobs are read in one step.
 const BATCH: usize = 250;
 
+/// How many steps are taken through lists of jobs before what has finished is told.
+const STEPS_MAX: usize = 10;
+
 /// The streams are read this often at least, in case an event was lost.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -34,8 +37,9 @@ pub(super) fn serve(mill: Mill, asked: v1::WatchJobsRequest) -> Result<Answers<v
         return Err(ApiError::new(Reason::InvalidRequest, message).into());
     }
     let (out, answers) = mpsc::channel(JOBS_MAX);
-    let watcher =
-        Watcher { mill: mill.clone(), filter, cursor, from_now: asked.from_now, until_idle: asked.until_idle, out };
+    let v1::WatchJobsRequest { from_now, until_idle, .. } = asked;
+    let settled = BTreeMap::new();
+    let watcher = Watcher { mill: mill.clone(), filter, cursor, from_now, until_idle, settled, out };
     mill.shutdown.spawn(watcher.run());
     Ok(Box::pin(ReceiverStream::new(answers)))
 }
@@ -81,7 +85,18 @@ struct Watcher {
     cursor: Cursor,
     from_now: bool,
     until_idle: bool,
+    /// In each lane, the place in the list up to which no job matches that is unfinished. None will any more.
+    settled: BTreeMap<LaneNumber, Place>,
     out: mpsc::Sender<Result<v1::WatchJobsResponse, Status>>,
+}
+
+/// Whether no unfinished job matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Idle {
+    Yes,
+    No,
+    /// There are more to be looked at.
+    Unknown,
 }
 
 /// The watcher's caller has gone.
@@ -120,16 +135,17 @@ impl Watcher {
             finished.mark_unchanged();
             let lanes = lanes(&self.mill, &self.filter).await?;
             // Asked before the streams are read: a job that finishes in between is in them.
-            let idle = self.until_idle && self.is_idle(&lanes).await?;
+            let idle = if self.until_idle { self.is_idle(&lanes).await? } else { Idle::No };
             for lane in lanes {
                 if self.drain(lane).await?.is_err() {
                     return Ok(Err(Gone));
                 }
             }
-            if idle {
-                return Ok(Ok(()));
+            match idle {
+                Idle::Yes => return Ok(Ok(())),
+                Idle::No => drop(tokio::time::timeout(LOOK_EVERY, finished.changed()).await),
+                Idle::Unknown => {}
             }
-            drop(tokio::time::timeout(LOOK_EVERY, finished.changed()).await);
             tokio::time::sleep(REST).await;
         }
     }
@@ -190,24 +206,40 @@ impl Watcher {
     }
 
     /// Whether no unfinished job matches. Counters answer for a lane or an experiment; for a model or tenant within
-    /// them jobs are looked at, newest first, until one is found.
-    async fn is_idle(&self, lanes: &[LaneNumber]) -> Result<bool, ApiError> {
+    /// them jobs are looked at, oldest first, until one is found. What lies before that one need not be looked at again.
+    async fn is_idle(&mut self, lanes: &[LaneNumber]) -> Result<Idle, ApiError> {
         let open = self.mill.queue.open_jobs(lanes, self.filter.experiment.as_ref()).await.map_err(api_error)?;
-        if open == 0 || (self.filter.tenant.is_none() && self.filter.model.is_none()) {
-            return Ok(open == 0);
+        if open == 0 {
+            return Ok(Idle::Yes);
+        }
+        if self.filter.tenant.is_none() && self.filter.model.is_none() {
+            return Ok(Idle::No);
         }
         let filter = Filter { state: None, ..self.filter.clone() };
-        let mut before = None;
-        loop {
-            let listed = candidates(&self.mill, list_of(&filter), lanes, before, STEP).await?;
-            if !unfinished(&self.mill, &filter, &listed).await?.is_empty() {
-                return Ok(false);
-            }
-            match listed.last() {
-                Some(last) if listed.len() == STEP => before = Some(last.place),
-                _ => return Ok(true),
+        let mut steps = 0;
+        for lane in lanes {
+            // Mostly it is the same job that still runs.
+            let mut limit = 1;
+            loop {
+                let (which, after) = (list_of(&filter), self.settled.get(lane).copied());
+                let listed = self.mill.queue.list_after(*lane, which, after, limit).await.map_err(api_error)?;
+                let open = unfinished(&self.mill, &filter, &listed).await?;
+                let found = open.first().and_then(|open| listed.iter().position(|job| job.id == *open));
+                let settled = &listed[..found.unwrap_or(listed.len())];
+                self.settled.extend(settled.last().map(|job| (*lane, job.place)));
+                if found.is_some() {
+                    return Ok(Idle::No);
+                }
+                if listed.len() < limit {
+                    break;
+                }
+                if steps == STEPS_MAX {
+                    return Ok(Idle::Unknown);
+                }
+                (limit, steps) = (STEP, steps + 1);
             }
         }
+        Ok(Idle::Yes)
     }
 }
 
