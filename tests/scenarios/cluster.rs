@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
+use genmill_client::{Client, v1};
 use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation};
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::judge::Verdict;
@@ -14,6 +15,7 @@ use genmill_queue::{
     Ended, Event, Finish, Hint, Holding, Kept, Lease, NewJob, Options, Queue, QueueError, RequestId, Reservation, Room,
     Slots,
 };
+use genmill_tests::daemons::Start;
 use genmill_tests::puppet::Puppet;
 use genmill_tests::redis_cluster::{RedisCluster, ask, cluster};
 use genmill_tests::redis_server::RedisServer;
@@ -23,6 +25,7 @@ use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
+use tokio_stream::StreamExt as _;
 
 const LEASE_MS: u64 = 60_000;
 
@@ -240,6 +243,46 @@ async fn a_node_that_hangs_holds_up_its_own_lanes_only() {
         assert_eq!(job.state, State::Succeeded);
         assert!(job.id == first || (job.losses, job.attempts.len()) == (0, 1), "{job:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_are_listed_while_the_node_of_some_is_away() {
+    let mut bench = Bench::new().await;
+    let folder = tempfile::tempdir().unwrap();
+    let scheduler = Start::new("genmill-scheduler", folder.path()).unwrap().env("GENMILL__REDIS__NAMESPACE", "test");
+    let scheduler = scheduler.env("GENMILL__REDIS__URL", &bench.redis.url());
+    let scheduler = scheduler.env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0").until_ready().unwrap();
+    let server = format!("http://{}", scheduler.place("grpc"));
+    let client = Client::connect(&server).await.unwrap();
+    for place in 0..3 {
+        bench.submit(place).await;
+    }
+    // Not the one that has the registry.
+    let node = (bench.redis.slot_of("{registry}").unwrap().1 + 1) % 3;
+    let name = |place: usize| bench.lanes[place].1.lane().to_string();
+    let names = [0, 1, 2].map(name);
+    bench.redis.kill(node).unwrap();
+    let lanes = client.list_lanes().await.unwrap();
+    for (place, name) in names.iter().enumerate() {
+        let lane = lanes.iter().find(|lane| lane.name == *name).unwrap();
+        assert_eq!((lane.away, lane.queued), if place == node { (true, 0) } else { (false, 1) }, "{lane:?}");
+    }
+    let shown = Start::new("genmill", folder.path()).unwrap().args(&["lanes", "--server", &server]).output().unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let away = shown.lines().find(|line| line.starts_with("away for now")).unwrap();
+    for (place, name) in names.iter().enumerate() {
+        let counts = shown.lines().find_map(|line| line.strip_prefix(name.as_str())).unwrap();
+        assert_eq!((away.contains(name), counts.contains('1')), (place == node, place != node), "{shown}");
+    }
+    let listed = client.list(v1::JobFilter::default()).collect::<Vec<_>>().await;
+    let error = listed[0].as_ref().unwrap_err().to_string();
+    assert!(error.contains("lanes that are away for now") && error.contains(&names[node]), "{error}");
+    bench.redis.restart(node).unwrap();
+    let whole = async {
+        while !client.list_lanes().await.is_ok_and(|lanes| lanes.iter().all(|lane| !lane.away)) {}
+        while client.list(v1::JobFilter::default()).filter_map(Result::ok).collect::<Vec<_>>().await.len() < 3 {}
+    };
+    timeout(WITHIN, whole).await.unwrap();
 }
 
 #[tokio::test]

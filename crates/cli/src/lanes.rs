@@ -33,6 +33,10 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     }
     let nothing = "no lanes yet: they come with the workers that serve them";
     table::print(COLUMNS, lanes.iter().map(row).collect(), nothing)?;
+    let away: Vec<&str> = lanes.iter().filter(|lane| lane.away).map(|lane| lane.name.as_str()).collect();
+    if !away.is_empty() {
+        output::line(&format!("\naway for now, with their node of Redis: {}", away.join(", ")))?;
+    }
     if !settings.paused_experiments.is_empty() {
         output::line(&format!("\npaused experiments: {}", settings.paused_experiments.join(", ")))?;
     }
@@ -57,15 +61,16 @@ const COLUMNS: [Column; 8] = [
 ];
 
 fn row(lane: &v1::Lane) -> [String; 8] {
+    let count = |number: u64| if lane.away { show::NOTHING.to_owned() } else { number.to_string() };
     [
         lane.name.clone(),
         yes_or_nothing(lane.paused),
-        lane.queued.to_string(),
-        lane.delayed.to_string(),
-        lane.running.to_string(),
-        lane.capacity.to_string(),
+        count(lane.queued),
+        count(lane.delayed),
+        count(lane.running),
+        count(lane.capacity),
         number_or_nothing(lane.max_running),
-        lane.failed.to_string(),
+        count(lane.failed),
     ]
 }
 

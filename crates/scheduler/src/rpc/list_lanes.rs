@@ -1,27 +1,38 @@
 //! `ListLanes`: every lane, with what waits and runs there.
 
 use crate::mill::{Mill, api_error};
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 use genmill_core::ids::LaneNumber;
 use genmill_core::model::Lane;
-use genmill_queue::{LaneState, Setting, Settings};
+use genmill_queue::{LaneState, QueueError, Setting, Settings};
+use genmill_wire::error::ApiError;
 use genmill_wire::v1;
 use tonic::Status;
 
 pub(super) async fn serve(mill: &Mill) -> Result<v1::ListLanesResponse, Status> {
     let settings = mill.queue.settings().await.map_err(api_error)?;
-    let lanes = mill.queue.all_lanes().await.map_err(api_error)?;
-    let states = try_join_all(lanes.iter().map(|(number, _)| mill.queue.lane_state(*number))).await;
-    let mut lanes: Vec<v1::Lane> = lanes
-        .iter()
-        .zip(states.map_err(api_error)?)
-        .map(|((number, lane), state)| shown(*number, lane, state, &settings))
-        .collect();
+    let states = states(mill).await?;
+    let mut lanes: Vec<v1::Lane> =
+        states.into_iter().map(|(number, lane, state)| shown(number, &lane, state, &settings)).collect();
     lanes.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     Ok(v1::ListLanesResponse { lanes })
 }
 
-fn shown(number: LaneNumber, lane: &Lane, state: LaneState, settings: &Settings) -> v1::Lane {
+/// How each lane stands; `None` while the node of Redis that has it is away.
+pub(super) async fn states(mill: &Mill) -> Result<Vec<(LaneNumber, Lane, Option<LaneState>)>, ApiError> {
+    let lanes = mill.queue.all_lanes().await.map_err(api_error)?;
+    let states = join_all(lanes.iter().map(|(number, _)| mill.queue.lane_state(*number))).await;
+    let known = |((number, lane), state): ((LaneNumber, Lane), Result<LaneState, QueueError>)| match state {
+        Ok(state) => Ok((number, lane, Some(state))),
+        Err(error) if error.is_passing() => Ok((number, lane, None)),
+        Err(error) => Err(api_error(error)),
+    };
+    lanes.into_iter().zip(states).map(known).collect()
+}
+
+fn shown(number: LaneNumber, lane: &Lane, state: Option<LaneState>, settings: &Settings) -> v1::Lane {
+    let away = state.is_none();
+    let state = state.unwrap_or_default();
     v1::Lane {
         name: lane.to_string(),
         queued: state.queued,
@@ -32,5 +43,6 @@ fn shown(number: LaneNumber, lane: &Lane, state: LaneState, settings: &Settings)
         look_ahead: state.look_ahead,
         paused: settings.get(&Setting::PauseLane(number)).is_some(),
         max_running: settings.get(&Setting::LaneCap(number)).and_then(|cap| u32::try_from(cap).ok()),
+        away,
     }
 }

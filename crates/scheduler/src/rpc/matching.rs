@@ -1,5 +1,6 @@
 //! Which jobs a filter means.
 
+use super::list_lanes::states;
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::state::State;
@@ -48,7 +49,21 @@ pub(super) async fn candidates(
     before: Option<Place>,
     limit: usize,
 ) -> Result<Vec<Listed>, ApiError> {
-    mill.queue.list(ListQuery { lanes, which, before, limit }).await.map_err(api_error)
+    match mill.queue.list(ListQuery { lanes, which, before, limit }).await {
+        Err(error) if error.is_passing() => Err(naming_lanes(mill, lanes, api_error(error)).await),
+        listed => listed.map_err(api_error),
+    }
+}
+
+/// An error of asking `lanes`, with the names of those that are away while others answer.
+async fn naming_lanes(mill: &Mill, lanes: &[LaneNumber], error: ApiError) -> ApiError {
+    let Ok(states) = states(mill).await else { return error };
+    let away = states.into_iter().filter(|(number, _, state)| state.is_none() && lanes.contains(number));
+    let away: Vec<String> = away.map(|(_, lane, _)| lane.to_string()).collect();
+    match away.join(", ") {
+        away if away.is_empty() => error,
+        away => ApiError { message: format!("{}; lanes that are away for now: {away}", error.message), ..error },
+    }
 }
 
 /// Those of `listed` that are unfinished and match the filter.
