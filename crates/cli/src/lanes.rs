@@ -9,7 +9,7 @@ use genmill_client::{Client, v1};
 #[derive(Debug, clap::Args)]
 #[command(after_help = MEANING)]
 pub(crate) struct Args {
-    /// Print each lane as one line of JSON, and another line with what is set for experiments and tenants, if anything is
+    /// Print each lane as one line of JSON, and one more with what is set for experiments and tenants, if anything is
     #[arg(long)]
     json: bool,
 }

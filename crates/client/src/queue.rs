@@ -109,7 +109,7 @@ impl Client {
         id.ok_or(Error::Protocol { problem: "an answer that must name a job names none" })
     }
 
-    /// Submits every failed job that matches `filter` again, each once; but for those whose model nobody serves.
+    /// Submits every failed job that matches `filter` again, each once; those whose model nobody serves are skipped.
     ///
     /// # Errors
     /// [`Error::Refused`] when the filter is wrong.

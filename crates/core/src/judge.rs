@@ -3,8 +3,8 @@
 use crate::attempt::{AttemptEnd, Failure, FailureClass, Generation, Outcome};
 use crate::state::{Event, State};
 
-/// The longest wait that a provider may ask for, in milliseconds: a day. A job whose deadline lies before its next attempt
-/// expires then.
+/// The longest wait that a provider may ask for, in milliseconds: a day. A job whose deadline comes before its next
+/// attempt expires then.
 pub const RETRY_AFTER_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
 
 /// How failures and losses are dealt with.

@@ -73,9 +73,9 @@ impl Queue {
         Ok(decided)
     }
 
-    /// Removes those of `jobs` that are finished, with what is stored of them; their request ids are free again. Returns
-    /// how many this call removed. A crash on the way may leave a request id that stands for a job which is gone: whoever
-    /// submits it next sees that.
+    /// Removes those of `jobs` that are finished, with what is stored of them but their places among finished ones;
+    /// their request ids are free again. Returns how many this call removed. A crash on the way may leave a request id
+    /// that stands for a job which is gone: whoever submits it next sees that.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer; the call may be repeated.

@@ -89,7 +89,7 @@ pub struct NewJob {
 pub enum Enqueued {
     /// It was stored.
     New,
-    /// It was there already, and is left as it was; or it was purged a while ago, and stays away.
+    /// It was there already, and is left as it was; or it was purged just now, and stays away.
     Existed,
 }
 
@@ -168,8 +168,8 @@ impl Queue {
         freed.map(drop).map_err(|source| QueueError::from_redis("freeing request ids", source))
     }
 
-    /// Makes sure that a job which does not exist is not stored later either, by whoever reserved a request id for it and
-    /// was held up since. False when it exists.
+    /// Makes sure that a job which does not exist is not stored later either, by whoever reserved a request id for it
+    /// and was held up since. False when it exists.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer; the call may be repeated.
@@ -183,8 +183,8 @@ impl Queue {
         Ok(buried == [true])
     }
 
-    /// Stores `jobs`, all of the lane `lane`, and feeds them to its workers. A job that exists is left alone, and one that
-    /// was purged or buried a while ago stays away: it is told as existing.
+    /// Stores `jobs`, all of the lane `lane`, and feeds them to its workers. A job that exists is left alone, and one
+    /// that was purged or buried within the last ten minutes stays away: it is told as existing.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer; the call may be repeated.

@@ -49,7 +49,7 @@ impl Registrations {
         cached.as_ref().filter(|(at, _)| at.elapsed() < FRESH_FOR).map(|(_, live)| live.clone())
     }
 
-    /// A reading that begins at `since` or later: one that there is, or a new one that does not begin before `earliest`.
+    /// A reading that begins at `since` or later: one that there is, or a new one not before `earliest`.
     fn reading(&self, since: Instant, earliest: Instant) -> Read {
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         let serves = |reading: &&Reading| reading.begins_at >= since && !matches!(reading.read.peek(), Some(Err(_)));

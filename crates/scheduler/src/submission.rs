@@ -156,7 +156,7 @@ impl Mill {
         if exists || self.now().ms_since(id.submitted_at()) < RESERVED_MS {
             return Ok(false);
         }
-        // Whoever was held up all this time before enqueueing it finds that the id is taken, and asks for the request id anew.
+        // Whoever was held up all this time before enqueueing it finds it gone, and asks for the request id anew.
         self.queue.bury(id).await.map_err(api_error)
     }
 

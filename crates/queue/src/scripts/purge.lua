@@ -1,6 +1,6 @@
 -- Removes finished jobs: their fields, records and places in the lists. Their entries in the stream of finished jobs
--- stay, since where those stand is not known, and so does what the lane knows of flows and leaves. A job that was removed
--- cannot be enqueued for a while: somebody may be about to, who met its request id before. May be repeated.
+-- stay, since where those stand is not known, and so does what the lane knows of flows and leaves. A job that was
+-- removed cannot be enqueued for a while: somebody may be about to, who met its request id before. May be repeated.
 -- KEYS  1 lane
 -- ARGV  then for each job: id, place in the list of jobs, the failed job that it repeats or ''
 -- Returns for each job 1 when this call removed it, 0 when it is unfinished or was gone before.

@@ -1,6 +1,6 @@
 //! `ListJobs`: pages of jobs, newest first. A page token is the last place that was looked at.
 
-use super::matching::{candidates, lanes, list_of, matching};
+use super::matching::{candidates, lanes, list_of, matching_ids};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::JobId;
 use genmill_queue::Place;
@@ -47,7 +47,7 @@ pub(super) async fn serve(mill: &Mill, asked: v1::ListJobsRequest) -> Result<v1:
         let listed = candidates(mill, list_of(&filter), &lanes, before, step).await?;
         let places: BTreeMap<JobId, Place> = listed.iter().map(|job| (job.id, job.place)).collect();
         let ids: Vec<JobId> = listed.iter().map(|job| job.id).collect();
-        let ids: Vec<JobId> = matching(mill, &filter, &ids).await?.into_iter().map(|job| job.id).collect();
+        let ids = matching_ids(mill, &filter, ids).await?;
         for ids in mill.queue.steps(&ids).await.map_err(api_error)? {
             // A job may have been purged meanwhile, or have moved on.
             let jobs = mill.queue.get_many(ids).await.map_err(api_error)?;

@@ -24,6 +24,14 @@ pub(super) async fn matching(mill: &Mill, filter: &Filter, ids: &[JobId]) -> Res
     Ok(heads.into_iter().filter(|job| matches(filter, job)).collect())
 }
 
+/// The same, where nothing but their ids is needed.
+pub(super) async fn matching_ids(mill: &Mill, filter: &Filter, ids: Vec<JobId>) -> Result<Vec<JobId>, ApiError> {
+    if *filter == Filter::default() {
+        return Ok(ids);
+    }
+    Ok(matching(mill, filter, &ids).await?.into_iter().map(|job| job.id).collect())
+}
+
 /// The lanes in which jobs of the filter can be.
 pub(super) async fn lanes(mill: &Mill, filter: &Filter) -> Result<Vec<LaneNumber>, ApiError> {
     let wanted = filter.model.as_ref().map(genmill_core::model::ModelName::lane);
@@ -73,8 +81,5 @@ pub(super) async fn unfinished(mill: &Mill, filter: &Filter, listed: &[Listed]) 
     let wanted = |state: State| !state.is_final() && filter.state.is_none_or(|wanted| state == wanted);
     let open = ids.iter().zip(states).filter(|(_, state)| state.is_some_and(wanted));
     let open: Vec<JobId> = open.map(|(id, _)| *id).collect();
-    if filter.tenant.is_none() && filter.model.is_none() {
-        return Ok(open);
-    }
-    Ok(matching(mill, filter, &open).await?.into_iter().map(|job| job.id).collect())
+    matching_ids(mill, &Filter { state: None, ..filter.clone() }, open).await
 }

@@ -5,6 +5,7 @@ use crate::mill::{Mill, api_error};
 use genmill_core::admit::Refusal;
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::{Job, JobSpec};
+use genmill_core::model::ModelName;
 use genmill_core::state::State;
 use genmill_queue::{Enqueued, Head, NewJob, Redrive, Redriven, Which};
 use genmill_wire::error::{ApiError, Reason};
@@ -61,22 +62,21 @@ async fn all(mill: &Mill, filter: from_pb::Filter) -> Result<v1::RedriveResponse
 
 /// Those of `jobs` whose models can be run now; the others are told as skipped, with the reason of the first.
 async fn served(mill: &Mill, jobs: Vec<Head>, response: &mut v1::RedriveResponse) -> Result<Vec<JobId>, ApiError> {
-    let mut checked: BTreeMap<String, Result<(), Refusal>> = BTreeMap::new();
+    let mut refusals: BTreeMap<ModelName, Option<Refusal>> = BTreeMap::new();
     let mut served = Vec::new();
     for Head { id, model, .. } in jobs {
-        if !checked.contains_key(model.as_str()) {
+        if !refusals.contains_key(&model) {
             let facts = mill.registrations.about(&model).await?;
-            checked.insert(model.as_str().to_owned(), facts.check(&model));
+            refusals.insert(model.clone(), facts.check(&model).err());
         }
-        match checked.get(model.as_str()) {
-            Some(Err(refusal)) => {
-                if response.skipped == 0 {
-                    response.skipped_because = refusal.to_string();
-                }
-                response.skipped += 1;
-            }
-            Some(Ok(())) | None => served.push(id),
+        let Some(refusal) = refusals.get(&model).and_then(Option::as_ref) else {
+            served.push(id);
+            continue;
+        };
+        if response.skipped == 0 {
+            response.skipped_because = refusal.to_string();
         }
+        response.skipped += 1;
     }
     Ok(served)
 }

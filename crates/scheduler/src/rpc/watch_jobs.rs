@@ -1,7 +1,7 @@
 //! `WatchJobs`: the jobs of a filter as they finish. A cursor is the position in each lane's stream of finished jobs.
 
 use super::Answers;
-use super::matching::{STEP, lanes, list_of, matching, unfinished};
+use super::matching::{STEP, lanes, list_of, matching_ids, unfinished};
 use crate::mill::{Mill, api_error};
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_queue::{Finished, Place};
@@ -184,10 +184,9 @@ impl Watcher {
         let wanted = batch.iter().filter(|finished| experiment.is_none() || finished.experiment == experiment);
         let positions: BTreeMap<JobId, &str> =
             wanted.clone().map(|finished| (finished.id, finished.position.as_str())).collect();
-        let mut ids: Vec<JobId> = wanted.map(|finished| finished.id).collect();
-        if self.filter.state.is_some() || self.filter.tenant.is_some() || self.filter.model.is_some() {
-            ids = matching(&self.mill, &self.filter, &ids).await?.into_iter().map(|job| job.id).collect();
-        }
+        let ids: Vec<JobId> = wanted.map(|finished| finished.id).collect();
+        let rest = Filter { experiment: None, ..self.filter.clone() };
+        let ids = matching_ids(&self.mill, &rest, ids).await?;
         for ids in self.mill.queue.steps(&ids).await.map_err(api_error)? {
             for job in self.mill.queue.get_many(ids).await.map_err(api_error)? {
                 let Some(position) = positions.get(&job.id) else { continue };
@@ -206,7 +205,7 @@ impl Watcher {
     }
 
     /// Whether no unfinished job matches. Counters answer for a lane or an experiment; for a model or tenant within
-    /// them jobs are looked at, oldest first, until one is found. What lies before that one need not be looked at again.
+    /// them jobs are looked at, oldest first, until one is found. What lies before it need not be looked at again.
     async fn is_idle(&mut self, lanes: &[LaneNumber]) -> Result<Idle, ApiError> {
         let open = self.mill.queue.open_jobs(lanes, self.filter.experiment.as_ref()).await.map_err(api_error)?;
         if open == 0 {
