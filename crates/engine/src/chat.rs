@@ -11,6 +11,7 @@ use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 use crate::error::LoadError;
+use crate::tools::{Call, CallFormat, Tool};
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,18 @@ pub struct ChatMessage {
     pub role: String,
     /// The text.
     pub content: String,
+    /// The calls that the model asked for in one of its messages, with their ids.
+    pub calls: Vec<(String, Call)>,
+    /// The call that a tool's message answers; empty: none.
+    pub call_id: String,
+}
+
+impl ChatMessage {
+    /// A message without calls.
+    #[must_use]
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), calls: Vec::new(), call_id: String::new() }
+    }
 }
 
 /// A message is a map in a template, with its keys in the order that transformers has.
@@ -27,13 +40,59 @@ impl Object for ChatMessage {
         match key.as_str()? {
             "role" => Some(Value::from(&self.role)),
             "content" => Some(Value::from(&self.content)),
+            "tool_calls" if !self.calls.is_empty() => Some(self.calls.iter().map(call_value).collect()),
+            "tool_call_id" if !self.call_id.is_empty() => Some(Value::from(&self.call_id)),
             _ => None,
         }
     }
 
     fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Str(&["role", "content"])
+        Enumerator::Str(match (self.calls.is_empty(), self.call_id.is_empty()) {
+            (true, true) => &["role", "content"],
+            (false, true) => &["role", "content", "tool_calls"],
+            (true, false) => &["role", "content", "tool_call_id"],
+            (false, false) => &["role", "content", "tool_calls", "tool_call_id"],
+        })
     }
+}
+
+/// A call as templates see it: its arguments are an object, where they are one.
+fn call_value((id, call): &(String, Call)) -> Value {
+    let function = context! { name => &call.name, arguments => parsed(&call.arguments) };
+    Value::from_pairs([("id", Value::from(id)), ("type", Value::from("function")), ("function", function)])
+}
+
+/// A JSON text as the value that it stands for; any other text as it is.
+fn parsed(text: &str) -> Value {
+    serde_json::from_str(text).map_or_else(|_| Value::from(text), |value| of_json(&value))
+}
+
+fn of_json(json: &serde_json::Value) -> Value {
+    match json {
+        serde_json::Value::Null => Value::from(()),
+        serde_json::Value::Bool(bool) => Value::from(*bool),
+        serde_json::Value::Number(number) => {
+            let whole = number.as_i64().map(Value::from).or_else(|| number.as_u64().map(Value::from));
+            whole.unwrap_or_else(|| Value::from(number.as_f64()))
+        }
+        serde_json::Value::String(text) => Value::from(text),
+        serde_json::Value::Array(items) => items.iter().map(of_json).collect(),
+        serde_json::Value::Object(map) => {
+            Value::from_pairs(map.iter().map(|(key, value)| (key.as_str(), of_json(value))))
+        }
+    }
+}
+
+/// A tool as templates see it, with its keys in the order in which they were written.
+fn tool_value(tool: &Tool) -> Value {
+    let mut function = vec![("name", Value::from(&tool.name))];
+    if !tool.description.is_empty() {
+        function.push(("description", Value::from(&tool.description)));
+    }
+    if !tool.parameters.is_empty() {
+        function.push(("parameters", parsed(&tool.parameters)));
+    }
+    Value::from_pairs([("type", Value::from("function")), ("function", Value::from_pairs(function))])
 }
 
 /// A compiled chat template with the names of the special tokens.
@@ -41,6 +100,7 @@ impl Object for ChatMessage {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: Vec<(String, String)>,
+    call_format: Option<CallFormat>,
 }
 
 const NAME: &str = "chat";
@@ -61,22 +121,29 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", to_json);
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(wrong)?;
-        Ok(Self { environment, special_tokens })
+        Ok(Self { environment, special_tokens, call_format: CallFormat::of_template(source) })
     }
 
-    /// The prompt for the assistant's next turn. `now_unix_s` is what `strftime_now` shows, in
+    /// How its model writes calls of tools; `None` when it knows none.
+    #[must_use]
+    pub fn call_format(&self) -> Option<CallFormat> {
+        self.call_format
+    }
+
+    /// The prompt for the assistant's next turn, with the tools that it may call. `now_unix_s` is what `strftime_now` shows, in
     /// UTC.
     ///
     /// # Errors
     /// When the template raises an exception or cannot handle these messages.
-    pub fn render(&self, messages: &[ChatMessage], now_unix_s: u64) -> Result<String, Error> {
+    pub fn render(&self, messages: &[ChatMessage], tools: &[Tool], now_unix_s: u64) -> Result<String, Error> {
+        let tools = if tools.is_empty() { Value::from(()) } else { tools.iter().map(tool_value).collect() };
         let messages: Vec<Value> = messages.iter().cloned().map(Value::from_object).collect();
         let now = Value::from_function(move |format: &str| strftime(now_unix_s, format));
         let special = self.special_tokens.iter().map(|(name, token)| (name.as_str(), token));
         let context = context! {
             messages => messages,
             add_generation_prompt => true,
-            tools => Value::from(()),
+            tools => tools,
             documents => Value::from(()),
             strftime_now => now,
             ..Value::from_pairs(special)
@@ -259,9 +326,8 @@ mod tests {
     fn check(template: &str, expected: &str) {
         let tokens = vec![("bos_token".to_owned(), "<s>".to_owned())];
         let template = ChatTemplate::compile(Path::new("t"), template, tokens).unwrap();
-        let say = |role: &str, content: &str| ChatMessage { role: role.to_owned(), content: content.to_owned() };
-        let messages = [say("system", " Be <brief> & kind. "), say("user", "Où ?")];
-        assert_eq!(template.render(&messages, 1_732_147_445).unwrap(), expected);
+        let messages = [ChatMessage::new("system", " Be <brief> & kind. "), ChatMessage::new("user", "Où ?")];
+        assert_eq!(template.render(&messages, &[], 1_732_147_445).unwrap(), expected);
     }
 
     #[test]
@@ -283,9 +349,45 @@ mod tests {
     }
 
     #[test]
+    fn tools_calls_and_answers_are_shown_as_transformers_does() {
+        let tool = |name: &str, parameters: &str| Tool {
+            name: name.to_owned(),
+            description: "Adds.".to_owned(),
+            parameters: parameters.to_owned(),
+        };
+        let call = Call { name: "add".to_owned(), arguments: r#"{"b": 2, "a": [1]}"#.to_owned() };
+        let messages = [
+            ChatMessage { calls: vec![("c1".to_owned(), call)], ..ChatMessage::new("assistant", "") },
+            ChatMessage { call_id: "c1".to_owned(), ..ChatMessage::new("tool", "3") },
+        ];
+        let check = |template: &str, expected: &str| {
+            let template = ChatTemplate::compile(Path::new("t"), template, vec![]).unwrap();
+            let tools = [tool("add", r#"{"type": "object", "properties": {"b": {}, "a": {}}}"#)];
+            assert_eq!(template.render(&messages, &tools, 0).unwrap(), expected);
+        };
+        let shown = r#"{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": "#;
+        let schema = r#"{"type": "object", "properties": {"b": {}, "a": {}}}"#;
+        check("{% for tool in tools %}{{ tool | tojson }}{% endfor %}", &format!("{shown}{schema}}}}}"));
+        check(
+            "{% for c in messages[0].tool_calls %}{{ c.function.name }} {{ c.function.arguments | tojson }} {{ c.id }}{% endfor %}",
+            r#"add {"b": 2, "a": [1]} c1"#,
+        );
+        check("{{ messages[0].tool_calls is defined }} {{ 'tool_calls' in messages[1] }}", "True False");
+        check(
+            "{{ messages[1].tool_call_id }} {{ messages[1] | tojson }}",
+            "c1 {\"role\": \"tool\", \"content\": \"3\", \"tool_call_id\": \"c1\"}",
+        );
+        check(
+            "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+            "assistant",
+        );
+        check("{{ messages[1].content.startswith('3') }}{{ 'a,b'.split(',')[-1] }}", "Trueb");
+    }
+
+    #[test]
     fn an_exception_of_the_template_is_an_error() {
         let template = ChatTemplate::compile(Path::new("t"), "{{ raise_exception('only users') }}", vec![]);
-        let error = template.unwrap().render(&[], 0).unwrap_err();
+        let error = template.unwrap().render(&[], &[], 0).unwrap_err();
         assert!(error.to_string().contains("only users"));
         assert!(ChatTemplate::compile(Path::new("t"), "{% if %}", vec![]).is_err());
     }

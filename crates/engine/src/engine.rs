@@ -23,6 +23,7 @@ use crate::model::{Model, ModelCard, PromptError};
 use crate::sampler::{NotFinite, Sampling, Scored};
 use crate::schedule::{Limits, NeverFits, Schedule};
 use crate::shape::Shaping;
+use crate::tools::Tool;
 
 /// The size of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +129,8 @@ pub struct Request {
     pub echo: bool,
     /// How many requests that came before it it may overtake while it waits.
     pub overtakes: u64,
+    /// What the chat template is told that the model may call.
+    pub tools: Vec<Tool>,
     /// When to give up.
     pub deadline: Option<Instant>,
     /// The time a chat template sees, in seconds since 1970; the time of submission, so that a
@@ -159,6 +162,7 @@ impl Request {
             logprobs: None,
             prompt_logprobs: None,
             echo: false,
+            tools: Vec::new(),
             deadline: None,
             now_unix_s: 0,
         }
@@ -377,7 +381,7 @@ impl Engine {
         check::parameters(&request, &self.options, self.card.vocabulary())?;
         let prompt = self
             .card
-            .prompt_tokens(&request.prompt, request.now_unix_s)
+            .prompt_tokens(&request.prompt, &request.tools, request.now_unix_s)
             .map_err(|source| SubmitError::Prompt { source })?;
         let needed = self.check_length(prompt.len(), request.max_tokens)?;
         let samples = request.samples;

@@ -22,6 +22,7 @@ pub mod sampler;
 pub mod schedule;
 pub mod shape;
 pub mod text;
+pub mod tools;
 mod weights;
 
 pub use chat::ChatMessage;
@@ -33,3 +34,4 @@ pub use error::LoadError;
 pub use model::{Fingerprint, LoadOptions, Model, ModelCard, ModelPaths, PromptError};
 pub use sampler::Scored;
 pub use shape::Shaping;
+pub use tools::{Call, Tool};

@@ -16,6 +16,7 @@ use crate::decoder::{Decoder, Forward};
 use crate::engine::Prompt;
 use crate::error::LoadError;
 use crate::text::{EncodeError, Special, TokenStream, Words};
+use crate::tools::{Call, Tool};
 use crate::weights::Weights;
 
 /// Where a model lies.
@@ -67,6 +68,11 @@ pub enum PromptError {
          chat_template.jinja to its folder"
     )]
     NoChatTemplate,
+    /// The model's chat template has no place for tools.
+    #[error(
+        "the model's chat template knows no form of tool calls (Llama 3, Qwen or Mistral), so it cannot take tools"
+    )]
+    NoTools,
     /// The template refused the messages.
     #[error("the chat template cannot render these messages")]
     Template {
@@ -190,9 +196,17 @@ impl ModelCard {
     ///
     /// # Errors
     /// When there is no template, or it refuses these messages.
-    pub fn render_chat(&self, messages: &[ChatMessage], now_unix_s: u64) -> Result<String, PromptError> {
+    pub fn render_chat(
+        &self,
+        messages: &[ChatMessage],
+        tools: &[Tool],
+        now_unix_s: u64,
+    ) -> Result<String, PromptError> {
         let template = self.chat.as_ref().ok_or(PromptError::NoChatTemplate)?;
-        template.render(messages, now_unix_s).map_err(|source| PromptError::Template { source })
+        if !tools.is_empty() && template.call_format().is_none() {
+            return Err(PromptError::NoTools);
+        }
+        template.render(messages, tools, now_unix_s).map_err(|source| PromptError::Template { source })
     }
 
     /// The tokens of a text.
@@ -209,10 +223,10 @@ impl ModelCard {
     ///
     /// # Errors
     /// When there is no such thing, see [`PromptError`].
-    pub fn prompt_tokens(&self, prompt: &Prompt, now_unix_s: u64) -> Result<Vec<u32>, PromptError> {
+    pub fn prompt_tokens(&self, prompt: &Prompt, tools: &[Tool], now_unix_s: u64) -> Result<Vec<u32>, PromptError> {
         let mut ids = match prompt {
             Prompt::Text(text) => self.encode(text, Special::Add)?,
-            Prompt::Chat(messages) => self.encode(&self.render_chat(messages, now_unix_s)?, Special::Leave)?,
+            Prompt::Chat(messages) => self.encode(&self.render_chat(messages, tools, now_unix_s)?, Special::Leave)?,
         };
         if ids.is_empty() {
             ids.push(self.begin_token.ok_or(PromptError::Empty)?);
@@ -221,6 +235,13 @@ impl ModelCard {
             Some(id) => Err(PromptError::UnknownToken { id: *id, vocabulary: self.vocabulary }),
             None => Ok(ids),
         }
+    }
+
+    /// The calls of `tools` in a text of the model.
+    #[must_use]
+    pub fn calls(&self, text: &str, tools: &[Tool]) -> Vec<Call> {
+        let format = self.chat.as_ref().and_then(ChatTemplate::call_format);
+        format.map(|format| format.calls(text, tools)).unwrap_or_default()
     }
 
     /// The tokens that end the answer to such a prompt. A chat's turn also ends at the

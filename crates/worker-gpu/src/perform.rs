@@ -5,10 +5,14 @@ use crate::mailbox::{Ended, Mailbox};
 use genmill_core::attempt::{
     Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Sample, TokenLogprob, Usage,
 };
+use genmill_core::controls::ToolCall;
+use genmill_core::ids::JobId;
 use genmill_core::money::{Picodollars, price_of_engine_time};
 use genmill_core::registration::ServedModel;
 use genmill_core::request::{ChatMessage, Input, Priority};
-use genmill_engine::{Completion, Engine, ModelCard, Prompt, Request, RequestId, Scored, Shaping, SubmitError};
+use genmill_engine::{
+    Call, Completion, Engine, ModelCard, Prompt, Request, RequestId, Scored, Shaping, SubmitError, Tool,
+};
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::error::Error;
 use std::sync::Arc;
@@ -65,6 +69,7 @@ impl Perform for Performer {
             // A job of another worker's model in the same lane; that worker takes it.
             return Performed { outcome: Outcome::HandedBack, cost: None };
         };
+        let answer = Answer { id: task.id, tools: tools(&task), card: engine.card().clone() };
         let mailbox = Arc::new(Mailbox::new(progress.started.clone()));
         let running = match submit(&engine, request(&task), &mailbox, task.spec.input.text_bytes()).await {
             Ok(id) => Running { engine, id },
@@ -86,7 +91,7 @@ impl Perform for Performer {
             }
             not_before = Instant::now() + TEXT_EVERY;
             if let Some(ended) = ended {
-                return performed(ended, price, running.engine.card());
+                return performed(ended, price, &answer);
             }
         }
     }
@@ -94,9 +99,12 @@ impl Perform for Performer {
 
 fn request(task: &Task) -> Request {
     let spec = &task.spec;
+    let call = |call: &ToolCall| (call.id.clone(), Call { name: call.name.clone(), arguments: call.arguments.clone() });
     let message = |message: &ChatMessage| genmill_engine::ChatMessage {
         role: message.role.name().to_owned(),
         content: message.content.clone(),
+        calls: message.tool_calls.iter().map(call).collect(),
+        call_id: message.tool_call_id.clone(),
     };
     let (sampling, controls) = (&spec.sampling, &spec.sampling.controls);
     let count = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
@@ -128,6 +136,7 @@ fn request(task: &Task) -> Request {
         prompt_logprobs: controls.prompt_logprobs.map(count),
         echo: controls.echo,
         overtakes: overtakes(spec.priority),
+        tools: tools(task),
         deadline: None,
         now_unix_s: task.id.submitted_at().0 / 1_000,
     }
@@ -141,6 +150,15 @@ const fn overtakes(priority: Priority) -> u64 {
         Priority::Normal => 8,
         Priority::Bulk => 0,
     }
+}
+
+fn tools(task: &Task) -> Vec<Tool> {
+    let tool = |tool: &genmill_core::controls::Tool| Tool {
+        name: tool.name.clone(),
+        description: tool.description.clone(),
+        parameters: tool.parameters.clone(),
+    };
+    task.spec.sampling.controls.tools.iter().map(tool).collect()
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "an engine samples in f32, and these are small numbers")]
@@ -192,7 +210,7 @@ fn refused(error: &SubmitError) -> Outcome {
     }
 }
 
-fn performed(ended: Ended, price_per_hour: Option<Picodollars>, card: &ModelCard) -> Performed {
+fn performed(ended: Ended, price_per_hour: Option<Picodollars>, answer: &Answer) -> Performed {
     let completion = match ended {
         Ok(completion) => completion,
         Err(error) => {
@@ -204,7 +222,7 @@ fn performed(ended: Ended, price_per_hour: Option<Picodollars>, card: &ModelCard
     let cost = price_per_hour.map(|per_hour| price_of_engine_time(engine_us, per_hour));
     let reasons = std::iter::once(completion.reason).chain(completion.more.iter().map(|output| output.reason));
     let outcome = match reasons.filter_map(finish_reason).count() {
-        count if count == 1 + completion.more.len() => Outcome::Generated(generation(completion, card)),
+        count if count == 1 + completion.more.len() => Outcome::Generated(answer.generation(completion)),
         _ if completion.reason == genmill_engine::FinishReason::Deadline => Outcome::DeadlinePassed,
         _ => Outcome::HandedBack,
     };
@@ -220,29 +238,60 @@ const fn finish_reason(reason: genmill_engine::FinishReason) -> Option<FinishRea
     }
 }
 
-fn generation(completion: Completion, card: &ModelCard) -> Generation {
-    let count = |tokens: usize| u64::try_from(tokens).unwrap_or(u64::MAX);
-    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-    let reason = |reason| finish_reason(reason).unwrap_or(FinishReason::Unknown);
-    let first = completion.first_prompt_token.map(|id| token(id, None, card));
-    let prompt_logprobs = first.into_iter().chain(logprobs(&completion.prompt_logprobs, card)).collect();
-    let sample = |output: genmill_engine::Output| Sample {
-        logprobs: logprobs(&output.logprobs, card),
-        finish_reason: reason(output.reason),
-        text: output.text,
-        tool_calls: Vec::new(),
-    };
-    Generation {
-        usage: Some(Usage {
-            prompt_tokens: count(completion.prompt_tokens),
-            cached_prompt_tokens: count(completion.cached_prompt_tokens),
-            completion_tokens: count(completion.completion_tokens),
-        }),
-        first_token_ms: completion.first_token.map(ms),
-        logprobs: logprobs(&completion.logprobs, card),
-        prompt_logprobs,
-        more: completion.more.into_iter().map(sample).collect(),
-        ..Generation::new(completion.text, reason(completion.reason))
+/// What an answer is read with.
+struct Answer {
+    id: JobId,
+    tools: Vec<Tool>,
+    card: Arc<ModelCard>,
+}
+
+impl Answer {
+    fn generation(&self, completion: Completion) -> Generation {
+        let count = |tokens: usize| u64::try_from(tokens).unwrap_or(u64::MAX);
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let first = completion.first_prompt_token.map(|id| token(id, None, &self.card));
+        let outputs = (1..).zip(completion.more);
+        let more = outputs.map(|(index, output)| self.sample(index, output.text, output.reason, &output.logprobs));
+        let more = more.collect();
+        let Sample { text, finish_reason, logprobs: of_text, tool_calls } =
+            self.sample(0, completion.text, completion.reason, &completion.logprobs);
+        Generation {
+            usage: Some(Usage {
+                prompt_tokens: count(completion.prompt_tokens),
+                cached_prompt_tokens: count(completion.cached_prompt_tokens),
+                completion_tokens: count(completion.completion_tokens),
+            }),
+            first_token_ms: completion.first_token.map(ms),
+            logprobs: of_text,
+            prompt_logprobs: first.into_iter().chain(logprobs(&completion.prompt_logprobs, &self.card)).collect(),
+            tool_calls,
+            more,
+            ..Generation::new(text, finish_reason)
+        }
+    }
+
+    fn sample(&self, index: usize, text: String, reason: genmill_engine::FinishReason, scored: &[Scored]) -> Sample {
+        let calls = if self.tools.is_empty() { Vec::new() } else { self.card.calls(&text, &self.tools) };
+        let tool_calls: Vec<ToolCall> =
+            calls.into_iter().enumerate().map(|(place, call)| self.tool_call(index, place, call)).collect();
+        let finish_reason = match finish_reason(reason).unwrap_or(FinishReason::Unknown) {
+            FinishReason::Stop if !tool_calls.is_empty() => FinishReason::ToolCalls,
+            other => other,
+        };
+        Sample { text, finish_reason, logprobs: logprobs(scored, &self.card), tool_calls }
+    }
+
+    /// Names a call after its job and place: nine letters and digits, which is all that Mistral's templates take. The
+    /// same call of the same job has the same name, so that an attempt can be repeated.
+    fn tool_call(&self, sample: usize, place: usize, Call { name, arguments }: Call) -> ToolCall {
+        const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz012345";
+        let bytes = format!("{} {sample} {place}", self.id).into_bytes();
+        // FNV-1a, 64 bits, of which 45 are shown.
+        let hash = bytes
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+        let letter = |shift: u32| char::from(LETTERS[usize::try_from(hash >> (5 * shift) & 31).unwrap_or(0)]);
+        ToolCall { id: (0..9).map(letter).collect(), name, arguments }
     }
 }
 

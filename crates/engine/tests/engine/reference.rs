@@ -36,12 +36,9 @@ fn chats_are_rendered_as_transformers_renders_them() {
         .as_array()
         .unwrap()
         .iter()
-        .map(|message| ChatMessage {
-            role: message["role"].as_str().unwrap().to_owned(),
-            content: message["content"].as_str().unwrap().to_owned(),
-        })
+        .map(|message| ChatMessage::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap()))
         .collect();
     let engine = engine("qwen2", 64);
-    let rendered = engine.card().render_chat(&messages, 0).unwrap();
+    let rendered = engine.card().render_chat(&messages, &[], 0).unwrap();
     assert_eq!(rendered, reference["rendered"].as_str().unwrap());
 }

@@ -54,7 +54,7 @@ fn an_empty_prompt_starts_from_the_begin_token_or_is_refused() {
 
 #[test]
 fn messages_need_a_template() {
-    let message = ChatMessage { role: "user".to_owned(), content: "Your move?".to_owned() };
+    let message = ChatMessage::new("user", "Your move?");
     let chat = || Request { prompt: Prompt::Chat(vec![message.clone()]), ..greedy("", 4) };
     let error = refusal(&engine("gpt2", 64), chat());
     assert!(matches!(error, SubmitError::Prompt { source: PromptError::NoChatTemplate }));
