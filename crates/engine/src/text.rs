@@ -3,12 +3,15 @@
 //! Never here: chat templates, logits. The pieces that a stream gives out, joined, are the text:
 //! what the tokenizer would decode from all tokens at once, cut before a stop string.
 
+mod window;
+
 use std::path::Path;
 use std::sync::Arc;
 
 use tokenizers::{DecoderWrapper, Tokenizer};
 
 use crate::error::LoadError;
+use window::Window;
 
 /// A tokenizer as tokenizer.json describes it.
 #[derive(Clone, Debug)]
@@ -17,6 +20,19 @@ pub struct Words {
     /// What tokens stand for, when they are byte strings in the alphabet of GPT-2, which decode one
     /// by one.
     bytes: Option<Arc<TokenBytes>>,
+    /// Whether tokens such as `<0x0A>` are single bytes.
+    byte_tokens: bool,
+}
+
+/// What a token does to a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Nothing: a special token, or one that the tokenizer does not know.
+    Nothing,
+    /// It is one byte.
+    Byte(u8),
+    /// It is some text, perhaps of no length.
+    Text,
 }
 
 /// Ids from here on are a mistake in a tokenizer's file: no model has so many logits.
@@ -94,7 +110,8 @@ impl Words {
         tokenizer.with_padding(None);
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
         let bytes = byte_level.then(|| Arc::new(TokenBytes::new(&tokenizer)));
-        Ok(Self { tokenizer: Arc::new(tokenizer), bytes })
+        let byte_tokens = tokenizer.get_decoder().is_some_and(has_byte_tokens);
+        Ok(Self { tokenizer: Arc::new(tokenizer), bytes, byte_tokens })
     }
 
     /// The tokens of a text.
@@ -135,9 +152,30 @@ impl Words {
         }
     }
 
+    fn kind(&self, id: u32) -> Kind {
+        let Some(token) = self.tokenizer.id_to_token(id) else { return Kind::Nothing };
+        if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
+            return Kind::Nothing;
+        }
+        match token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')) {
+            Some(digits) if self.byte_tokens && digits.len() == 2 => {
+                u8::from_str_radix(digits, 16).map_or(Kind::Text, Kind::Byte)
+            }
+            _ => Kind::Text,
+        }
+    }
+
     fn decode(&self, ids: &[u32]) -> String {
         // The decoders that tokenizer.json can name do not fail.
         self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+}
+
+fn has_byte_tokens(decoder: &DecoderWrapper) -> bool {
+    match decoder {
+        DecoderWrapper::ByteFallback(_) => true,
+        DecoderWrapper::Sequence(sequence) => sequence.get_decoders().iter().any(has_byte_tokens),
+        _ => false,
     }
 }
 
@@ -228,52 +266,6 @@ fn may_go_on(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
 }
 
-/// Decoding for tokenizers whose tokens depend on their neighbours (a leading space is dropped,
-/// bytes are joined): a window of tokens is decoded, and what it adds to the text of those already
-/// given out is the next piece.
-#[derive(Clone, Debug, Default)]
-struct Window {
-    ids: Vec<u32>,
-    /// How many of `ids` were given out; they stay as the neighbours of what follows.
-    given: usize,
-}
-
-/// A window that holds so many tokens without a whole character is given out as it is: no
-/// character has that many bytes.
-const WINDOW_TOKENS_MAX: usize = 32;
-
-impl Window {
-    fn push(&mut self, words: &Words, id: u32) -> String {
-        self.ids.push(id);
-        let open = self.ids.len() - self.given;
-        let text = words.decode(&self.ids);
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && open < WINDOW_TOKENS_MAX {
-            return String::new();
-        }
-        self.give(words, &text)
-    }
-
-    fn finish(&mut self, words: &Words) -> String {
-        let text = words.decode(&self.ids);
-        self.give(words, &text)
-    }
-
-    fn give(&mut self, words: &Words, text: &str) -> String {
-        let before = words.decode(&self.ids[..self.given]);
-        let piece = match text.strip_prefix(before.as_str()) {
-            Some(piece) => piece.to_owned(),
-            // The new tokens changed how those before them decode, and these are given out.
-            None => words.decode(&self.ids[self.given..]),
-        };
-        // Tokens without text (a dropped space, a special token) leave the neighbours as they are.
-        if !piece.is_empty() || self.ids.len() - self.given >= WINDOW_TOKENS_MAX {
-            self.ids.drain(..self.given);
-            self.given = self.ids.len();
-        }
-        piece
-    }
-}
-
 /// Cuts a text before the first stop string, whichever is complete first. Text that may be the
 /// beginning of one is held back until it is known.
 #[derive(Debug)]
@@ -360,56 +352,6 @@ mod tests {
         bytes.sort_unstable();
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
         assert_eq!((byte_of('Ġ'), byte_of('Ċ')), (Some(b' '), Some(b'\n')));
-    }
-
-    /// A tokenizer in the way of SentencePiece: a leading space is dropped, bytes are joined.
-    fn sentence_pieces() -> Words {
-        let tokens = ["▁This", "▁is", "▁", "a", "<0xE4>", "<0xBD>", "<0xA0>", "<s>"];
-        let vocabulary: serde_json::Map<_, _> =
-            tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
-        let json = serde_json::json!({
-            "version": "1.0",
-            "added_tokens": [{
-                "id": 7, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": true,
-            }],
-            "decoder": {"type": "Sequence", "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ]},
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": true},
-        });
-        Words::load(Path::new("t"), json.to_string().as_bytes()).unwrap()
-    }
-
-    #[test]
-    fn tokens_that_depend_on_their_neighbours_stream_to_the_same_text() {
-        let words = sentence_pieces();
-        let whole: &[(&[u32], &str)] = &[
-            (&[0, 1, 1, 3], "This is isa"),
-            (&[7, 0, 7, 1], "This is"),
-            (&[2, 1, 2, 3], " is a"),
-            (&[0, 4, 5, 6, 1], "This你 is"),
-            (&[0, 4, 5, 3], "This\u{FFFD}\u{FFFD}a"),
-            (&[0, 4, 5], "This\u{FFFD}\u{FFFD}"),
-        ];
-        for (ids, expected) in whole {
-            let mut stream = words.stream();
-            let mut text: String = ids.iter().map(|id| stream.push(*id)).collect();
-            text += &stream.finish();
-            assert_eq!((text.as_str(), words.decode(ids).as_str()), (*expected, *expected));
-        }
-    }
-
-    #[test]
-    fn bytes_that_never_become_a_character_are_not_held_for_ever() {
-        let words = sentence_pieces();
-        let mut stream = words.stream();
-        let text: String = (0..100).map(|_| stream.push(5)).collect();
-        assert!(text.chars().count() > 60 && text.chars().all(|letter| letter == '\u{FFFD}'));
-        assert_eq!((text + &stream.finish()).chars().count(), 100);
     }
 
     /// Pieces of any size give the same text.
