@@ -1,90 +1,48 @@
 //! The families of decoders, one row each: everything in which they differ is data here.
 //!
 //! Never here: arithmetic. A new family of the same general decoder is a new row; if a family
-//! needs more than a row, the decoder lacks a general feature.
+//! needs more than a row, the decoder lacks a general feature. Defaults are those of transformers.
 
-use Orientation::{InOut, OutIn};
+mod gemma;
+mod gpt2;
+mod llama;
+mod mistral;
+mod phi;
+mod qwen;
 
 /// The table of families, looked up by the first name in `architectures` of config.json.
 pub const ARCHITECTURES: &[Architecture] = &[
-    Architecture {
-        name: "Qwen2ForCausalLM",
-        model_type: "qwen2",
-        prefixes: &["model.", ""],
-        embedding: "embed_tokens.weight",
-        layer: "layers",
-        norm: Norm::Rms,
-        attention_norm: "input_layernorm",
-        qkv: Part { names: &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], bias: true },
-        attention_out: Part { names: &["self_attn.o_proj"], bias: false },
-        mlp_norm: "post_attention_layernorm",
-        mlp_in: Part { names: &["mlp.gate_proj", "mlp.up_proj"], bias: false },
-        mlp_out: Part { names: &["mlp.down_proj"], bias: false },
-        final_norm: "norm",
-        orientation: OutIn,
-        position: Position::Rope,
-        mlp: Mlp::Gated,
-        tied: false,
-        end_token: None,
-        keys: Keys {
-            vocabulary: Key { names: &["vocab_size"], default: 151_936 },
-            hidden: Key { names: &["hidden_size"], default: 4096 },
-            layers: Key { names: &["num_hidden_layers"], default: 32 },
-            heads: Key { names: &["num_attention_heads"], default: 32 },
-            kv_heads: Some(Key { names: &["num_key_value_heads"], default: 32 }),
-            inner: Inner::Of(Key { names: &["intermediate_size"], default: 22_016 }),
-            context: Key { names: &["max_position_embeddings"], default: 32_768 },
-            norm_epsilon: ("rms_norm_eps", 1e-6),
-            activation: ("hidden_act", "silu"),
-        },
-        refused: &[("use_sliding_window", true)],
-    },
-    Architecture {
-        name: "GPT2LMHeadModel",
-        model_type: "gpt2",
-        prefixes: &["transformer.", ""],
-        embedding: "wte.weight",
-        layer: "h",
-        norm: Norm::Layer,
-        attention_norm: "ln_1",
-        qkv: Part { names: &["attn.c_attn"], bias: true },
-        attention_out: Part { names: &["attn.c_proj"], bias: true },
-        mlp_norm: "ln_2",
-        mlp_in: Part { names: &["mlp.c_fc"], bias: true },
-        mlp_out: Part { names: &["mlp.c_proj"], bias: true },
-        final_norm: "ln_f",
-        orientation: InOut,
-        position: Position::Learned("wpe.weight"),
-        mlp: Mlp::Plain,
-        tied: true,
-        end_token: Some(50_256),
-        keys: Keys {
-            vocabulary: Key { names: &["vocab_size"], default: 50_257 },
-            hidden: Key { names: &["n_embd", "hidden_size"], default: 768 },
-            layers: Key { names: &["n_layer", "num_hidden_layers"], default: 12 },
-            heads: Key { names: &["n_head", "num_attention_heads"], default: 12 },
-            kv_heads: None,
-            inner: Inner::OrTimesHidden("n_inner", 4),
-            context: Key { names: &["n_positions", "max_position_embeddings"], default: 1024 },
-            norm_epsilon: ("layer_norm_epsilon", 1e-5),
-            activation: ("activation_function", "gelu_new"),
-        },
-        // `reorder_and_upcast_attn` only moves a scale factor and matters below float32.
-        refused: &[("add_cross_attention", true)],
-    },
+    qwen::QWEN2,
+    gpt2::GPT2,
+    llama::LLAMA,
+    mistral::MISTRAL,
+    mistral::MIXTRAL,
+    qwen::QWEN3,
+    qwen::QWEN3_MOE,
+    gemma::GEMMA,
+    gemma::GEMMA2,
+    gemma::GEMMA3,
+    gemma::GEMMA3_NESTED,
+    phi::PHI3,
 ];
 
 /// One family of decoders.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Architecture {
     /// The class name in `architectures` of config.json.
     pub name: &'static str,
     /// The `model_type` of config.json, which decides where `architectures` is absent.
     pub model_type: &'static str,
+    /// Where the numbers stand in config.json when they are an object inside of it.
+    pub section: Option<&'static str>,
     /// What may stand before every weight name; the first under which the embedding is found holds.
     pub prefixes: &'static [&'static str],
     /// The token embedding.
     pub embedding: &'static str,
+    /// Whether embeddings are multiplied with the square root of their width.
+    pub scaled_embedding: bool,
+    /// The projection to logits, where it is not the embedding; the first that is found holds.
+    pub heads: &'static [&'static str],
     /// The list of layers: weights are called `{prefix}{layer}.{index}.{part}`.
     pub layer: &'static str,
     /// The kind of all norms.
@@ -93,20 +51,32 @@ pub struct Architecture {
     pub attention_norm: &'static str,
     /// Queries, keys and values, fused in this order.
     pub qkv: Part,
+    /// The norms of each query head and each key head, where there are some.
+    pub head_norms: Option<[&'static str; 2]>,
     /// The projection of the attended values.
     pub attention_out: Part,
+    /// The norm of what attention adds, where there is one.
+    pub attention_post_norm: Option<&'static str>,
     /// The norm before the feed-forward part.
     pub mlp_norm: &'static str,
     /// Gate and up, fused in this order, or the one inner projection.
     pub mlp_in: Part,
     /// The projection back to the hidden width.
     pub mlp_out: Part,
+    /// The norm of what the feed-forward part adds, where there is one.
+    pub mlp_post_norm: Option<&'static str>,
+    /// What stands in its place in sparse layers.
+    pub experts: Option<Experts>,
     /// The norm after the last layer.
     pub final_norm: &'static str,
     /// How the projections are stored.
     pub orientation: Orientation,
     /// How positions get in.
     pub position: Position,
+    /// Which layers see only so many tokens back.
+    pub windows: Windows,
+    /// What scores and logits pass through.
+    pub caps: Caps,
     /// The form of the feed-forward part.
     pub mlp: Mlp,
     /// What `tie_word_embeddings` means when it is absent.
@@ -117,15 +87,106 @@ pub struct Architecture {
     pub keys: Keys,
     /// Switches of config.json that change the arithmetic in a way not built: refused when so set.
     pub refused: &'static [(&'static str, bool)],
+    /// Fields of config.json that change the arithmetic in a way not built: refused when they stand there.
+    pub refused_fields: &'static [&'static str],
 }
 
 /// One projection, stored whole or in parts that are joined along the outputs.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Part {
     /// The parts in order, without `.weight` and `.bias`.
     pub names: &'static [&'static str],
     /// Whether each part has a bias.
-    pub bias: bool,
+    pub bias: Bias,
+}
+
+/// Whether a projection has a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bias {
+    /// Never.
+    No,
+    /// Always.
+    Yes,
+    /// When this switch of config.json is true.
+    If(&'static str),
+}
+
+/// A feed-forward part of which each token uses a few of many (Shazeer et al. 2017,
+/// arXiv:1701.06538). Weights are called `{list}.{index}.{part}`.
+#[derive(Clone, Copy, Debug)]
+pub struct Experts {
+    /// The projection to one score for each expert, without `.weight`.
+    pub router: Part,
+    /// The list of experts.
+    pub list: &'static str,
+    /// As in [`Architecture::mlp_in`].
+    pub mlp_in: Part,
+    /// As in [`Architecture::mlp_out`].
+    pub mlp_out: Part,
+    /// How many there are.
+    pub count: Key,
+    /// How many a token uses.
+    pub chosen: Key,
+    /// Width inside each.
+    pub inner: Inner,
+    /// Whether the weights of the chosen are made to sum to 1.
+    pub normalised: Normalised,
+    /// Which layers are sparse.
+    pub layers: SparseLayers,
+}
+
+/// Whether the weights of the chosen experts are made to sum to 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Normalised {
+    /// Always.
+    Always,
+    /// When this switch of config.json is true; absent means false.
+    If(&'static str),
+}
+
+/// Which layers have experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SparseLayers {
+    /// All.
+    All,
+    /// Every so-many-th, the first name (absent: 1), but for those in the list of the second name.
+    EveryBut(&'static str, &'static str),
+}
+
+/// Which layers see only the last tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Windows {
+    /// The switch that must be true for any window, where there is one; absent means false.
+    pub switch: Option<&'static str>,
+    /// What `sliding_window` means when it is absent; null always means none.
+    pub tokens: Option<usize>,
+    /// Which layers.
+    pub layers: Windowed,
+}
+
+/// Which layers have the window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Windowed {
+    /// None, and the field is not read.
+    Never,
+    /// All of them.
+    All,
+    /// Those that `layer_types` calls so; without it all from the layer of this name and default.
+    From(&'static str, usize),
+    /// Those that `layer_types` calls so; without it all but every so-many-th, a number that may
+    /// stand under the name.
+    AllButEvery(Option<&'static str>, usize),
+}
+
+/// Whether scores and logits pass through `cap * tanh(x / cap)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Caps {
+    /// No.
+    None,
+    /// The logits, by `final_logit_softcapping`, which has no default.
+    Logits,
+    /// Both, by `attn_logit_softcapping` and `final_logit_softcapping` with these defaults.
+    Both(f64, f64),
 }
 
 /// The kind of a norm.
@@ -133,6 +194,8 @@ pub struct Part {
 pub enum Norm {
     /// Root mean square, weight only (Zhang and Sennrich 2019, arXiv:1910.07467).
     Rms,
+    /// The same with weights that are stored less 1.
+    RmsPlusOne,
     /// Mean and variance, weight and bias (Ba et al. 2016, arXiv:1607.06450).
     Layer,
 }
@@ -147,12 +210,28 @@ pub enum Orientation {
 }
 
 /// How positions get into the arithmetic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Position {
     /// Queries and keys are rotated (Su et al. 2021, arXiv:2104.09864), first half with second.
-    Rope,
+    Rope(Rotation),
     /// A learned row is added to the embedding; the name of the table.
     Learned(&'static str),
+}
+
+/// What a family's config.json says of its rotation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rotation {
+    /// The base of the wavelengths when it is absent.
+    pub theta: f64,
+    /// The name and default of another base for layers with a window; only the others are scaled.
+    pub local: Option<(&'static str, f64)>,
+    /// Whether a part of each head may be left as it is (`partial_rotary_factor`).
+    pub partial: bool,
+    /// What `original_max_position_embeddings` means when it is absent outside of the scaling's own
+    /// object.
+    pub original_context: Option<usize>,
+    /// Other names that the long scaling goes by.
+    pub long_names: &'static [&'static str],
 }
 
 /// The form of the feed-forward part.
@@ -165,7 +244,7 @@ pub enum Mlp {
 }
 
 /// The names of the numbers in config.json, with the defaults of transformers.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Keys {
     /// Tokens with a logit.
     pub vocabulary: Key,
@@ -176,7 +255,11 @@ pub struct Keys {
     /// Query heads.
     pub heads: Key,
     /// Key and value heads, where they may be fewer.
-    pub kv_heads: Option<Key>,
+    pub kv_heads: KvHeads,
+    /// Width of a head.
+    pub head_dim: HeadDim,
+    /// The number whose square root divides the scores, where it is not the width of a head.
+    pub score_scale: Option<(&'static str, f64)>,
     /// Width inside the feed-forward part.
     pub inner: Inner,
     /// Longest sequence in tokens.
@@ -185,10 +268,30 @@ pub struct Keys {
     pub norm_epsilon: (&'static str, f64),
     /// The activation's name.
     pub activation: (&'static str, &'static str),
+    /// Names of activations that mean another one in this family.
+    pub activation_means: &'static [(&'static str, &'static str)],
+}
+
+/// How many key and value heads there are.
+#[derive(Clone, Copy, Debug)]
+pub enum KvHeads {
+    /// As many as query heads.
+    All,
+    /// `num_key_value_heads`; null means all, absent so many or (without a number) all.
+    Field(Option<usize>),
+}
+
+/// How wide a head is.
+#[derive(Clone, Copy, Debug)]
+pub enum HeadDim {
+    /// The hidden width divided by the heads.
+    Share,
+    /// `head_dim`; null means the share, absent so many or (without a number) the share.
+    Field(Option<usize>),
 }
 
 /// A whole number of config.json.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Key {
     /// The spellings, the first found holds.
     pub names: &'static [&'static str],
@@ -197,7 +300,7 @@ pub struct Key {
 }
 
 /// Where the inner width stands.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Inner {
     /// A number of its own.
     Of(Key),

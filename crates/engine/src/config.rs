@@ -3,12 +3,18 @@
 //! Never here: weights. A field that would change the arithmetic and is not supported is an error
 //! that names it, never a silent difference.
 
+pub mod layers;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::architectures::{self, ARCHITECTURES, Architecture, Inner, Key, Mlp, Position};
+use crate::architectures::{
+    self, ARCHITECTURES, Architecture, Bias, Caps, HeadDim, Inner, Key, KvHeads, Mlp, Part, Position,
+};
+use crate::config::layers::{Experts, Windows};
 use crate::error::LoadError;
+use crate::rope::{self, Rope};
 
 /// The activations by the names that checkpoints use.
 pub const ACTIVATIONS: &[(&str, Activation)] = &[
@@ -61,10 +67,23 @@ pub struct Config {
     pub activation: Activation,
     /// Whether the logits use the embedding's weights.
     pub tied: bool,
-    /// The rotation, where positions are rotated in.
-    pub rope: Option<Rope>,
-    /// Whether attention scores are divided by the square root of the head's width.
-    pub scale_by_width: bool,
+    /// What embeddings are multiplied with, where they are.
+    pub embedding_scale: Option<f32>,
+    /// The switches for biases that are on.
+    pub biases: Vec<&'static str>,
+    /// The rotations, where positions are rotated in: that of all layers, or that of layers without
+    /// and that of layers with a window.
+    pub ropes: Vec<Rope>,
+    /// Which layers see only so many tokens back.
+    pub windows: Windows,
+    /// The experts, where some layers have them.
+    pub experts: Option<Experts>,
+    /// What attention scores go through, where they do.
+    pub score_cap: Option<f32>,
+    /// What logits go through, where they do.
+    pub logit_cap: Option<f32>,
+    /// What attention scores are divided by the square root of, where they are.
+    pub score_divisor: Option<f64>,
     /// Whether layer `i` divides its scores by `i + 1` as well.
     pub scale_by_layer: bool,
     /// Tokens that end a text.
@@ -73,15 +92,6 @@ pub struct Config {
     pub begin_token: Option<u32>,
     /// The type of the weights as config.json states it, for the reader only.
     pub dtype: Option<String>,
-}
-
-/// The rotation of queries and keys.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rope {
-    /// The base of the geometric series of wavelengths.
-    pub theta: f64,
-    /// Positions are divided by this (1 without scaling).
-    pub factor: f64,
 }
 
 impl Config {
@@ -97,18 +107,24 @@ impl Config {
             _ => None,
         };
         let architecture = architecture(&fields)?;
-        refuse(&fields, architecture)?;
-        let mut config = shape(&fields, architecture)?;
-        config.end_tokens = end_tokens(&fields, generation.as_ref(), architecture)?;
-        config.begin_token = begin_token(&fields, generation.as_ref());
+        refuse_quantised(&fields)?;
+        let section = architecture.section.map(|name| fields.section(name)).transpose()?;
+        let numbers = section.as_ref().unwrap_or(&fields);
+        refuse(numbers, architecture)?;
+        let mut config = shape(numbers, architecture)?;
+        // This one belongs to the whole, as transformers has it.
+        config.tied = fields.flag("tie_word_embeddings", architecture.tied)?;
+        let sources: Vec<&Fields> = generation.iter().chain([&fields]).chain(&section).collect();
+        config.end_tokens = end_tokens(&sources, architecture)?;
+        config.begin_token = sources.iter().filter_map(|source| source.get("bos_token_id")).find_map(token);
         Ok(config)
     }
 
     /// What the attention scores of a layer are multiplied with.
     #[must_use]
-    #[expect(clippy::cast_precision_loss, reason = "head widths and layer numbers are small")]
+    #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "such numbers are small")]
     pub fn score_scale(&self, layer: usize) -> f32 {
-        let width = if self.scale_by_width { (self.head_dim as f32).sqrt() } else { 1.0 };
+        let width = self.score_divisor.map_or(1.0, |divisor| (divisor as f32).sqrt());
         let depth = if self.scale_by_layer { (layer + 1) as f32 } else { 1.0 };
         1.0 / (width * depth)
     }
@@ -119,13 +135,35 @@ impl Config {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
-    /// Width of what goes into the activation.
+    /// The parts of what goes into an activation of that width.
     #[must_use]
-    pub fn mlp_in_width(&self) -> usize {
+    pub fn mlp_in(&self, inner: usize) -> Vec<usize> {
         match self.architecture.mlp {
-            Mlp::Gated => 2 * self.inner,
-            Mlp::Plain => self.inner,
+            Mlp::Gated => vec![inner; 2],
+            Mlp::Plain => vec![inner],
         }
+    }
+
+    /// The experts of a layer, where it has them.
+    #[must_use]
+    pub fn experts(&self, layer: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|experts| experts.are_in(layer))
+    }
+
+    /// Whether a projection has a bias.
+    #[must_use]
+    pub fn has_bias(&self, part: &Part) -> bool {
+        match part.bias {
+            Bias::No => false,
+            Bias::Yes => true,
+            Bias::If(field) => self.biases.contains(&field),
+        }
+    }
+
+    /// Which of the rotations a layer has.
+    #[must_use]
+    pub fn rope(&self, layer: usize) -> usize {
+        usize::from(self.ropes.len() > 1 && self.windows.reach(layer))
     }
 }
 
@@ -144,6 +182,26 @@ impl Fields {
         }
     }
 
+    /// The object that stands in a field, for complaints of the same file; an absent one is empty.
+    pub(crate) fn section(&self, field: &str) -> Result<Self, LoadError> {
+        let map = match self.get(field) {
+            None => Map::new(),
+            Some(Value::Object(map)) => map.clone(),
+            Some(_) => return Err(self.wrong(field, "is not an object")),
+        };
+        Ok(Self { path: self.path.clone(), map })
+    }
+
+    /// Whether any field holds an object.
+    pub(crate) fn has_object(&self) -> bool {
+        self.map.values().any(Value::is_object)
+    }
+
+    /// Whether a field stands there, be it null.
+    pub(crate) fn has(&self, field: &str) -> bool {
+        self.map.contains_key(field)
+    }
+
     /// The value of a field; null counts as absent, as in transformers.
     pub(crate) fn get(&self, field: &str) -> Option<&Value> {
         self.map.get(field).filter(|value| !value.is_null())
@@ -157,13 +215,30 @@ impl Fields {
         LoadError::Field { path: self.path.clone(), field: field.to_owned(), reason: reason.into() }
     }
 
-    fn size(&self, key: &Key) -> Result<usize, LoadError> {
+    pub(crate) fn size(&self, key: &Key) -> Result<usize, LoadError> {
         for name in key.names {
             if let Some(value) = self.get(name) {
                 return self.positive(name, value);
             }
         }
         Ok(key.default)
+    }
+
+    /// A number that null switches off; absent, it has that default.
+    pub(crate) fn optional_size(&self, name: &str, default: Option<usize>) -> Result<Option<usize>, LoadError> {
+        match self.map.get(name) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(value) => self.positive(name, value).map(Some),
+        }
+    }
+
+    pub(crate) fn optional_number(&self, name: &str, default: Option<f64>) -> Result<Option<f64>, LoadError> {
+        match self.map.get(name) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.number(name, 0.0).map(Some),
+        }
     }
 
     fn positive(&self, name: &str, value: &Value) -> Result<usize, LoadError> {
@@ -176,7 +251,7 @@ impl Fields {
             .ok_or_else(|| self.wrong(name, format!("is {value}, not a whole number of at least 1")))
     }
 
-    fn number(&self, name: &str, default: f64) -> Result<f64, LoadError> {
+    pub(crate) fn number(&self, name: &str, default: f64) -> Result<f64, LoadError> {
         let Some(value) = self.get(name) else { return Ok(default) };
         value
             .as_f64()
@@ -184,12 +259,12 @@ impl Fields {
             .ok_or_else(|| self.wrong(name, format!("is {value}, not a positive number")))
     }
 
-    fn flag(&self, name: &str, default: bool) -> Result<bool, LoadError> {
+    pub(crate) fn flag(&self, name: &str, default: bool) -> Result<bool, LoadError> {
         let Some(value) = self.get(name) else { return Ok(default) };
         value.as_bool().ok_or_else(|| self.wrong(name, format!("is {value}, not true or false")))
     }
 
-    fn text<'a>(&'a self, name: &str, default: &'a str) -> Result<&'a str, LoadError> {
+    pub(crate) fn text<'a>(&'a self, name: &str, default: &'a str) -> Result<&'a str, LoadError> {
         let Some(value) = self.get(name) else { return Ok(default) };
         value.as_str().ok_or_else(|| self.wrong(name, format!("is {value}, not a string")))
     }
@@ -210,49 +285,63 @@ fn architecture(fields: &Fields) -> Result<&'static Architecture, LoadError> {
     architectures::find(found).or_else(by_type).ok_or_else(unknown)
 }
 
+fn refuse_quantised(fields: &Fields) -> Result<(), LoadError> {
+    if fields.get("quantization_config").is_none() {
+        return Ok(());
+    }
+    Err(fields.wrong(
+        "quantization_config",
+        "is set; quantised safetensors are not supported, use the float16, bfloat16 or float32 checkpoint",
+    ))
+}
+
 fn refuse(fields: &Fields, architecture: &Architecture) -> Result<(), LoadError> {
     for (field, value) in architecture.refused {
         if fields.flag(field, !value)? == *value {
             return Err(fields.wrong(field, format!("is {value}, which is not supported")));
         }
     }
-    if fields.get("quantization_config").is_some() {
-        return Err(fields.wrong(
-            "quantization_config",
-            "is set; quantised safetensors are not \
-            supported, use the float16, bfloat16 or float32 checkpoint",
-        ));
-    }
-    let windowed = fields
-        .get("layer_types")
-        .and_then(Value::as_array)
-        .and_then(|kinds| kinds.iter().find(|kind| kind.as_str() != Some("full_attention")));
-    match windowed {
-        Some(kind) => Err(fields.wrong("layer_types", format!("has {kind}, which is not supported"))),
+    match architecture.refused_fields.iter().find_map(|field| Some((field, fields.get(field)?))) {
+        Some((field, value)) => Err(fields.wrong(field, format!("is {value}, which is not supported"))),
         None => Ok(()),
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "norm constants are kept in float32")]
+#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "constants are kept in float32")]
 fn shape(fields: &Fields, architecture: &'static Architecture) -> Result<Config, LoadError> {
     let keys = &architecture.keys;
     let hidden = fields.size(&keys.hidden)?;
+    let layers = fields.size(&keys.layers)?;
     let heads = fields.size(&keys.heads)?;
+    let head_dim = head_dim(fields, architecture, hidden, heads)?;
+    let inner = inner(fields, &keys.inner, hidden)?;
+    let context = fields.size(&keys.context)?;
+    let ropes = match architecture.position {
+        Position::Rope(rotation) => rope::read(fields, &rotation, (head_dim, context))?,
+        Position::Learned(_) => Vec::new(),
+    };
+    let (score_cap, logit_cap) = caps(fields, architecture.caps)?;
     Ok(Config {
         architecture,
         vocabulary: fields.size(&keys.vocabulary)?,
         hidden,
-        layers: fields.size(&keys.layers)?,
+        layers,
         heads,
-        kv_heads: kv_heads(fields, keys.kv_heads.as_ref(), heads)?,
-        head_dim: head_dim(fields, architecture, hidden, heads)?,
-        inner: inner(fields, &keys.inner, hidden)?,
-        context: fields.size(&keys.context)?,
+        kv_heads: kv_heads(fields, keys.kv_heads, heads)?,
+        head_dim,
+        inner,
+        context: ropes.iter().map(|rope| rope.context(context)).max().unwrap_or(context),
         norm_epsilon: fields.number(keys.norm_epsilon.0, keys.norm_epsilon.1)? as f32,
-        activation: activation(fields, keys.activation)?,
-        tied: fields.flag("tie_word_embeddings", architecture.tied)?,
-        rope: rope(fields, architecture)?,
-        scale_by_width: fields.flag("scale_attn_weights", true)?,
+        activation: activation(fields, architecture)?,
+        tied: architecture.tied,
+        embedding_scale: architecture.scaled_embedding.then(|| (hidden as f64).sqrt() as f32),
+        biases: biases(fields, architecture)?,
+        ropes,
+        windows: Windows::read(fields, &architecture.windows, layers)?,
+        experts: architecture.experts.as_ref().map(|experts| Experts::read(fields, experts, hidden)).transpose()?,
+        score_cap,
+        logit_cap,
+        score_divisor: score_divisor(fields, architecture, head_dim)?,
         scale_by_layer: fields.flag("scale_attn_by_inverse_layer_idx", false)?,
         end_tokens: Vec::new(),
         begin_token: None,
@@ -264,25 +353,25 @@ fn shape(fields: &Fields, architecture: &'static Architecture) -> Result<Config,
     })
 }
 
-fn kv_heads(fields: &Fields, key: Option<&Key>, heads: usize) -> Result<usize, LoadError> {
-    let Some(key) = key else { return Ok(heads) };
-    let name = key.names[0];
-    // Null means "as many as query heads", absent means the default of transformers.
-    let kv_heads = match fields.map.get(name) {
-        Some(Value::Null) => heads,
-        _ => fields.size(key)?,
-    };
+fn kv_heads(fields: &Fields, kv_heads: KvHeads, heads: usize) -> Result<usize, LoadError> {
+    const NAME: &str = "num_key_value_heads";
+    let KvHeads::Field(default) = kv_heads else { return Ok(heads) };
+    let kv_heads = fields.optional_size(NAME, default)?.unwrap_or(heads);
     if heads.is_multiple_of(kv_heads) {
         Ok(kv_heads)
     } else {
-        Err(fields.wrong(name, format!("is {kv_heads}, which does not divide {heads} heads")))
+        Err(fields.wrong(NAME, format!("is {kv_heads}, which does not divide {heads} heads")))
     }
 }
 
 fn head_dim(fields: &Fields, architecture: &Architecture, hidden: usize, heads: usize) -> Result<usize, LoadError> {
-    let rotates = architecture.position == Position::Rope;
-    let width = match fields.get("head_dim").filter(|_| rotates) {
-        Some(value) => fields.positive("head_dim", value)?,
+    let stated = match architecture.keys.head_dim {
+        HeadDim::Share => None,
+        HeadDim::Field(default) => fields.optional_size("head_dim", default)?,
+    };
+    let rotates = matches!(architecture.position, Position::Rope(_));
+    let width = match stated {
+        Some(width) => width,
         None if hidden.is_multiple_of(heads) || rotates => hidden / heads,
         None => 0,
     };
@@ -296,6 +385,42 @@ fn head_dim(fields: &Fields, architecture: &Architecture, hidden: usize, heads: 
     Ok(width)
 }
 
+/// The number whose square root divides the scores.
+#[expect(clippy::cast_precision_loss, reason = "head widths are small")]
+fn score_divisor(fields: &Fields, architecture: &Architecture, head_dim: usize) -> Result<Option<f64>, LoadError> {
+    match architecture.keys.score_scale {
+        Some((name, default)) => fields.number(name, default).map(Some),
+        None => Ok(fields.flag("scale_attn_weights", true)?.then_some(head_dim as f64)),
+    }
+}
+
+/// The caps of scores and of logits.
+#[expect(clippy::cast_possible_truncation, reason = "caps are kept in float32")]
+fn caps(fields: &Fields, caps: Caps) -> Result<(Option<f32>, Option<f32>), LoadError> {
+    let number = |name, default| Ok(fields.optional_number(name, default)?.map(|cap| cap as f32));
+    match caps {
+        Caps::None => Ok((None, None)),
+        Caps::Logits => Ok((None, number("final_logit_softcapping", None)?)),
+        Caps::Both(scores, logits) => {
+            let scores = number("attn_logit_softcapping", Some(scores))?;
+            Ok((scores, number("final_logit_softcapping", Some(logits))?))
+        }
+    }
+}
+
+/// The switches for biases that are on.
+fn biases(fields: &Fields, row: &Architecture) -> Result<Vec<&'static str>, LoadError> {
+    let mut on = Vec::new();
+    for part in [row.qkv, row.attention_out, row.mlp_in, row.mlp_out] {
+        if let Bias::If(field) = part.bias
+            && fields.flag(field, false)?
+        {
+            on.push(field);
+        }
+    }
+    Ok(on)
+}
+
 fn inner(fields: &Fields, inner: &Inner, hidden: usize) -> Result<usize, LoadError> {
     match inner {
         Inner::Of(key) => fields.size(key),
@@ -306,61 +431,29 @@ fn inner(fields: &Fields, inner: &Inner, hidden: usize) -> Result<usize, LoadErr
     }
 }
 
-fn activation(fields: &Fields, (field, default): (&'static str, &'static str)) -> Result<Activation, LoadError> {
+fn activation(fields: &Fields, architecture: &Architecture) -> Result<Activation, LoadError> {
+    let (field, default) = architecture.keys.activation;
     let name = fields.text(field, default)?;
-    ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|(_, activation)| *activation).ok_or_else(|| {
+    let means = architecture.keys.activation_means.iter().find(|(from, _)| *from == name).map_or(name, |(_, to)| to);
+    ACTIVATIONS.iter().find(|(known, _)| *known == means).map(|(_, activation)| *activation).ok_or_else(|| {
         let known: Vec<_> = ACTIVATIONS.iter().map(|(known, _)| *known).collect();
         fields.wrong(field, format!("is {name}; supported are: {}", known.join(", ")))
     })
 }
 
-/// The rotation: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (4).
-fn rope(fields: &Fields, architecture: &Architecture) -> Result<Option<Rope>, LoadError> {
-    if architecture.position != Position::Rope {
-        return Ok(None);
-    }
-    let theta = fields.number("rope_theta", 10_000.0)?;
-    let Some(field) = ["rope_parameters", "rope_scaling"].into_iter().find(|f| fields.get(f).is_some()) else {
-        return Ok(Some(Rope { theta, factor: 1.0 }));
-    };
-    let Some(Value::Object(map)) = fields.get(field) else {
-        return Err(fields.wrong(field, "is not an object"));
-    };
-    let inside = Fields { path: fields.path.clone(), map: map.clone() };
-    if map.values().any(Value::is_object) {
-        return Err(fields.wrong(field, "differs between layer types, which is not supported"));
-    }
-    if inside.number("partial_rotary_factor", 1.0)? < 1.0 {
-        return Err(fields.wrong(field, "has a partial_rotary_factor, which is not supported"));
-    }
-    let kind = inside.text("rope_type", inside.text("type", "default")?)?;
-    let theta = inside.number("rope_theta", theta)?;
-    match kind {
-        "default" => Ok(Some(Rope { theta, factor: 1.0 })),
-        "linear" => Ok(Some(Rope { theta, factor: inside.number("factor", 1.0)? })),
-        _ => Err(fields.wrong(field, format!("has type {kind}; supported are: default, linear"))),
-    }
-}
-
 /// The end tokens as transformers finds them: generation_config.json, then config.json, then the
 /// family's default.
-fn end_tokens(
-    fields: &Fields,
-    generation: Option<&Fields>,
-    architecture: &Architecture,
-) -> Result<Vec<u32>, LoadError> {
-    for source in generation.into_iter().chain([fields]) {
+fn end_tokens(sources: &[&Fields], architecture: &Architecture) -> Result<Vec<u32>, LoadError> {
+    for source in sources {
         if let Some(value) = source.get("eos_token_id") {
             return tokens(value)
                 .ok_or_else(|| source.wrong("eos_token_id", format!("is {value}, not a token id or a list of them")));
         }
     }
-    Ok(architecture.end_token.filter(|_| !fields.map.contains_key("eos_token_id")).into_iter().collect())
-}
-
-fn begin_token(fields: &Fields, generation: Option<&Fields>) -> Option<u32> {
-    let sources = generation.into_iter().chain([fields]);
-    sources.filter_map(|source| source.get("bos_token_id")).find_map(token)
+    // A null is no default, except in generation_config.json.
+    let stated =
+        sources.iter().any(|source| !source.path.ends_with("generation_config.json") && source.has("eos_token_id"));
+    Ok(architecture.end_token.filter(|_| !stated).into_iter().collect())
 }
 
 fn tokens(value: &Value) -> Option<Vec<u32>> {

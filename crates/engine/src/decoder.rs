@@ -4,6 +4,8 @@
 //! at any position, and writes their keys and values; which rows those are is the schedule's
 //! business.
 
+mod experts;
+mod layer;
 #[cfg(test)]
 mod tests;
 
@@ -11,12 +13,14 @@ use std::sync::Arc;
 
 use rayon::ThreadPool;
 
-use crate::architectures::{Mlp, Norm, Part, Position};
-use crate::backend::{Backend, Batch, Heads, Write};
-use crate::config::{Config, Rope};
+use crate::architectures::Position;
+use crate::backend::{Angles, Backend, Batch, Write};
+use crate::config::Config;
+use crate::decoder::layer::{Layer, NormWeights, heads};
 use crate::error::LoadError;
 use crate::kv::BLOCK_TOKENS;
 use crate::linear::Linear;
+use crate::rope::Rope;
 use crate::weights::Weights;
 
 /// What the engine runs: something that turns a batch into logits.
@@ -38,6 +42,11 @@ pub(crate) trait Forward: Send {
 
     /// The threads that steps should run on, where there are some.
     fn pool(&self) -> Option<Arc<ThreadPool>> {
+        None
+    }
+
+    /// A length in tokens: a sequence that grows beyond it is computed again from its beginning.
+    fn restarts_after(&self) -> Option<usize> {
         None
     }
 
@@ -121,8 +130,8 @@ const ENCORE_SEQUENCES_MIN: usize = 4;
 pub(crate) struct Decoder<B: Backend> {
     backend: B,
     body: Body<B>,
-    /// Cosines and sines of every position.
-    angles: Option<B::Buffer>,
+    /// The angles of each of the model's rotations.
+    angles: Vec<Angles<B::Buffer>>,
     lanes: Vec<Buffers<B>>,
 }
 
@@ -138,22 +147,6 @@ struct Body<B: Backend> {
     head: Option<Linear<B>>,
 }
 
-struct Layer<B: Backend> {
-    attention_norm: NormWeights<B>,
-    qkv: Linear<B>,
-    attention_out: Linear<B>,
-    mlp_norm: NormWeights<B>,
-    mlp_in: Linear<B>,
-    mlp_out: Linear<B>,
-    heads: Heads,
-}
-
-struct NormWeights<B: Backend> {
-    weight: B::Buffer,
-    bias: Option<B::Buffer>,
-    epsilon: f32,
-}
-
 /// The buffers of a lane, made once.
 struct Buffers<B: Backend> {
     /// The keys and values of the sequences that this lane computed last.
@@ -164,6 +157,10 @@ struct Buffers<B: Backend> {
     attended: B::Buffer,
     mlp_in: B::Buffer,
     inner: B::Buffer,
+    /// What a part adds, before its norm or its weight.
+    added: B::Buffer,
+    /// A score for each expert.
+    routing: B::Buffer,
     logits: B::Buffer,
 }
 
@@ -171,7 +168,7 @@ impl<B: Backend> Decoder<B> {
     /// Loads all weights that the architecture names.
     pub(crate) fn load(backend: B, config: Config, weights: &mut Weights) -> Result<Self, LoadError> {
         let body = Body::load(&backend, config, weights)?;
-        Ok(Self { backend, body, angles: None, lanes: Vec::new() })
+        Ok(Self { backend, body, angles: Vec::new(), lanes: Vec::new() })
     }
 
     pub(crate) fn backend(&self) -> &B {
@@ -192,7 +189,7 @@ impl<B: Backend> Forward for Decoder<B> {
     fn reserve(&mut self, room: Room) {
         let (backend, config) = (&self.backend, &self.body.config);
         self.angles = angles(backend, config, room);
-        let lanes = backend.lanes(self.body.work(1)).min(room.outputs);
+        let lanes = backend.lanes(self.body.weights()).min(room.outputs);
         self.lanes = (0..lanes).map(|_| Buffers::new(backend, config, room)).collect();
     }
 
@@ -205,7 +202,7 @@ impl<B: Backend> Forward for Decoder<B> {
     fn forward(&mut self, batch: &Batch) -> &[f32] {
         self.gather(0, batch);
         let Some(room) = self.lanes.first_mut() else { return &[] };
-        self.body.step(&self.backend, (batch, self.angles.as_ref()), room)
+        self.body.step(&self.backend, (batch, &self.angles), room)
     }
 
     fn vocabulary(&self) -> usize {
@@ -216,13 +213,18 @@ impl<B: Backend> Forward for Decoder<B> {
         self.backend.pool()
     }
 
+    fn restarts_after(&self) -> Option<usize> {
+        self.body.config.ropes.iter().find_map(Rope::switches_after)
+    }
+
     fn lanes(&self, rows: usize) -> usize {
         (self.body.work(rows) / LANE_WORK).min(self.lanes.len()).max(1)
     }
 
     fn encore(&self, sequences: usize) -> Encore {
-        // Alone, or without lanes, there is nothing to gain.
-        if self.lanes.len() < 2 || sequences < 2 {
+        // Alone, or without lanes, there is nothing to gain. A sequence that begins anew must come
+        // back to the schedule first.
+        if self.lanes.len() < 2 || sequences < 2 || self.restarts_after().is_some() {
             return Encore::default();
         }
         let config = &self.body.config;
@@ -237,7 +239,7 @@ impl<B: Backend> Forward for Decoder<B> {
         for (index, lane) in lanes.iter().enumerate() {
             self.gather(index, lane.batch);
         }
-        let (backend, body, angles) = (&self.backend, &self.body, self.angles.as_ref());
+        let (backend, body, angles) = (&self.backend, &self.body, self.angles.as_slice());
         let parts = lanes.into_iter().zip(&mut self.lanes).collect();
         backend.side_by_side(
             parts,
@@ -257,7 +259,7 @@ impl<B: Backend> Body<B> {
         let embedding = Linear::table(backend, weights, &tables.embedding, vocabulary, hidden)?;
         let head = tables.head.map(|name| Linear::table(backend, weights, &name, vocabulary, hidden)).transpose()?;
         let positions = match architecture.position {
-            Position::Rope => None,
+            Position::Rope(_) => None,
             Position::Learned(name) => {
                 let name = format!("{prefix}{name}");
                 Some(Linear::table(backend, weights, &name, config.context, hidden)?)
@@ -267,116 +269,51 @@ impl<B: Backend> Body<B> {
             .map(|index| Layer::load(backend, weights, &config, (prefix, index)))
             .collect::<Result<_, _>>()?;
         let name = format!("{prefix}{}", architecture.final_norm);
-        let final_norm = NormWeights::load(backend, weights, &config, &name)?;
+        let final_norm = NormWeights::load(backend, weights, &config, (&name, hidden))?;
         Ok(Self { config, embedding, positions, layers, final_norm, head })
     }
 
-    /// Multiply-adds of the products of so many rows; those of one row are also the weights.
+    /// Multiply-adds of the products of so many rows.
     fn work(&self, rows: usize) -> usize {
-        let config = &self.config;
-        let widths = config.qkv_width() + config.hidden + config.mlp_in_width() + config.inner;
-        rows * config.hidden * (config.layers * widths + config.vocabulary)
+        let layers: usize = self.layers.iter().map(Layer::work).sum();
+        rows * (layers + self.config.hidden * self.config.vocabulary)
+    }
+
+    /// How many weights there are; a row needs all of them but those of the experts that it does
+    /// not use.
+    fn weights(&self) -> usize {
+        let layers: usize = self.layers.iter().map(Layer::weights).sum();
+        layers + self.config.hidden * self.config.vocabulary
     }
 
     /// One step: from tokens to the logits of the chosen rows.
     fn step<'a>(
         &self,
         backend: &'a B,
-        (batch, angles): (&Batch, Option<&B::Buffer>),
+        (batch, angles): (&Batch, &[Angles<B::Buffer>]),
         room: &'a mut Buffers<B>,
     ) -> &'a [f32] {
         self.embedding.embed(backend, &batch.ids, &mut room.hidden, Write::Set);
         if let Some(positions) = &self.positions {
             positions.embed(backend, &batch.positions, &mut room.hidden, Write::Add);
         }
+        if let Some(factor) = self.config.embedding_scale {
+            backend.scale(&mut room.hidden, batch.rows() * self.config.hidden, factor);
+        }
         for (index, layer) in self.layers.iter().enumerate() {
-            layer.attention(backend, (batch, index), angles, room);
-            layer.feed_forward(backend, &self.config, batch.rows(), room);
+            layer.attention(backend, (batch, index), angles.get(layer.rope), room);
+            layer.feed_forward(backend, batch.rows(), room);
         }
         let count = batch.outputs.len();
         backend.pick(&room.hidden, &batch.outputs, self.config.hidden, &mut room.attended);
-        self.final_norm.forward(backend, (&room.attended, count), &mut room.normed);
+        self.final_norm.forward(backend, (&room.attended, count), &mut room.normed, Write::Set);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         head.forward(backend, (&room.normed, count), &mut room.logits, Write::Set);
-        backend.read(&room.logits, count * self.config.vocabulary)
-    }
-}
-
-impl<B: Backend> Layer<B> {
-    fn load(
-        backend: &B,
-        weights: &mut Weights,
-        config: &Config,
-        (prefix, index): (&str, usize),
-    ) -> Result<Self, LoadError> {
-        let row = config.architecture;
-        let prefix = format!("{prefix}{}.{index}.", row.layer);
-        let heads = heads(config, index);
-        let (queries, keys) = (heads.queries * heads.width, heads.keys * heads.width);
-        let (hidden, inner) = (config.hidden, config.inner);
-        let gate_and_up = [inner; 2];
-        let mlp_in = &gate_and_up[..if row.mlp == Mlp::Gated { 2 } else { 1 }];
-        let mut linear = |part: &Part, inputs: usize, outputs: &[usize]| {
-            Linear::load(backend, weights, (&prefix, part, row.orientation), inputs, outputs)
-        };
-        let qkv = linear(&row.qkv, hidden, &[queries, keys, keys])?;
-        let attention_out = linear(&row.attention_out, queries, &[hidden])?;
-        let mlp_in = linear(&row.mlp_in, hidden, mlp_in)?;
-        let mlp_out = linear(&row.mlp_out, inner, &[hidden])?;
-        let mut norm = |name| NormWeights::load(backend, weights, config, &format!("{prefix}{name}"));
-        let (attention_norm, mlp_norm) = (norm(row.attention_norm)?, norm(row.mlp_norm)?);
-        Ok(Self { attention_norm, qkv, attention_out, mlp_norm, mlp_in, mlp_out, heads })
-    }
-
-    fn attention(
-        &self,
-        backend: &B,
-        (batch, index): (&Batch, usize),
-        angles: Option<&B::Buffer>,
-        room: &mut Buffers<B>,
-    ) {
-        let (rows, heads) = (batch.rows(), &self.heads);
-        self.attention_norm.forward(backend, (&room.hidden, rows), &mut room.normed);
-        self.qkv.forward(backend, (&room.normed, rows), &mut room.qkv, Write::Set);
-        if let Some(angles) = angles {
-            backend.rotate(&mut room.qkv, batch, heads, angles);
+        let length = count * self.config.vocabulary;
+        if let Some(cap) = self.config.logit_cap {
+            backend.cap(&mut room.logits, length, cap);
         }
-        backend.store(&mut room.cache, index, &room.qkv, (batch, heads));
-        backend.attend((&room.cache, index), &room.qkv, (batch, heads), &mut room.attended);
-        self.attention_out.forward(backend, (&room.attended, rows), &mut room.hidden, Write::Add);
-    }
-
-    fn feed_forward(&self, backend: &B, config: &Config, rows: usize, room: &mut Buffers<B>) {
-        self.mlp_norm.forward(backend, (&room.hidden, rows), &mut room.normed);
-        self.mlp_in.forward(backend, (&room.normed, rows), &mut room.mlp_in, Write::Set);
-        let (x, inner) = ((&room.mlp_in, rows), &mut room.inner);
-        match config.architecture.mlp {
-            Mlp::Gated => backend.activate_gated(config.activation, x, config.inner, inner),
-            Mlp::Plain => backend.activate(config.activation, x, config.inner, inner),
-        }
-        self.mlp_out.forward(backend, (&room.inner, rows), &mut room.hidden, Write::Add);
-    }
-}
-
-impl<B: Backend> NormWeights<B> {
-    fn load(backend: &B, weights: &mut Weights, config: &Config, name: &str) -> Result<Self, LoadError> {
-        let mut vector = |kind| {
-            let values = weights.vector(&format!("{name}.{kind}"), &[config.hidden])?;
-            Ok::<_, LoadError>(backend.upload(values))
-        };
-        let weight = vector("weight")?;
-        let bias = match config.architecture.norm {
-            Norm::Rms => None,
-            Norm::Layer => Some(vector("bias")?),
-        };
-        Ok(Self { weight, bias, epsilon: config.norm_epsilon })
-    }
-
-    fn forward(&self, backend: &B, x: (&B::Buffer, usize), out: &mut B::Buffer) {
-        match &self.bias {
-            None => backend.rms_norm(x, &self.weight, self.epsilon, out),
-            Some(bias) => backend.layer_norm(x, (&self.weight, bias), self.epsilon, out),
-        }
+        backend.read(&room.logits, length)
     }
 }
 
@@ -384,27 +321,33 @@ impl<B: Backend> Buffers<B> {
     fn new(backend: &B, config: &Config, room: Room) -> Self {
         let heads = heads(config, 0);
         let rows = room.rows;
+        let experts = config.experts.as_ref();
+        let inner = config.inner.max(experts.map_or(0, |experts| experts.inner));
+        let zeros = |width: usize| backend.zeros(rows * width);
         Self {
             cache: backend.cache(config.layers, room.blocks, &heads),
-            hidden: backend.zeros(rows * config.hidden),
-            normed: backend.zeros(rows * config.hidden),
-            qkv: backend.zeros(rows * config.qkv_width()),
-            // Also holds the last hidden rows, picked for the logits.
-            attended: backend.zeros(rows * config.hidden.max(heads.queries * heads.width)),
-            mlp_in: backend.zeros(rows * config.mlp_in_width()),
-            inner: backend.zeros(rows * config.inner),
+            hidden: zeros(config.hidden),
+            normed: zeros(config.hidden),
+            qkv: zeros(config.qkv_width()),
+            // Also holds the rows picked for logits and for experts.
+            attended: zeros(config.hidden.max(heads.queries * heads.width)),
+            mlp_in: zeros(config.mlp_in(inner).iter().sum()),
+            inner: zeros(inner),
+            added: zeros(config.hidden),
+            routing: zeros(experts.map_or(0, |experts| experts.count)),
             logits: backend.zeros(room.outputs * config.vocabulary),
         }
     }
 }
 
-fn angles<B: Backend>(backend: &B, config: &Config, room: Room) -> Option<B::Buffer> {
+fn angles<B: Backend>(backend: &B, config: &Config, room: Room) -> Vec<Angles<B::Buffer>> {
     let positions = config.context.min(room.blocks * BLOCK_TOKENS);
-    config.rope.map(|rope| backend.upload(angle_table(rope, config.head_dim, positions)))
-}
-
-fn heads(config: &Config, layer: usize) -> Heads {
-    Heads { queries: config.heads, keys: config.kv_heads, width: config.head_dim, scale: config.score_scale(layer) }
+    let angles = config.ropes.iter().map(|rope| Angles {
+        table: backend.upload(rope.table(positions)),
+        width: rope.width,
+        switch: rope.switches_after().map(|longest| (positions, longest)),
+    });
+    angles.collect()
 }
 
 /// The prefix under which this checkpoint has its weights. When none fits, the first, so that the
@@ -428,33 +371,12 @@ impl Tables {
     /// the projection for it.
     fn choose(config: &Config, weights: &Weights, prefix: &str) -> Self {
         let embedding = format!("{prefix}{}", config.architecture.embedding);
-        let head = "lm_head.weight".to_owned();
+        let heads = config.architecture.heads;
+        let head = heads.iter().find(|name| weights.has(name)).unwrap_or(&heads[0]).to_string();
         match (config.tied, weights.has(&embedding), weights.has(&head)) {
             (true, false, true) => Self { embedding: head, head: None },
             (true, _, false) => Self { embedding, head: None },
             _ => Self { embedding, head: Some(head) },
         }
     }
-}
-
-/// For each position the cosines, then the sines, of the angles by which pairs are rotated:
-/// position / theta^(2i / width). As transformers does, frequencies and angles are rounded to
-/// float32. The functions are libm's own, so that the table is the same on every system.
-#[expect(
-    clippy::cast_precision_loss,
-    clippy::cast_possible_truncation,
-    reason = "positions and widths are exact in float64, and the table is float32"
-)]
-fn angle_table(rope: Rope, width: usize, positions: usize) -> Vec<f32> {
-    let frequencies: Vec<f32> = (0..width / 2)
-        .map(|pair| libm::pow(rope.theta, -2.0 * pair as f64 / width as f64) / rope.factor)
-        .map(|frequency| frequency as f32)
-        .collect();
-    let mut table = Vec::with_capacity(positions * width);
-    for position in 0..positions {
-        let angles = frequencies.iter().map(|frequency| f64::from(position as f32 * frequency));
-        table.extend(angles.clone().map(|angle| libm::cos(angle) as f32));
-        table.extend(angles.map(|angle| libm::sin(angle) as f32));
-    }
-    table
 }

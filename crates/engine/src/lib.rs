@@ -18,6 +18,7 @@ pub mod kv;
 mod linear;
 mod math;
 pub mod model;
+pub mod rope;
 pub mod sampler;
 pub mod schedule;
 pub mod shape;

@@ -2,7 +2,7 @@
 //!
 //! Never here: arithmetic (that is the backend's) or names (those are the architecture's).
 
-use crate::architectures::{Orientation, Part};
+use crate::architectures::Orientation;
 use crate::backend::{Backend, Dense, Write};
 use crate::error::LoadError;
 use crate::weights::Weights;
@@ -13,35 +13,48 @@ pub(crate) struct Linear<B: Backend> {
     bias: Option<B::Buffer>,
 }
 
+/// Where a projection lies in a checkpoint, whole or in parts that are joined along the outputs.
+#[derive(Clone, Copy)]
+pub(crate) struct Stored<'a> {
+    /// What stands before every name.
+    pub(crate) prefix: &'a str,
+    /// The parts in order, without `.weight` and `.bias`.
+    pub(crate) names: &'a [&'a str],
+    /// Whether each part has a bias.
+    pub(crate) bias: bool,
+    /// How the weights lie.
+    pub(crate) orientation: Orientation,
+}
+
 impl<B: Backend> Linear<B> {
     /// Loads a projection from `inputs` to the joined `outputs`. A part stored whole has all of
     /// them, a split one has one name for each.
     pub(crate) fn load(
         backend: &B,
         weights: &mut Weights,
-        (prefix, part, orientation): (&str, &Part, Orientation),
+        stored: Stored<'_>,
         inputs: usize,
         outputs: &[usize],
     ) -> Result<Self, LoadError> {
         let whole = [outputs.iter().sum()];
-        let sizes = if part.names.len() == 1 { &whole } else { outputs };
+        let sizes = if stored.names.len() == 1 { &whole } else { outputs };
         let mut values = Vec::new();
         let mut bias = Vec::new();
-        for (name, size) in part.names.iter().zip(sizes) {
-            let name = format!("{prefix}{name}");
-            let rows = weights.projection(&format!("{name}.weight"), *size, inputs, orientation)?;
+        for (name, size) in stored.names.iter().zip(sizes) {
+            let name = format!("{}{name}", stored.prefix);
+            let rows = weights.projection(&format!("{name}.weight"), *size, inputs, stored.orientation)?;
             // The first part moves in without a copy.
             if values.is_empty() {
                 values = rows;
             } else {
                 values.extend(rows);
             }
-            if part.bias {
+            if stored.bias {
                 bias.extend(weights.vector(&format!("{name}.bias"), &[*size])?);
             }
         }
         let matrix = backend.matrix(Dense { outputs: whole[0], inputs, values });
-        Ok(Self { matrix, bias: part.bias.then(|| backend.upload(bias)) })
+        Ok(Self { matrix, bias: stored.bias.then(|| backend.upload(bias)) })
     }
 
     /// Loads a table without bias: an embedding, or the projection to logits.

@@ -74,6 +74,27 @@ pub(crate) fn relu(x: f32) -> f32 {
     if x < 0.0 { 0.0 } else { x }
 }
 
+/// The hyperbolic tangent: near 0 the polynomial of Cephes' `tanhf` (S. Moshier), else
+/// `1 - 2 / (e^(2 |x|) + 1)` with the sign of `x`.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let square = x * x;
+    let mut sum = -5.704_988_7e-3_f32;
+    for coefficient in [2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+        sum = sum.mul_add(square, coefficient);
+    }
+    let near = (sum * square).mul_add(x, x);
+    let far = (1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0)).copysign(x);
+    // A NaN is not below, and stays one on the way of the exponential.
+    if x.abs() < 0.625 { near } else { far }
+}
+
+/// `cap * tanh(x / cap)`.
+#[inline(always)]
+pub(crate) fn cap(x: f32, cap: f32) -> f32 {
+    tanh(x / cap) * cap
+}
+
 /// How many partial sums a sum over a row has.
 pub(crate) const LANES: usize = 16;
 
@@ -153,6 +174,7 @@ mod tests {
             x / (1.0 + (-2.0 * u).exp())
         };
         assert!(worst(gelu_tanh, tanh) < 2e-5);
+        assert!(worst(super::tanh, f64::tanh) < 3e-7);
         for (x, expected) in [(1.0, 0.841_344_7), (-1.0, -0.158_655_3), (-3.0, -0.004_049_7)] {
             assert!((gelu_erf(x) - expected).abs() < 1e-6, "{x}");
         }
@@ -160,7 +182,7 @@ mod tests {
 
     #[test]
     fn nan_stays_nan_and_large_arguments_stay_finite() {
-        for f in [exp, silu, gelu_tanh, gelu_erf, relu] {
+        for f in [exp, silu, gelu_tanh, gelu_erf, relu, tanh] {
             assert!(f(f32::NAN).is_nan());
             assert!(f(-1e30).is_finite());
         }

@@ -47,6 +47,10 @@ pub struct Heads {
     pub width: usize,
     /// What scores are multiplied with.
     pub scale: f32,
+    /// Scores then become `cap * tanh(score / cap)`, where there is a cap.
+    pub cap: Option<f32>,
+    /// How many tokens a row sees, itself included, where that is limited.
+    pub window: Option<usize>,
 }
 
 impl Heads {
@@ -57,6 +61,31 @@ impl Heads {
     }
 }
 
+/// The angles by which queries and keys are rotated.
+#[derive(Debug)]
+pub struct Angles<B> {
+    /// For each position `width / 2` cosines, then as many sines; the same again for the rows of
+    /// longer sequences.
+    pub table: B,
+    /// How many values of a head are rotated, the first half of them with the second.
+    pub width: usize,
+    /// The positions of one table and the longest sequence, in tokens, whose rows have the first
+    /// of two tables.
+    pub switch: Option<(usize, usize)>,
+}
+
+impl<B> Angles<B> {
+    /// Where the angles of a row begin.
+    #[must_use]
+    pub fn start(&self, batch: &Batch, row: usize) -> usize {
+        let second = match self.switch {
+            Some((positions, longest)) if batch.lengths[row] as usize > longest => positions,
+            _ => 0,
+        };
+        (second + batch.positions[row] as usize) * self.width
+    }
+}
+
 /// The rows of one step: consecutive tokens of some sequences, one row per token.
 #[derive(Debug, Default)]
 pub struct Batch {
@@ -64,6 +93,8 @@ pub struct Batch {
     pub ids: Vec<u32>,
     /// The position of each row in its sequence.
     pub positions: Vec<u32>,
+    /// The known tokens of each row's sequence, also those that come in later steps.
+    pub lengths: Vec<u32>,
     /// For each row, the part of `tables` that is its sequence's block table.
     pub row_tables: Vec<Range<usize>>,
     /// The block tables of all sequences: entry `i` of one holds its tokens
@@ -80,20 +111,23 @@ impl Batch {
     pub fn clear(&mut self) {
         self.ids.clear();
         self.positions.clear();
+        self.lengths.clear();
         self.row_tables.clear();
         self.tables.clear();
         self.shared.clear();
         self.outputs.clear();
     }
 
-    /// Adds the next tokens of a sequence, the first at position `start`; `blocks` is its table.
-    pub fn push(&mut self, ids: &[u32], start: usize, blocks: &[u32]) {
+    /// Adds the next tokens of a sequence of which `known` tokens are known by now, the first at
+    /// position `start`; `blocks` is its table.
+    pub fn push(&mut self, ids: &[u32], start: usize, known: usize, blocks: &[u32]) {
         let table = self.tables.len()..self.tables.len() + blocks.len();
         self.tables.extend_from_slice(blocks);
         for (offset, id) in ids.iter().enumerate() {
             self.ids.push(*id);
             // Positions are below the context length, which config.json keeps below 2^28.
             self.positions.push(u32::try_from(start + offset).unwrap_or(u32::MAX));
+            self.lengths.push(u32::try_from(known).unwrap_or(u32::MAX));
             self.row_tables.push(table.clone());
         }
     }
@@ -195,7 +229,16 @@ pub trait Backend: Send + Sync + Sized + 'static {
     );
 
     /// `x / sqrt(mean(x^2) + epsilon) * weight` for each row.
-    fn rms_norm(&self, x: (&Self::Buffer, usize), weight: &Self::Buffer, epsilon: f32, out: &mut Self::Buffer);
+    fn rms_norm(&self, x: (&Self::Buffer, usize), norm: (&Self::Buffer, f32), out: &mut Self::Buffer, write: Write);
+
+    /// The same for each query and each key of a fused buffer, in place; their weights.
+    fn norm_heads(
+        &self,
+        qkv: (&mut Self::Buffer, usize),
+        heads: &Heads,
+        weights: (&Self::Buffer, &Self::Buffer),
+        epsilon: f32,
+    );
 
     /// `(x - mean) / sqrt(variance + epsilon) * weight + bias` for each row.
     fn layer_norm(
@@ -206,14 +249,14 @@ pub trait Backend: Send + Sync + Sized + 'static {
         out: &mut Self::Buffer,
     );
 
-    /// Rotates queries and keys of a fused buffer in place; `table` holds, for each position,
-    /// `width / 2` cosines and as many sines.
-    fn rotate(&self, qkv: &mut Self::Buffer, batch: &Batch, heads: &Heads, table: &Self::Buffer);
+    /// Rotates queries and keys of a fused buffer in place.
+    fn rotate(&self, qkv: &mut Self::Buffer, batch: &Batch, heads: &Heads, angles: &Angles<Self::Buffer>);
 
     /// Writes the keys and values of a fused buffer to their places in the cache.
     fn store(&self, cache: &mut Self::Cache, layer: usize, qkv: &Self::Buffer, rows: (&Batch, &Heads));
 
-    /// Causal attention of each row's queries over its sequence's keys and values.
+    /// Causal attention of each row's queries over its sequence's keys and values, as far back as
+    /// the heads' window.
     fn attend(&self, layer: (&Self::Cache, usize), qkv: &Self::Buffer, rows: (&Batch, &Heads), out: &mut Self::Buffer);
 
     /// `activation(x)` for rows of `width`.
@@ -224,4 +267,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Copies the chosen rows of `width` to the front of `out`.
     fn pick(&self, x: &Self::Buffer, rows: &[u32], width: usize, out: &mut Self::Buffer);
+
+    /// Adds row `i` of `x` times `rows[i].1` to row `rows[i].0` of `out`, for rows of `width`.
+    fn add_rows(&self, x: &Self::Buffer, rows: &[(u32, f32)], width: usize, out: &mut Self::Buffer);
+
+    /// Multiplies the first `length` values.
+    fn scale(&self, x: &mut Self::Buffer, length: usize, factor: f32);
+
+    /// `cap * tanh(x / cap)` of the first `length` values.
+    fn cap(&self, x: &mut Self::Buffer, length: usize, cap: f32);
 }

@@ -54,7 +54,7 @@ fn logits(decoder: &mut Decoder<Cpu>, ids: &[u32], chunk: usize) -> Vec<f32> {
     let mut last = Vec::new();
     for part in ids.chunks(chunk) {
         batch.clear();
-        batch.push(part, start, &table(3));
+        batch.push(part, start, ids.len(), &table(3));
         batch.want_logits();
         start += part.len();
         last = decoder.forward(&batch).to_vec();
@@ -103,7 +103,7 @@ fn greedy_tokens_are_those_of_transformers() {
             let mut batch = Batch::default();
             while greedy.len() < case.greedy_ids.len() {
                 batch.clear();
-                batch.push(&[next], ids.len(), &table(3));
+                batch.push(&[next], ids.len(), ids.len() + 1, &table(3));
                 batch.want_logits();
                 ids.push(next);
                 next = best(decoder.forward(&batch));
@@ -139,7 +139,7 @@ fn logits_do_not_depend_on_neighbours_or_stale_blocks() {
         poison.fill(f32::NAN);
         let mut batch = Batch::default();
         for (index, case) in (0..).zip(&cases[..3]) {
-            batch.push(&case.input_ids, 0, &table(index * 12));
+            batch.push(&case.input_ids, 0, case.input_ids.len(), &table(index * 12));
             batch.want_logits();
         }
         let vocabulary = decoder.vocabulary();
@@ -166,7 +166,7 @@ fn logits_do_not_depend_on_the_lane() {
                 let mut batches = [0, 1].map(|index| {
                     let mut batch = Batch::default();
                     let ids = &sequences[index][start..length.min(start + chunk)];
-                    batch.push(ids, start, &table([3, 20][index]));
+                    batch.push(ids, start, length, &table([3, 20][index]));
                     batch.want_logits();
                     (batch, &alone[index])
                 });

@@ -371,7 +371,7 @@ fn fill(batch: &mut Batch, shares: &[Share<'_>], schedule: &Schedule) {
     batch.clear();
     for Share { slice, sequence } in shares {
         let ids = &sequence.ids[slice.start..slice.start + slice.tokens];
-        batch.push(ids, slice.start, schedule.table(slice.id));
+        batch.push(ids, slice.start, sequence.ids.len(), schedule.table(slice.id));
         batch.share(|block| schedule.is_shared(block));
         batch.want_logits_of(slice.outputs);
     }

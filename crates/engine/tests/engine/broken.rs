@@ -60,14 +60,32 @@ fn the_type_of_a_model_decides_where_no_architecture_stands() {
 
 #[test]
 fn what_is_not_supported_is_named() {
-    check_config("qwen2", "use_sliding_window", json!(true), "use_sliding_window is true");
     check_config("qwen2", "hidden_act", json!("quick_gelu"), "hidden_act is quick_gelu; supported");
     check_config("qwen2", "quantization_config", json!({"bits": 4}), "quantization_config is set");
     check_config("gpt2", "add_cross_attention", json!(true), "add_cross_attention is true");
-    let yarn = json!({"type": "yarn", "factor": 4.0});
-    check_config("qwen2", "rope_scaling", yarn, "rope_scaling has type yarn; supported are");
+    check_config("gemma2", "use_bidirectional_attention", json!(true), "use_bidirectional_attention is true");
+    let chunks = json!(["chunked_attention", "full_attention"]);
+    check_config("qwen2", "layer_types", chunks, "layer_types has \"chunked_attention\"");
     let windows = json!(["sliding_attention", "full_attention"]);
-    check_config("qwen2", "layer_types", windows, "layer_types has \"sliding_attention\"");
+    check_config("qwen2", "layer_types", windows.clone(), "has \"sliding_attention\", but no window is set");
+    check_config("llama2", "layer_types", windows.clone(), "has \"sliding_attention\", which is not supported here");
+    check_config("mistral", "layer_types", windows, "has \"full_attention\" where all layers have a window");
+}
+
+#[test]
+fn a_rotation_that_is_not_supported_is_named() {
+    let check = |scaling: Value, expected: &str| check_config("llama2", "rope_scaling", scaling, expected);
+    check(json!({"type": "dynamic", "factor": 4.0}), "rope_scaling has type dynamic; supported are");
+    check(json!({"type": "linear"}), "rope_scaling has no factor");
+    check(json!({"type": "linear", "factor": 0}), "factor is 0, not a positive number");
+    check(json!({"rope_type": "llama3", "factor": 8.0}), "rope_scaling has no low_freq_factor");
+    check(
+        json!({"rope_type": "longrope", "long_factor": [1.0]}),
+        "rope_scaling has no short_factor of 8 positive numbers",
+    );
+    check(json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5");
+    check(json!({"full_attention": {"rope_type": "default"}}), "differs between layer types");
+    check(json!("linear"), "rope_scaling is not an object");
 }
 
 #[test]
@@ -79,6 +97,10 @@ fn wrong_numbers_are_named() {
     check_config("qwen2", "head_dim", json!(15), "head_dim is 15");
     check_config("gpt2", "n_head", json!(5), "n_head is 5");
     check_config("qwen2", "rms_norm_eps", json!(-1), "rms_norm_eps is -1");
+    check_config("mistral", "sliding_window", json!(0), "sliding_window is 0");
+    check_config("mixtral", "num_experts_per_tok", json!(5), "num_experts_per_tok is 5, but there are 4 experts");
+    check_config("gemma2", "attn_logit_softcapping", json!(-50), "attn_logit_softcapping is -50");
+    check_config("gemma2", "layer_types", json!(["full_attention"]), "layer_types has 1 entries for 2 layers");
 }
 
 #[test]
@@ -94,9 +116,13 @@ fn an_end_token_that_is_none_is_named() {
 fn a_shape_that_does_not_fit_names_the_tensor() {
     let expected = "tensor model.embed_tokens.weight has shape [640, 64], config.json asks for [641, 64]";
     check_config("qwen2", "vocab_size", json!(641), expected);
-    check_config("qwen2", "num_hidden_layers", json!(3), "model.layers.2.self_attn.q_proj.weight is missing");
+    check_config("llama2", "num_hidden_layers", json!(3), "model.layers.2.self_attn.q_proj.weight is missing");
     check_config("gpt2", "n_inner", json!(100), "transformer.h.0.mlp.c_fc.weight has shape");
     check_config("qwen2", "tie_word_embeddings", json!(false), "tensor lm_head.weight is missing");
+    check_config("mixtral", "num_local_experts", json!(5), "block_sparse_moe.gate.weight has shape [4, 64]");
+    check_config("mixtral", "num_experts_per_tok", json!(0), "num_experts_per_tok is 0");
+    check_config("qwen3", "head_dim", json!(64), "tensor model.layers.0.self_attn.q_proj.weight has shape");
+    check_config("llama3", "attention_bias", json!(true), "tensor model.layers.0.self_attn.q_proj.bias is missing");
 }
 
 #[test]

@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use crate::{engine, fixture, greedy, submit};
 
-const FIXTURES: [&str; 4] = ["qwen2", "gpt2", "qwen2-untied", "gpt2-odd"];
+const FIXTURES: &[&str] =
+    &["gemma2", "gpt2", "gpt2-odd", "llama2", "llama3", "mistral", "mixtral", "qwen2", "qwen2-untied", "qwen3"];
 
 fn reference(name: &str) -> Value {
     let bytes = std::fs::read(fixture(name).join("reference.json")).unwrap();

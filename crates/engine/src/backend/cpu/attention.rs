@@ -2,7 +2,8 @@
 //!
 //! Never here: a product whose shape depends on the chunk or on other sequences. A row walks over
 //! its own blocks from first to last: all scores, their maximum, all exponentials and their sum,
-//! then the weighted values, each in a fixed order. Rows and heads are independent, so they may be
+//! then the weighted values, each in a fixed order. With a window it begins at the block of the
+//! first token that it sees; where that is depends on its position alone. Rows and heads are independent, so they may be
 //! computed on any thread; the query heads that share a key head take a block while it is near.
 
 use std::ops::Range;
@@ -128,7 +129,7 @@ impl Cache {
             arch.dispatch(Attend {
                 cache: (self, layer),
                 table: &batch.tables[batch.row_tables[row].clone()],
-                tokens: batch.positions[row] as usize + 1,
+                tokens: heads.seen(batch.positions[row]),
                 head,
                 heads: *heads,
                 queries,
@@ -136,7 +137,7 @@ impl Cache {
                 out,
             });
         };
-        let tokens: usize = batch.positions.iter().map(|position| *position as usize + 1).sum();
+        let tokens: usize = batch.positions.iter().map(|position| heads.seen(*position).len()).sum();
         if threads(2 * tokens * heads.queries * heads.width) == 1 {
             let mut scores = Vec::new();
             out.chunks_mut(group).enumerate().for_each(|(i, out)| each(&mut scores, i, out));
@@ -150,8 +151,8 @@ impl Cache {
 struct Attend<'a> {
     cache: (&'a Cache, usize),
     table: &'a [u32],
-    /// How many tokens the row sees, itself included.
-    tokens: usize,
+    /// The positions that the row sees, its own at the end.
+    tokens: Range<usize>,
     head: usize,
     heads: Heads,
     queries: &'a [f32],
@@ -165,13 +166,17 @@ impl WithSimd for Attend<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let width = self.heads.width;
-        let stride = self.tokens.next_multiple_of(BLOCK_TOKENS);
+        let first_block = self.tokens.start / BLOCK_TOKENS;
+        let end_block = self.tokens.end.div_ceil(BLOCK_TOKENS);
+        // From here on positions count from the first token of the first block.
+        let tokens = self.tokens.start % BLOCK_TOKENS..self.tokens.end - first_block * BLOCK_TOKENS;
+        let stride = (end_block - first_block) * BLOCK_TOKENS;
         let length = self.queries.len() / width * stride;
         if self.scores.len() < length {
             self.scores.resize(length, 0.0);
         }
         let (cache, layer) = self.cache;
-        let blocks = || self.table.iter().take(stride / BLOCK_TOKENS).enumerate();
+        let blocks = || self.table[first_block..end_block].iter().enumerate();
         let scores = &mut self.scores[..length];
         for (index, block) in blocks() {
             let (keys, _) = cache.block(*block, layer).0[self.heads.range(self.head)].as_chunks();
@@ -179,19 +184,22 @@ impl WithSimd for Attend<'_> {
             for (query, scores) in rows {
                 let scores = &mut scores[index * BLOCK_TOKENS..][..BLOCK_TOKENS];
                 score(simd, query, keys, self.heads.scale, scores);
+                if let Some(cap) = self.heads.cap {
+                    scores.iter_mut().for_each(|score| *score = math::cap(*score, cap));
+                }
             }
         }
         self.out.fill(0.0);
         for scores in scores.chunks_exact_mut(stride) {
-            normalise(scores, self.tokens);
+            normalise(scores, &tokens);
         }
         for (index, block) in blocks() {
             let first = index * BLOCK_TOKENS;
-            let tokens = BLOCK_TOKENS.min(self.tokens - first);
+            let end = (first + BLOCK_TOKENS).min(tokens.end);
             let values = &cache.block(*block, layer).1[self.heads.range(self.head)];
             let rows = self.out.chunks_exact_mut(width).zip(scores.chunks_exact(stride));
             for (out, weights) in rows {
-                add_values(simd, &weights[first..first + tokens], values, out);
+                add_values(simd, &weights[first..end], values, out);
             }
         }
     }
@@ -203,6 +211,12 @@ impl Heads {
     fn range(&self, head: usize) -> Range<usize> {
         let size = self.width * BLOCK_TOKENS;
         head * size..(head + 1) * size
+    }
+
+    /// The positions that the row at a position sees.
+    fn seen(&self, position: u32) -> Range<usize> {
+        let end = position as usize + 1;
+        end.saturating_sub(self.window.unwrap_or(end))..end
     }
 }
 
@@ -233,17 +247,19 @@ fn score<S: Simd>(simd: S, query: &[f32], keys: &[[f32; BLOCK_TOKENS]], scale: f
     }
 }
 
-/// Turns the scores of the first `tokens` tokens into weights that sum to 1; those behind them
-/// (left over from the last block) become 0.
+/// Turns the scores of these tokens into weights that sum to 1; those before and behind them (of
+/// the first and the last block) become 0.
 #[inline(always)]
-fn normalise(scores: &mut [f32], tokens: usize) {
-    scores[tokens..].fill(f32::NEG_INFINITY);
+fn normalise(scores: &mut [f32], tokens: &Range<usize>) {
+    scores[..tokens.start].fill(f32::NEG_INFINITY);
+    scores[tokens.end..].fill(f32::NEG_INFINITY);
     // A NaN may be passed over here; it shows up in the exponentials.
     let largest = math::largest(scores);
     for score in &mut *scores {
         *score = math::exp(*score - largest);
     }
-    scores[tokens..].fill(0.0);
+    scores[..tokens.start].fill(0.0);
+    scores[tokens.end..].fill(0.0);
     let share = 1.0 / math::sum(scores, |x, sum| x + sum);
     for score in scores {
         *score *= share;

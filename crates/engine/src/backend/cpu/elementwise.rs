@@ -6,6 +6,7 @@
 
 use pulp::NullaryFnOnce;
 
+use crate::backend::Write;
 use crate::config::Activation;
 use crate::math;
 
@@ -15,6 +16,7 @@ pub(super) struct RmsNorm<'a> {
     pub(super) weight: &'a [f32],
     pub(super) epsilon: f32,
     pub(super) out: &'a mut [f32],
+    pub(super) write: Write,
 }
 
 impl NullaryFnOnce for RmsNorm<'_> {
@@ -22,12 +24,40 @@ impl NullaryFnOnce for RmsNorm<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { x, weight, epsilon, out } = self;
-        let scale = 1.0 / (math::sum(x, |x, sum| x.mul_add(x, sum)) / length(x) + epsilon).sqrt();
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * weight;
+        let Self { x, weight, epsilon, out, write } = self;
+        let scale = rms_scale(x, epsilon);
+        let values = x.iter().zip(weight).map(|(x, weight)| x * scale * weight);
+        match write {
+            Write::Set => out.iter_mut().zip(values).for_each(|(out, value)| *out = value),
+            Write::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
         }
     }
+}
+
+/// Root mean square norms of heads that share their weights, in place.
+pub(super) struct NormHeads<'a> {
+    pub(super) heads: &'a mut [f32],
+    pub(super) weight: &'a [f32],
+    pub(super) epsilon: f32,
+}
+
+impl NullaryFnOnce for NormHeads<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for head in self.heads.chunks_exact_mut(self.weight.len()) {
+            let scale = rms_scale(head, self.epsilon);
+            for (x, weight) in head.iter_mut().zip(self.weight) {
+                *x = *x * scale * weight;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn rms_scale(x: &[f32], epsilon: f32) -> f32 {
+    1.0 / (math::sum(x, |x, sum| x.mul_add(x, sum)) / length(x) + epsilon).sqrt()
 }
 
 /// Layer norm of a row.
@@ -54,10 +84,12 @@ impl NullaryFnOnce for LayerNorm<'_> {
     }
 }
 
-/// Rotates each head of a row: its first half with its second, by the angles whose cosines and
-/// sines are given.
+/// Rotates each head of a row: as many of its first values as there are angles, their first half
+/// with their second, by the angles whose cosines and sines are given.
 pub(super) struct Rotate<'a> {
     pub(super) heads: &'a mut [f32],
+    /// Width of a head.
+    pub(super) width: usize,
     pub(super) angles: &'a [f32],
 }
 
@@ -67,8 +99,8 @@ impl NullaryFnOnce for Rotate<'_> {
     #[inline(always)]
     fn call(self) {
         let (cosines, sines) = self.angles.split_at(self.angles.len() / 2);
-        for head in self.heads.chunks_exact_mut(self.angles.len()) {
-            let (first, second) = head.split_at_mut(cosines.len());
+        for head in self.heads.chunks_exact_mut(self.width) {
+            let (first, second) = head[..self.angles.len()].split_at_mut(cosines.len());
             for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(cosines.iter().zip(sines)) {
                 let (x, y) = (*a, *b);
                 *a = x.mul_add(*cos, -(y * sin));
@@ -115,6 +147,41 @@ impl NullaryFnOnce for ActivateGated<'_> {
         Activate { activation, x, out: &mut *out }.call();
         for (out, up) in out.iter_mut().zip(self.up) {
             *out *= up;
+        }
+    }
+}
+
+/// Adds a row times a factor.
+pub(super) struct AddScaled<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) factor: f32,
+    pub(super) out: &'a mut [f32],
+}
+
+impl NullaryFnOnce for AddScaled<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            *out = x.mul_add(self.factor, *out);
+        }
+    }
+}
+
+/// Keeps values between a cap and its negative.
+pub(super) struct Cap<'a> {
+    pub(super) x: &'a mut [f32],
+    pub(super) cap: f32,
+}
+
+impl NullaryFnOnce for Cap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for x in self.x {
+            *x = math::cap(*x, self.cap);
         }
     }
 }

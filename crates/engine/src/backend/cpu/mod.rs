@@ -15,11 +15,11 @@ use pulp::Arch;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::backend::{Backend, Batch, Dense, Heads, Write};
+use crate::backend::{Angles, Backend, Batch, Dense, Heads, Write};
 use crate::config::Activation;
 use crate::error::LoadError;
 pub use attention::Cache;
-use elementwise::{Activate, ActivateGated, LayerNorm, RmsNorm, Rotate};
+use elementwise::{Activate, ActivateGated, AddScaled, Cap, LayerNorm, NormHeads, RmsNorm, Rotate};
 pub use product::Packed;
 
 /// Below so many multiply-adds a second thread costs more than it gives: waking one takes some
@@ -185,11 +185,33 @@ impl Backend for Cpu {
         PACKED_ROWS.set(packed);
     }
 
-    fn rms_norm(&self, (x, rows): (&Vec<f32>, usize), weight: &Vec<f32>, epsilon: f32, out: &mut Vec<f32>) {
+    fn rms_norm(
+        &self,
+        (x, rows): (&Vec<f32>, usize),
+        (weight, epsilon): (&Vec<f32>, f32),
+        out: &mut Vec<f32>,
+        write: Write,
+    ) {
         let (arch, width) = (self.arch, weight.len());
         for_rows(&mut out[..rows * width], width, 4 * rows * width, |row, out| {
             let x = &x[row * width..][..width];
-            arch.dispatch(RmsNorm { x, weight, epsilon, out });
+            arch.dispatch(RmsNorm { x, weight, epsilon, out, write });
+        });
+    }
+
+    fn norm_heads(
+        &self,
+        (qkv, rows): (&mut Vec<f32>, usize),
+        heads: &Heads,
+        (queries, keys): (&Vec<f32>, &Vec<f32>),
+        epsilon: f32,
+    ) {
+        let (arch, stride) = (self.arch, heads.qkv_width());
+        for_rows(&mut qkv[..rows * stride], stride, 4 * rows * stride, |_, qkv| {
+            let (query_part, rest) = qkv.split_at_mut(heads.queries * heads.width);
+            arch.dispatch(NormHeads { heads: query_part, weight: queries, epsilon });
+            let key_part = &mut rest[..heads.keys * heads.width];
+            arch.dispatch(NormHeads { heads: key_part, weight: keys, epsilon });
         });
     }
 
@@ -207,13 +229,13 @@ impl Backend for Cpu {
         });
     }
 
-    fn rotate(&self, qkv: &mut Vec<f32>, batch: &Batch, heads: &Heads, table: &Vec<f32>) {
+    fn rotate(&self, qkv: &mut Vec<f32>, batch: &Batch, heads: &Heads, angles: &Angles<Vec<f32>>) {
         let (arch, width, stride) = (self.arch, heads.width, heads.qkv_width());
         let rotated = (heads.queries + heads.keys) * width;
         let rows = batch.rows();
         for_rows(&mut qkv[..rows * stride], stride, 4 * rows * stride, |row, qkv| {
-            let angles = &table[batch.positions[row] as usize * width..][..width];
-            arch.dispatch(Rotate { heads: &mut qkv[..rotated], angles });
+            let angles = &angles.table[angles.start(batch, row)..][..angles.width];
+            arch.dispatch(Rotate { heads: &mut qkv[..rotated], width, angles });
         });
     }
 
@@ -251,5 +273,22 @@ impl Backend for Cpu {
         for (row, out) in rows.iter().zip(out.chunks_mut(width)) {
             out.copy_from_slice(&x[*row as usize * width..][..width]);
         }
+    }
+
+    fn add_rows(&self, x: &Vec<f32>, rows: &[(u32, f32)], width: usize, out: &mut Vec<f32>) {
+        for ((row, factor), x) in rows.iter().zip(x.chunks_exact(width)) {
+            let out = &mut out[*row as usize * width..][..width];
+            self.arch.dispatch(AddScaled { x, factor: *factor, out });
+        }
+    }
+
+    fn scale(&self, x: &mut Vec<f32>, length: usize, factor: f32) {
+        x[..length].iter_mut().for_each(|x| *x *= factor);
+    }
+
+    fn cap(&self, x: &mut Vec<f32>, length: usize, cap: f32) {
+        const PART: usize = 4096;
+        let arch = self.arch;
+        for_rows(&mut x[..length], PART, 16 * length, |_, x| arch.dispatch(Cap { x, cap }));
     }
 }
