@@ -217,6 +217,13 @@ impl Schedule {
         }
     }
 
+    /// Has a running sequence computed again from its beginning, in its blocks.
+    pub fn restart(&mut self, id: RequestId) {
+        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.computed = 0;
+        }
+    }
+
     /// Takes a sequence out, waiting or running; its blocks are free at once. `tokens` are all that were computed well, by
     /// which they may be found again. Returns whether it was there.
     pub fn remove(&mut self, id: RequestId, tokens: &[u32]) -> bool {

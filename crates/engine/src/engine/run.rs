@@ -290,6 +290,14 @@ impl Runner {
     fn record(&mut self, step: &Step, time: Duration) {
         self.schedule.commit(step);
         let mut shares = shares(step, &mut self.sequences);
+        if let Some(longest) = self.forward.restarts_after() {
+            // Computed with what holds for shorter texts, and now known to be longer.
+            for Share { slice, sequence } in &shares {
+                if slice.samples && slice.start + slice.tokens == longest && sequence.ids.len() > longest {
+                    self.schedule.restart(slice.id);
+                }
+            }
+        }
         let tokens: usize = shares.iter().map(Share::tokens).sum();
         let time = time / u32::try_from(tokens).unwrap_or(u32::MAX);
         for share in &mut shares {

@@ -32,7 +32,8 @@ fn together(engine: &Engine, requests: &[Request]) -> Vec<Completion> {
 
 #[test]
 fn texts_alone_are_texts_in_a_batch_under_any_budget() {
-    for name in ["qwen2", "gpt2", "qwen2-untied", "gpt2-odd"] {
+    let families = ["gemma2", "gemma3", "llama-yarn", "mistral", "mixtral", "phi3-long", "qwen3-moe"];
+    for name in ["qwen2", "gpt2", "qwen2-untied", "gpt2-odd"].into_iter().chain(families) {
         let requests = requests();
         let engine_alone = engine(name, 512);
         let alone: Vec<Completion> =

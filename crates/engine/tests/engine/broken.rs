@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use genmill_engine::config::Config;
 use genmill_engine::{LoadOptions, Model, ModelPaths};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -101,6 +102,49 @@ fn wrong_numbers_are_named() {
     check_config("mixtral", "num_experts_per_tok", json!(5), "num_experts_per_tok is 5, but there are 4 experts");
     check_config("gemma2", "attn_logit_softcapping", json!(-50), "attn_logit_softcapping is -50");
     check_config("gemma2", "layer_types", json!(["full_attention"]), "layer_types has 1 entries for 2 layers");
+}
+
+/// Every field of config.json, replaced by values that are none: an error that names
+/// the file or another model, never a panic.
+#[test]
+fn no_value_in_a_config_panics() {
+    let values = [
+        json!(null),
+        json!(-1),
+        json!(0),
+        json!(1),
+        json!(3),
+        json!(1_u64 << 28),
+        json!(u64::MAX),
+        json!(0.37),
+        json!(1e300),
+        json!(true),
+        json!("x"),
+        json!([]),
+        json!([1, "x"]),
+        json!({}),
+        json!({"type": "yarn"}),
+        json!({"rope_type": "yarn", "factor": 1e300, "original_max_position_embeddings": 1_u64 << 28}),
+        json!({"rope_type": "llama3", "factor": 1e-300, "low_freq_factor": 1.0, "high_freq_factor": 1e300}),
+    ];
+    for name in ["gemma3-nested", "gpt2", "llama-yarn", "phi3-long", "qwen3-moe-step"] {
+        let config: Value = serde_json::from_slice(&fs::read(fixture(name).join("config.json")).unwrap()).unwrap();
+        let folder = TempDir::new().unwrap();
+        for path in ["", "/text_config"] {
+            let Some(fields) = config.pointer(path).and_then(Value::as_object) else { continue };
+            let more = ["rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"];
+            for field in fields.keys().map(String::as_str).chain(more) {
+                for value in &values {
+                    let mut config = config.clone();
+                    config.pointer_mut(path).unwrap()[field] = value.clone();
+                    fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+                    if let Err(error) = Config::read(folder.path()) {
+                        assert!(error.to_string().contains("config.json"), "{error}");
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -24,6 +24,16 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
+/// The names of all fixtures.
+fn fixtures() -> Vec<String> {
+    let entries = std::fs::read_dir(fixture("")).unwrap().map(|entry| entry.unwrap().path());
+    let folders = entries.filter(|path| path.is_dir());
+    let mut names: Vec<String> = folders.map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect();
+    names.sort();
+    assert!(names.len() >= 20);
+    names
+}
+
 fn load(folder: &Path) -> Model {
     let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
     Model::load(&paths, &LoadOptions { threads: 2 }).unwrap()

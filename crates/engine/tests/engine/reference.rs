@@ -3,10 +3,7 @@
 use genmill_engine::{ChatMessage, FinishReason};
 use serde_json::Value;
 
-use crate::{engine, fixture, greedy, submit};
-
-const FIXTURES: &[&str] =
-    &["gemma2", "gpt2", "gpt2-odd", "llama2", "llama3", "mistral", "mixtral", "qwen2", "qwen2-untied", "qwen3"];
+use crate::{engine, fixture, fixtures, greedy, submit};
 
 fn reference(name: &str) -> Value {
     let bytes = std::fs::read(fixture(name).join("reference.json")).unwrap();
@@ -15,7 +12,7 @@ fn reference(name: &str) -> Value {
 
 #[test]
 fn greedy_texts_are_those_of_transformers() {
-    for name in FIXTURES {
+    for name in &fixtures() {
         let engine = engine(name, 64);
         for case in reference(name)["cases"].as_array().unwrap() {
             let request = greedy(case["prompt"].as_str().unwrap(), 24);
@@ -32,14 +29,18 @@ fn greedy_texts_are_those_of_transformers() {
 
 #[test]
 fn chats_are_rendered_as_transformers_renders_them() {
-    let reference = &reference("qwen2")["chat"];
-    let messages: Vec<ChatMessage> = reference["messages"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|message| ChatMessage::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap()))
-        .collect();
-    let engine = engine("qwen2", 64);
-    let rendered = engine.card().render_chat(&messages, &[], 0).unwrap();
-    assert_eq!(rendered, reference["rendered"].as_str().unwrap());
+    let mut rendered = 0;
+    for name in &fixtures() {
+        let reference = &reference(name)["chat"];
+        let Some(messages) = reference["messages"].as_array() else { continue };
+        let messages: Vec<ChatMessage> = messages
+            .iter()
+            .map(|message| ChatMessage::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap()))
+            .collect();
+        let engine = engine(name, 64);
+        let text = engine.card().render_chat(&messages, &[], 0).unwrap();
+        assert_eq!(text, reference["rendered"].as_str().unwrap(), "{name}");
+        rendered += 1;
+    }
+    assert_eq!(rendered, 7);
 }

@@ -289,6 +289,28 @@ fn those_who_begin_alike_compute_the_beginning_once() {
 }
 
 #[test]
+fn a_sequence_can_begin_anew_in_its_blocks() {
+    let limits = Limits { step_tokens: 8, max_sequences: 4 };
+    let mut schedule = Schedule::new(100);
+    let id = RequestId::new(1);
+    schedule.add(id, 9, 50).unwrap();
+    let mut slices = |restart: bool| {
+        let step = schedule.next(&limits);
+        schedule.commit(&step);
+        if restart {
+            schedule.restart(id);
+        }
+        step.slices.iter().map(|s| (s.start, s.tokens, s.samples)).collect::<Vec<_>>()
+    };
+    assert_eq!(slices(false), [(0, 8, false)]);
+    assert_eq!(slices(true), [(8, 1, true)]);
+    assert_eq!(slices(false), [(0, 8, false)]);
+    assert_eq!(slices(false), [(8, 2, true)]);
+    assert_eq!(slices(false), [(10, 1, true)]);
+    assert_eq!(schedule.free_blocks(), 100 - Blocks::for_tokens(59));
+}
+
+#[test]
 fn decoding_goes_on_while_a_long_prompt_is_prefilled() {
     let limits = Limits { step_tokens: 8, max_sequences: 4 };
     let mut schedule = Schedule::new(100, true);
