@@ -88,25 +88,31 @@ impl Window {
 mod tests {
     use std::path::Path;
 
+    use serde_json::{Value, json};
+
     use super::*;
 
     /// A tokenizer in the way of SentencePiece: a leading space is dropped, bytes are joined.
     fn sentence_pieces() -> Words {
+        words_with(json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]}))
+    }
+
+    fn words_with(decoder: Value) -> Words {
         let tokens = ["▁This", "▁is", "▁", "a", "<0xE4>", "<0xBD>", "<0xA0>", "<s>", "<0x0A>", "<0xFF>", "<0x20>"];
         let vocabulary: serde_json::Map<_, _> =
             tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
-        let json = serde_json::json!({
+        let json = json!({
             "version": "1.0",
             "added_tokens": [{
                 "id": 7, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
                 "normalized": false, "special": true,
             }],
-            "decoder": {"type": "Sequence", "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ]},
+            "decoder": decoder,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": true},
         });
         Words::load(Path::new("t"), json.to_string().as_bytes()).unwrap()
@@ -161,9 +167,20 @@ mod tests {
     /// Any tokens in any order, up to the length from which bytes are no longer held.
     #[test]
     fn random_tokens_stream_to_the_text_of_all_at_once() {
-        let words = sentence_pieces();
+        let replace = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+        let (bytes, fuse) = (json!({"type": "ByteFallback"}), json!({"type": "Fuse"}));
+        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+        let words = [
+            sentence_pieces(),
+            // Gemma's, which keeps the first space.
+            words_with(json!({"type": "Sequence", "decoders": [replace, bytes, fuse]})),
+            // That of Llama's first conversions.
+            words_with(json!({"type": "Sequence", "decoders": [bytes, metaspace]})),
+            words_with(metaspace),
+            words_with(json!(null)),
+        ];
         let mut state = 1_u32;
-        for _ in 0..2000 {
+        for words in words.iter().cycle().take(5000) {
             let mut next = || {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 state >> 16

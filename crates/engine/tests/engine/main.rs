@@ -5,6 +5,7 @@
 
 mod batch;
 mod broken;
+mod defaults;
 mod reference;
 mod requests;
 mod sampler;
