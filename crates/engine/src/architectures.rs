@@ -35,6 +35,8 @@ pub struct Architecture {
     pub model_type: &'static str,
     /// Where the numbers stand in config.json when they are an object inside of it.
     pub section: Option<&'static str>,
+    /// Whether the tokenizer may lie as vocab.json and merges.txt.
+    pub tokenizer_in_pairs: bool,
     /// What may stand before every weight name; the first under which the embedding is found holds.
     pub prefixes: &'static [&'static str],
     /// The token embedding.

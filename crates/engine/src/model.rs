@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::architectures::Architecture;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::chat::{ChatMessage, ChatTemplate};
@@ -15,7 +16,7 @@ use crate::config::{Config, Fields};
 use crate::decoder::{Decoder, Forward};
 use crate::engine::Prompt;
 use crate::error::LoadError;
-use crate::text::{EncodeError, Special, TokenStream, Words};
+use crate::text::{EncodeError, Special, TokenStream, Words, pairs};
 use crate::tools::{Call, Tool};
 use crate::weights::Weights;
 
@@ -136,7 +137,7 @@ impl Model {
         let config = Config::read(&paths.model_path)?;
         let mut weights = Weights::open(&paths.model_path)?;
         weights.hash_bytes(&read(&paths.model_path.join("config.json"))?);
-        let front = Front::read(paths, &mut weights)?;
+        let front = Front::read(paths, config.architecture, &mut weights)?;
         let decoder = Decoder::load(Cpu::new(options.threads)?, config.clone(), &mut weights)?;
         let fingerprint = Fingerprint {
             model: weights.finish(),
@@ -282,13 +283,17 @@ struct Front {
 }
 
 impl Front {
-    fn read(paths: &ModelPaths, weights: &mut Weights) -> Result<Self, LoadError> {
+    fn read(paths: &ModelPaths, architecture: &Architecture, weights: &mut Weights) -> Result<Self, LoadError> {
         let path = paths.tokenizer_path.as_ref().unwrap_or(&paths.model_path);
         let (folder, file) = match path.extension() {
             Some(end) if end == "json" => (path.parent().unwrap_or(path), path.clone()),
             _ => (path.as_path(), path.join("tokenizer.json")),
         };
-        let bytes = read(&file)?;
+        let in_pairs = architecture.tokenizer_in_pairs && !file.exists();
+        let bytes = match if in_pairs { pairs::tokenizer_json(folder)? } else { None } {
+            Some(bytes) => bytes,
+            None => read(&file)?,
+        };
         weights.hash_bytes(&bytes);
         let words = Words::load(&file, &bytes)?;
         let settings = match folder.join("tokenizer_config.json") {

@@ -3,6 +3,7 @@
 //! Never here: chat templates, logits. The pieces that a stream gives out, joined, are the text:
 //! what the tokenizer would decode from all tokens at once, cut before a stop string.
 
+pub(crate) mod pairs;
 mod window;
 
 use std::path::Path;

@@ -7,6 +7,7 @@ use super::{Architecture, Bias, HeadDim, Inner, Key, Keys, KvHeads, Mlp, Norm, O
 pub(super) const GPT2: Architecture = Architecture {
     name: "GPT2LMHeadModel",
     model_type: "gpt2",
+    tokenizer_in_pairs: true,
     prefixes: &["transformer.", ""],
     embedding: "wte.weight",
     layer: "h",

@@ -10,6 +10,7 @@ pub(super) const LLAMA: Architecture = Architecture {
     name: "LlamaForCausalLM",
     model_type: "llama",
     section: None,
+    tokenizer_in_pairs: false,
     prefixes: &["model.", ""],
     embedding: "embed_tokens.weight",
     scaled_embedding: false,

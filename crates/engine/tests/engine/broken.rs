@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::{fixture, load};
 
 /// A copy of a fixture, to be broken.
-fn copy(name: &str) -> TempDir {
+pub(crate) fn copy(name: &str) -> TempDir {
     let folder = TempDir::new().unwrap();
     for entry in fs::read_dir(fixture(name)).unwrap() {
         let path = entry.unwrap().path();

@@ -1,9 +1,11 @@
 //! Every fixture's texts and rendered chats, as transformers gave them.
 
+use genmill_engine::text::Special;
 use genmill_engine::{ChatMessage, FinishReason};
 use serde_json::Value;
 
-use crate::{engine, fixture, fixtures, greedy, submit};
+use crate::broken::copy;
+use crate::{engine, fixture, fixtures, greedy, load, submit};
 
 fn reference(name: &str) -> Value {
     let bytes = std::fs::read(fixture(name).join("reference.json")).unwrap();
@@ -24,6 +26,34 @@ fn greedy_texts_are_those_of_transformers() {
             let full = completion.completion_tokens == 24;
             assert_eq!(completion.reason == FinishReason::Length, full);
         }
+    }
+}
+
+/// GPT-2's own files instead of a tokenizer.json: the same tokens and texts.
+#[test]
+fn a_tokenizer_in_two_files_is_the_same() {
+    let folder = copy("gpt2");
+    let path = folder.path().join("tokenizer.json");
+    let tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    std::fs::remove_file(path).unwrap();
+    let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+    write("vocab.json", tokenizer["model"]["vocab"].to_string());
+    let merges = tokenizer["model"]["merges"].as_array().unwrap().iter().map(|merge| match merge.as_array() {
+        Some(pair) => format!("{} {}\n", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        None => format!("{}\n", merge.as_str().unwrap()),
+    });
+    write("merges.txt", format!("#version: 0.2\n{}", merges.collect::<String>()));
+    let (model, whole) = (load(folder.path()), load(&fixture("gpt2")));
+    let prompts = reference("gpt2")["cases"].as_array().unwrap().clone();
+    for case in prompts.iter().map(|case| case["prompt"].as_str().unwrap()).chain(["one<|endoftext|>two"]) {
+        let [ids, expected] = [&model, &whole].map(|model| model.card().encode(case, Special::Add).unwrap());
+        assert_eq!(ids, expected);
+        let texts = [&model, &whole].map(|model| {
+            let mut stream = model.card().stream();
+            let text: String = ids.iter().map(|id| stream.push(*id)).collect();
+            text + &stream.finish()
+        });
+        assert_eq!(texts[0], texts[1]);
     }
 }
 
