@@ -163,7 +163,7 @@ impl Config {
     /// Which of the rotations a layer has.
     #[must_use]
     pub fn rope(&self, layer: usize) -> usize {
-        usize::from(self.ropes.len() > 1 && self.windows.reach(layer))
+        usize::from(self.ropes.len() > 1 && self.windows.are_in(layer))
     }
 }
 

@@ -244,9 +244,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn layer_norm(
         &self,
         x: (&Self::Buffer, usize),
-        weight_and_bias: (&Self::Buffer, &Self::Buffer),
-        epsilon: f32,
+        norm: (&Self::Buffer, &Self::Buffer, f32),
         out: &mut Self::Buffer,
+        write: Write,
     );
 
     /// Rotates queries and keys of a fused buffer in place.

@@ -60,7 +60,7 @@ impl Windows {
 
     /// Whether a layer is one of those with a window.
     #[must_use]
-    pub fn reach(&self, layer: usize) -> bool {
+    pub fn are_in(&self, layer: usize) -> bool {
         match &self.layers {
             Layers::From(first) => layer >= *first,
             Layers::AllButEvery(every) => !(layer + 1).is_multiple_of(*every),
@@ -71,7 +71,7 @@ impl Windows {
     /// How many tokens a row of a layer sees, itself included, where that is limited.
     #[must_use]
     pub fn tokens(&self, layer: usize) -> Option<usize> {
-        self.tokens.filter(|_| self.reach(layer))
+        self.tokens.filter(|_| self.are_in(layer))
     }
 }
 

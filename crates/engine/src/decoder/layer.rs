@@ -246,11 +246,10 @@ impl<B: Backend> NormWeights<B> {
         Ok(Self { weight: backend.upload(weight), bias, epsilon: config.norm_epsilon })
     }
 
-    /// Norms with a bias always set; no family adds their result.
     pub(super) fn forward(&self, backend: &B, x: (&B::Buffer, usize), out: &mut B::Buffer, write: Write) {
         match &self.bias {
             None => backend.rms_norm(x, (&self.weight, self.epsilon), out, write),
-            Some(bias) => backend.layer_norm(x, (&self.weight, bias), self.epsilon, out),
+            Some(bias) => backend.layer_norm(x, (&self.weight, bias, self.epsilon), out, write),
         }
     }
 }

@@ -26,11 +26,7 @@ impl NullaryFnOnce for RmsNorm<'_> {
     fn call(self) {
         let Self { x, weight, epsilon, out, write } = self;
         let scale = rms_scale(x, epsilon);
-        let values = x.iter().zip(weight).map(|(x, weight)| x * scale * weight);
-        match write {
-            Write::Set => out.iter_mut().zip(values).for_each(|(out, value)| *out = value),
-            Write::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
-        }
+        put(x.iter().zip(weight).map(|(x, weight)| x * scale * weight), out, write);
     }
 }
 
@@ -67,6 +63,7 @@ pub(super) struct LayerNorm<'a> {
     pub(super) bias: &'a [f32],
     pub(super) epsilon: f32,
     pub(super) out: &'a mut [f32],
+    pub(super) write: Write,
 }
 
 impl NullaryFnOnce for LayerNorm<'_> {
@@ -74,13 +71,12 @@ impl NullaryFnOnce for LayerNorm<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { x, weight, bias, epsilon, out } = self;
+        let Self { x, weight, bias, epsilon, out, write } = self;
         let mean = math::sum(x, |x, sum| x + sum) / length(x);
         let square = |x: f32, sum: f32| (x - mean).mul_add(x - mean, sum);
         let scale = 1.0 / (math::sum(x, square) / length(x) + epsilon).sqrt();
-        for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-            *out = ((x - mean) * scale).mul_add(*weight, *bias);
-        }
+        let values = x.iter().zip(weight).zip(bias);
+        put(values.map(|((x, weight), bias)| ((x - mean) * scale).mul_add(*weight, *bias)), out, write);
     }
 }
 
@@ -183,6 +179,14 @@ impl NullaryFnOnce for Cap<'_> {
         for x in self.x {
             *x = math::cap(*x, self.cap);
         }
+    }
+}
+
+#[inline(always)]
+fn put(values: impl Iterator<Item = f32>, out: &mut [f32], write: Write) {
+    match write {
+        Write::Set => out.iter_mut().zip(values).for_each(|(out, value)| *out = value),
+        Write::Add => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
     }
 }
 

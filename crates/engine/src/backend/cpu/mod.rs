@@ -218,14 +218,14 @@ impl Backend for Cpu {
     fn layer_norm(
         &self,
         (x, rows): (&Vec<f32>, usize),
-        (weight, bias): (&Vec<f32>, &Vec<f32>),
-        epsilon: f32,
+        (weight, bias, epsilon): (&Vec<f32>, &Vec<f32>, f32),
         out: &mut Vec<f32>,
+        write: Write,
     ) {
         let (arch, width) = (self.arch, weight.len());
         for_rows(&mut out[..rows * width], width, 4 * rows * width, |row, out| {
             let x = &x[row * width..][..width];
-            arch.dispatch(LayerNorm { x, weight, bias, epsilon, out });
+            arch.dispatch(LayerNorm { x, weight, bias, epsilon, out, write });
         });
     }
 
