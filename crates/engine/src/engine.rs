@@ -355,8 +355,10 @@ impl Engine {
         let (commands, receiver) = sync_channel(2 * options.places());
         let load = Arc::new(Load::default());
         let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
-        let runner =
-            run::Runner::new(forward, Schedule::new(blocks, options.prefix_cache), limits, Arc::clone(&load), receiver);
+        // Keys that depend on how long their sequence gets are no beginning for another.
+        let keeps_prefixes = options.prefix_cache && forward.restarts_after().is_none();
+        let schedule = Schedule::new(blocks, keeps_prefixes);
+        let runner = run::Runner::new(forward, schedule, limits, Arc::clone(&load), receiver);
         let thread = std::thread::Builder::new()
             .name("genmill-engine".to_owned())
             .spawn(move || runner.run())

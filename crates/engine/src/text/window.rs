@@ -6,7 +6,7 @@
 
 use crate::text::{Kind, Words};
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Window {
     ids: Vec<u32>,
     /// How many of `ids` were given out; they stay as the neighbours of what follows.

@@ -291,9 +291,9 @@ fn those_who_begin_alike_compute_the_beginning_once() {
 #[test]
 fn a_sequence_can_begin_anew_in_its_blocks() {
     let limits = Limits { step_tokens: 8, max_sequences: 4 };
-    let mut schedule = Schedule::new(100);
+    let mut schedule = Schedule::new(100, false);
     let id = RequestId::new(1);
-    schedule.add(id, 9, 50).unwrap();
+    schedule.add(id, plain(0..9, 50)).unwrap();
     let mut slices = |restart: bool| {
         let step = schedule.next(&limits);
         schedule.commit(&step);
