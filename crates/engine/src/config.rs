@@ -106,15 +106,20 @@ impl Config {
             path if path.exists() => Some(Fields::read(path)?),
             _ => None,
         };
-        let architecture = architecture(&fields)?;
-        refuse_quantised(&fields)?;
+        Self::of(&fields, generation.as_ref())
+    }
+
+    /// Reads what stands in these files.
+    pub(crate) fn of(fields: &Fields, generation: Option<&Fields>) -> Result<Self, LoadError> {
+        let architecture = architecture(fields)?;
+        refuse_quantised(fields)?;
         let section = architecture.section.map(|name| fields.section(name)).transpose()?;
-        let numbers = section.as_ref().unwrap_or(&fields);
+        let numbers = section.as_ref().unwrap_or(fields);
         refuse(numbers, architecture)?;
         let mut config = shape(numbers, architecture)?;
         // This one belongs to the whole, as transformers has it.
         config.tied = fields.flag("tie_word_embeddings", architecture.tied)?;
-        let sources: Vec<&Fields> = generation.iter().chain([&fields]).chain(&section).collect();
+        let sources: Vec<&Fields> = generation.into_iter().chain([fields]).chain(&section).collect();
         config.end_tokens = end_tokens(&sources, architecture)?;
         config.begin_token = sources.iter().filter_map(|source| source.get("bos_token_id")).find_map(token);
         Ok(config)
@@ -200,6 +205,11 @@ impl Fields {
     /// Whether a field stands there, be it null.
     pub(crate) fn has(&self, field: &str) -> bool {
         self.map.contains_key(field)
+    }
+
+    /// What a file would say that was read in another form.
+    pub(crate) fn of(path: &Path, value: &Value) -> Self {
+        Self { path: path.to_owned(), map: value.as_object().cloned().unwrap_or_default() }
     }
 
     /// The value of a field; null counts as absent, as in transformers.

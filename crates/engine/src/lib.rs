@@ -1,6 +1,7 @@
 //! The inference engine: tokens, KV blocks, weights, kernels and continuous batching.
 //!
-//! Never here: jobs, Redis, HTTP, money, async. A [`Model`] is loaded from a Hugging Face folder,
+//! Never here: jobs, Redis, HTTP, money, async. A [`Model`] is loaded from a Hugging Face folder or
+//! a GGUF file,
 //! an [`Engine`] owns it on one thread, requests go in through [`Engine::submit`] and events come
 //! out through the sink given with each request.
 //!
@@ -14,10 +15,12 @@ pub mod config;
 mod decoder;
 pub mod engine;
 mod error;
+mod gguf;
 pub mod kv;
 mod linear;
 mod math;
 pub mod model;
+pub mod quantized;
 pub mod rope;
 pub mod sampler;
 pub mod schedule;

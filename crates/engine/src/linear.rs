@@ -3,8 +3,9 @@
 //! Never here: arithmetic (that is the backend's) or names (those are the architecture's).
 
 use crate::architectures::Orientation;
-use crate::backend::{Backend, Dense, Write};
+use crate::backend::{Backend, Write};
 use crate::error::LoadError;
+use crate::quantized::Rows;
 use crate::weights::Weights;
 
 /// `y = x W^T + b`.
@@ -38,22 +39,22 @@ impl<B: Backend> Linear<B> {
     ) -> Result<Self, LoadError> {
         let whole = [outputs.iter().sum()];
         let sizes = if stored.names.len() == 1 { &whole } else { outputs };
-        let mut values = Vec::new();
+        let mut joined: Option<Rows> = None;
         let mut bias = Vec::new();
         for (name, size) in stored.names.iter().zip(sizes) {
             let name = format!("{}{name}", stored.prefix);
-            let rows = weights.projection(&format!("{name}.weight"), *size, inputs, stored.orientation)?;
+            let rows = weights.rows(&format!("{name}.weight"), *size, inputs, stored.orientation)?;
             // The first part moves in without a copy.
-            if values.is_empty() {
-                values = rows;
-            } else {
-                values.extend(rows);
-            }
+            joined = Some(match joined {
+                None => rows,
+                Some(above) => above.append(rows),
+            });
             if stored.bias {
                 bias.extend(weights.vector(&format!("{name}.bias"), &[*size])?);
             }
         }
-        let matrix = backend.matrix(Dense { outputs: whole[0], inputs, values });
+        let rows = joined.unwrap_or_else(|| Rows::Dense(Vec::new()));
+        let matrix = rows.into_matrix(backend, whole[0], inputs);
         Ok(Self { matrix, bias: stored.bias.then(|| backend.upload(bias)) })
     }
 
@@ -65,8 +66,8 @@ impl<B: Backend> Linear<B> {
         outputs: usize,
         inputs: usize,
     ) -> Result<Self, LoadError> {
-        let values = weights.vector(name, &[outputs, inputs])?;
-        Ok(Self { matrix: backend.matrix(Dense { outputs, inputs, values }), bias: None })
+        let rows = weights.rows(name, outputs, inputs, Orientation::OutIn)?;
+        Ok(Self { matrix: rows.into_matrix(backend, outputs, inputs), bias: None })
     }
 
     /// `out = x W^T + b`, or `out += x W^T + b`.

@@ -1,4 +1,4 @@
-//! A model: a folder in Hugging Face layout, loaded and ready for an engine.
+//! A model: a folder in Hugging Face layout or a GGUF file, loaded and ready for an engine.
 //!
 //! Never here: steps, requests. The tokenizer, the chat template and what the model says of itself
 //! are its card, which many threads may read while the engine's thread owns the weights.
@@ -16,6 +16,7 @@ use crate::config::{Config, Fields};
 use crate::decoder::{Decoder, Forward};
 use crate::engine::Prompt;
 use crate::error::LoadError;
+use crate::gguf::Gguf;
 use crate::text::{EncodeError, Special, TokenStream, Words, pairs};
 use crate::tools::{Call, Tool};
 use crate::weights::Weights;
@@ -23,10 +24,11 @@ use crate::weights::Weights;
 /// Where a model lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelPaths {
-    /// The folder with config.json and the safetensors files.
+    /// The folder with config.json and the safetensors files, or a GGUF file (any part of a split one), or a folder
+    /// with one.
     pub model_path: PathBuf,
     /// A folder with tokenizer.json (and tokenizer_config.json), or that file itself; the model's
-    /// folder when absent.
+    /// own when absent.
     pub tokenizer_path: Option<PathBuf>,
 }
 
@@ -129,14 +131,27 @@ pub struct ModelCard {
 }
 
 impl Model {
-    /// Loads a model onto the CPU: all weights, converted to float32.
+    /// Loads a model onto the CPU: float weights as float32, quantised ones as they are.
     ///
     /// # Errors
     /// Whatever is missing, malformed or unsupported, naming file and tensor or field.
     pub fn load(paths: &ModelPaths, options: &LoadOptions) -> Result<Self, LoadError> {
-        let config = Config::read(&paths.model_path)?;
-        let mut weights = Weights::open(&paths.model_path)?;
-        weights.hash_bytes(&read(&paths.model_path.join("config.json"))?);
+        let (config, mut weights) = match Gguf::find(&paths.model_path) {
+            Some(path) => {
+                let gguf = Gguf::open(&path)?;
+                let config = Config::of(&Fields::of(gguf.path(), gguf.config()), None)?;
+                let text = gguf.config().to_string();
+                let mut weights = Weights::of_gguf(gguf);
+                weights.hash_bytes(text.as_bytes());
+                (config, weights)
+            }
+            None => {
+                let config = Config::read(&paths.model_path)?;
+                let mut weights = Weights::open(&paths.model_path)?;
+                weights.hash_bytes(&read(&paths.model_path.join("config.json"))?);
+                (config, weights)
+            }
+        };
         let front = Front::read(paths, config.architecture, &mut weights)?;
         let decoder = Decoder::load(Cpu::new(options.threads)?, config.clone(), &mut weights)?;
         let fingerprint = Fingerprint {
@@ -155,6 +170,16 @@ impl Model {
     #[must_use]
     pub fn card(&self) -> &Arc<ModelCard> {
         &self.card
+    }
+
+    /// The same model with sequences of at most so many tokens.
+    #[must_use]
+    pub fn with_context_limit(mut self, tokens: usize) -> Self {
+        // Nobody else has the card yet.
+        if let Some(card) = Arc::get_mut(&mut self.card) {
+            card.context_tokens = card.context_tokens.min(tokens.max(1));
+        }
+        self
     }
 
     pub(crate) fn into_parts(self) -> (Arc<ModelCard>, Box<dyn Forward>) {
@@ -284,6 +309,14 @@ struct Front {
 
 impl Front {
     fn read(paths: &ModelPaths, architecture: &Architecture, weights: &mut Weights) -> Result<Self, LoadError> {
+        if paths.tokenizer_path.is_none()
+            && let Some(gguf) = weights.gguf()
+        {
+            let path = gguf.path().to_owned();
+            let bytes = gguf.tokenizer()?.to_string().into_bytes();
+            let settings = Fields::of(&path, &gguf.tokenizer_config()?);
+            return Self::of((&path, &path), &bytes, Some(&settings), weights);
+        }
         let path = paths.tokenizer_path.as_ref().unwrap_or(&paths.model_path);
         let (folder, file) = match path.extension() {
             Some(end) if end == "json" => (path.parent().unwrap_or(path), path.clone()),
@@ -294,16 +327,25 @@ impl Front {
             Some(bytes) => bytes,
             None => read(&file)?,
         };
-        weights.hash_bytes(&bytes);
-        let words = Words::load(&file, &bytes)?;
         let settings = match folder.join("tokenizer_config.json") {
             path if path.exists() => Some(Fields::read(path)?),
             _ => None,
         };
-        let special_tokens = settings.as_ref().map(special_tokens).unwrap_or_default();
+        Self::of((folder, &file), &bytes, settings.as_ref(), weights)
+    }
+
+    fn of(
+        (folder, file): (&Path, &Path),
+        bytes: &[u8],
+        settings: Option<&Fields>,
+        weights: &mut Weights,
+    ) -> Result<Self, LoadError> {
+        weights.hash_bytes(bytes);
+        let words = Words::load(file, bytes)?;
+        let special_tokens = settings.map(special_tokens).unwrap_or_default();
         let turn_end =
             special_tokens.iter().find(|(name, _)| name == "eos_token").and_then(|(_, token)| words.token(token));
-        let chat = match chat_source(folder, settings.as_ref())? {
+        let chat = match chat_source(folder, settings)? {
             Some((path, source)) => {
                 weights.hash_bytes(source.as_bytes());
                 Some(ChatTemplate::compile(&path, &source, special_tokens)?)

@@ -1,4 +1,4 @@
-//! The one weight source: safetensors files, single or sharded, as float32 values.
+//! The one weight source: safetensors files, single or sharded, as float32 values, or a GGUF model.
 //!
 //! Never here: what the weights are for. Tensors are read one at a time with plain reads, not
 //! mapped: a file that changes or shrinks while it is read gives an error, never a fault, and no
@@ -17,6 +17,8 @@ use sha2::{Digest, Sha256};
 use crate::architectures::Orientation;
 use crate::config::Fields;
 use crate::error::LoadError;
+use crate::gguf::Gguf;
+use crate::quantized::Rows;
 
 /// An opened checkpoint.
 pub(crate) struct Weights {
@@ -24,6 +26,8 @@ pub(crate) struct Weights {
     shards: Vec<Shard>,
     /// Tensor name to shard and place in it.
     tensors: BTreeMap<String, (usize, TensorInfo)>,
+    /// The other kind of checkpoint, in place of the files above.
+    gguf: Option<Gguf>,
     hash: Sha256,
 }
 
@@ -42,26 +46,69 @@ impl Weights {
     /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names, and
     /// reads their headers.
     pub(crate) fn open(folder: &Path) -> Result<Self, LoadError> {
-        let mut weights =
-            Self { folder: folder.to_owned(), shards: Vec::new(), tensors: BTreeMap::new(), hash: Sha256::new() };
+        let mut weights = Self::empty(folder);
         for path in files(folder)? {
             weights.add(path)?;
         }
         Ok(weights)
     }
 
+    /// The weights of a GGUF model.
+    pub(crate) fn of_gguf(gguf: Gguf) -> Self {
+        let weights = Self::empty(gguf.path());
+        Self { gguf: Some(gguf), ..weights }
+    }
+
+    fn empty(path: &Path) -> Self {
+        Self { folder: path.to_owned(), shards: Vec::new(), tensors: BTreeMap::new(), gguf: None, hash: Sha256::new() }
+    }
+
+    /// The GGUF model, when it is one.
+    pub(crate) fn gguf(&self) -> Option<&Gguf> {
+        self.gguf.as_ref()
+    }
+
     /// Whether a tensor of that name exists.
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.gguf.as_ref().map_or_else(|| self.tensors.contains_key(name), |gguf| gguf.has(name))
+    }
+
+    /// A projection or an embedding as it is stored: `outputs` rows of `inputs`, quantised where the file has it so.
+    pub(crate) fn rows(
+        &mut self,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+        orientation: Orientation,
+    ) -> Result<Rows, LoadError> {
+        match self.gguf {
+            // GGUF has all projections in one orientation.
+            Some(_) => self.rows_of_gguf(name, &[outputs, inputs]),
+            None => self.projection(name, outputs, inputs, orientation).map(Rows::Dense),
+        }
+    }
+
+    fn rows_of_gguf(&mut self, name: &str, shape: &[usize]) -> Result<Rows, LoadError> {
+        let hash = &mut self.hash;
+        let missing = || LoadError::MissingTensor { path: self.folder.clone(), tensor: name.to_owned() };
+        let gguf = self.gguf.as_mut().ok_or_else(missing)?;
+        gguf.rows(name, shape, &mut |dtype, bytes| {
+            hash.update(name.as_bytes());
+            hash.update(format!("{dtype}{shape:?}"));
+            hash.update(bytes);
+        })
     }
 
     /// A tensor as float32 values in row-major order; it must have that shape.
     pub(crate) fn vector(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>, LoadError> {
+        if self.gguf.is_some() {
+            return self.rows_of_gguf(name, shape).map(Rows::into_values);
+        }
         self.convert(name, shape, |tensor| tensor.flatten_all()?.to_vec1())
     }
 
     /// A projection as float32 values, `outputs` rows of `inputs`, however it is stored.
-    pub(crate) fn projection(
+    fn projection(
         &mut self,
         name: &str,
         outputs: usize,

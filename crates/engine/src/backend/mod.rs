@@ -15,6 +15,7 @@ use std::sync::Arc;
 use rayon::ThreadPool;
 
 use crate::config::Activation;
+use crate::quantized::Quantized;
 
 /// Row-major values on their way to a backend.
 #[derive(Debug)]
@@ -177,6 +178,12 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Takes weights over.
     fn matrix(&self, dense: Dense) -> Self::Matrix;
+
+    /// Takes quantised weights over. A backend without kernels for them keeps the values that they stand for.
+    fn quantized(&self, quantized: Quantized) -> Self::Matrix {
+        let values = quantized.values();
+        self.matrix(Dense { outputs: quantized.outputs, inputs: quantized.inputs, values })
+    }
 
     /// Takes values over.
     fn upload(&self, values: Vec<f32>) -> Self::Buffer;

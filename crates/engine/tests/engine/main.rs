@@ -6,6 +6,7 @@
 mod batch;
 mod broken;
 mod defaults;
+mod gguf;
 mod reference;
 mod requests;
 mod sampler;

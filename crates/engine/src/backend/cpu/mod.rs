@@ -7,6 +7,7 @@
 mod attention;
 mod elementwise;
 mod product;
+mod quantized;
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::backend::{Angles, Backend, Batch, Dense, Heads, Write};
 use crate::config::Activation;
 use crate::error::LoadError;
+use crate::quantized::Quantized;
 pub use attention::Cache;
 use elementwise::{Activate, ActivateGated, AddScaled, Cap, LayerNorm, NormHeads, RmsNorm, Rotate};
 pub use product::Packed;
@@ -121,6 +123,10 @@ impl Backend for Cpu {
 
     fn matrix(&self, dense: Dense) -> Packed {
         Packed::new(&dense)
+    }
+
+    fn quantized(&self, quantized: Quantized) -> Packed {
+        Packed::quantized(&quantized)
     }
 
     fn upload(&self, values: Vec<f32>) -> Vec<f32> {

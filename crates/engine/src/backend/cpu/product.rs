@@ -11,23 +11,25 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use crate::backend::cpu::quantized::{CHUNK, Chunk, QuantPanels};
 use crate::backend::cpu::{LINE, threads};
 use crate::backend::{Dense, Write};
+use crate::quantized::Quantized;
 
 /// Outputs per panel: two AVX-512 vectors or four of AVX2.
-const PANEL: usize = 32;
+pub(super) const PANEL: usize = 32;
 
 /// Most rows per tile: 12 rows by 2 vectors fill 24 of AVX-512's 32 registers with sums. Other
 /// instruction sets have half as many.
 const ROWS_MAX: usize = 12;
 
 /// The chains of a tile over one strip, two vectors wide: for each input, every row's value times
-/// the weights. Each row's two sums are variables of their own, for the compiler keeps an array of
-/// them in memory.
+/// the weights, added to what the sums have already. Each row's two sums are variables of their
+/// own, for the compiler keeps an array of them in memory.
 macro_rules! chains {
     ($simd:ident, $weights:ident, $x:ident, $strip:ident, $sums:ident;
      $rows:literal: $($row:literal $a:ident $b:ident),+) => {{
-        $(let (mut $a, mut $b) = ($simd.splat_f32s(0.0), $simd.splat_f32s(0.0));)+
+        $(let [mut $a, mut $b] = S::as_simd_f32s(&$sums[$row]).0.as_chunks::<2>().0[$strip];)+
         let (lines, _) = $weights.as_chunks::<PANEL>();
         let (columns, _) = $x.as_chunks::<$rows>();
         for (line, x) in lines.iter().zip(columns) {
@@ -48,9 +50,18 @@ macro_rules! chains {
 pub struct Packed {
     inputs: usize,
     outputs: usize,
-    /// The panels, from `start` on; the last one is filled up with zeros.
-    values: Vec<f32>,
-    start: usize,
+    panels: Panels,
+}
+
+/// The panels; the last one is filled up with zeros.
+#[derive(Debug)]
+enum Panels {
+    /// They begin at `start`.
+    Dense {
+        values: Vec<f32>,
+        start: usize,
+    },
+    Quantized(QuantPanels),
 }
 
 impl Packed {
@@ -70,7 +81,14 @@ impl Packed {
                 }
             }
         });
-        Self { inputs, outputs, values, start }
+        Self { inputs, outputs, panels: Panels::Dense { values, start } }
+    }
+
+    /// Packs quantised weights.
+    #[must_use]
+    pub fn quantized(quantized: &Quantized) -> Self {
+        let Quantized { inputs, outputs, .. } = *quantized;
+        Self { inputs, outputs, panels: Panels::Quantized(QuantPanels::new(quantized)) }
     }
 
     /// Values per row.
@@ -87,11 +105,18 @@ impl Packed {
 
     /// One row, for embeddings.
     pub(super) fn row(&self, row: usize, out: &mut [f32], write: Write) {
-        let panel = self.panel(row / PANEL);
-        for (out, values) in out.iter_mut().zip(panel.chunks_exact(PANEL)) {
-            match write {
-                Write::Set => *out = values[row % PANEL],
-                Write::Add => *out += values[row % PANEL],
+        let put = |(out, value): (&mut f32, f32)| match write {
+            Write::Set => *out = value,
+            Write::Add => *out += value,
+        };
+        match &self.panels {
+            Panels::Dense { values, start } => {
+                let panel = self.panel(&values[*start..], row / PANEL);
+                out.iter_mut().zip(panel.chunks_exact(PANEL).map(|values| values[row % PANEL])).for_each(put);
+            }
+            Panels::Quantized(panels) => {
+                let values = (0..self.inputs).map(|input| panels.weight(row, input));
+                out.iter_mut().zip(values).for_each(put);
             }
         }
     }
@@ -100,8 +125,8 @@ impl Packed {
         self.outputs.div_ceil(PANEL)
     }
 
-    fn panel(&self, index: usize) -> &[f32] {
-        &self.values[self.start + index * PANEL * self.inputs..][..PANEL * self.inputs]
+    fn panel<'a>(&self, values: &'a [f32], index: usize) -> &'a [f32] {
+        &values[index * PANEL * self.inputs..][..PANEL * self.inputs]
     }
 }
 
@@ -233,13 +258,37 @@ impl WithSimd for Share<'_> {
     fn with_simd<S: Simd>(mut self, simd: S) {
         let inputs = self.task.matrix.inputs;
         let columns = self.out.first().map_or(0, |row| row.len());
-        let mut sums = [[0.0; PANEL]; ROWS_MAX];
-        for panel in 0..columns.div_ceil(PANEL) {
-            let weights = self.task.matrix.panel(self.first_panel + panel);
-            for (first, height) in self.tiles.iter() {
-                let x = &self.x[first * inputs..][..height * inputs];
-                tile(simd, weights, x, height, &mut sums);
-                self.put(panel, first, &sums[..height]);
+        let panels = 0..columns.div_ceil(PANEL);
+        let matrix = self.task.matrix;
+        match &matrix.panels {
+            Panels::Dense { values, start } => {
+                for panel in panels {
+                    let weights = matrix.panel(&values[*start..], self.first_panel + panel);
+                    for (first, height) in self.tiles.iter() {
+                        let mut sums = [[0.0; PANEL]; ROWS_MAX];
+                        let x = &self.x[first * inputs..][..height * inputs];
+                        tile(simd, weights, x, height, &mut sums);
+                        self.put(panel, first, &sums[..height]);
+                    }
+                }
+            }
+            Panels::Quantized(quantized) => {
+                let mut chunk: Chunk = [0.0; CHUNK * PANEL];
+                let mut sums = vec![[[0.0; PANEL]; ROWS_MAX]; self.tiles.count];
+                for panel in panels {
+                    sums.fill([[0.0; PANEL]; ROWS_MAX]);
+                    for start in (0..inputs).step_by(CHUNK) {
+                        let weights = quantized.unpack(self.first_panel + panel, start, &mut chunk);
+                        let count = weights.len() / PANEL;
+                        for ((first, height), sums) in self.tiles.iter().zip(&mut sums) {
+                            let x = &self.x[first * inputs + start * height..][..count * height];
+                            tile(simd, weights, x, height, sums);
+                        }
+                    }
+                    for ((first, height), sums) in self.tiles.iter().zip(&sums) {
+                        self.put(panel, first, &sums[..height]);
+                    }
+                }
             }
         }
     }
@@ -362,11 +411,16 @@ mod tests {
         });
     }
 
+    fn archs() -> Vec<Arch> {
+        let mut all = vec![Arch::new(), Arch::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        all.extend(pulp::x86::V3::try_new().map(Arch::V3));
+        all
+    }
+
     #[test]
     fn a_row_has_the_same_bits_on_every_instruction_set() {
-        let mut others = vec![Arch::Scalar];
-        #[cfg(target_arch = "x86_64")]
-        others.extend(pulp::x86::V3::try_new().map(Arch::V3));
+        let others = archs();
         for_shapes(|matrix, bias, x, alone| {
             for arch in &others {
                 assert!(same(&run(*arch, matrix, bias, x, 33), alone), "{arch:?}");
@@ -400,6 +454,61 @@ mod tests {
                 }
             }
         });
+    }
+
+    /// Quants without a pattern; `bits` and minimums as the formats have them.
+    fn quants(outputs: usize, inputs: usize, (block, bits, minimums): (usize, u8, bool)) -> Quantized {
+        #[expect(clippy::cast_possible_truncation, reason = "values below one")]
+        let whole = noise(inputs * outputs, 5).into_iter().map(|value| (value * 127.0) as i8);
+        let (lowest, quants) = match bits {
+            4 => (-8, whole.map(|quant| quant >> 4).collect()),
+            _ => (i8::MIN, whole.collect()),
+        };
+        let blocks = inputs / block * outputs;
+        let minimums = minimums.then(|| noise(blocks, 7));
+        Quantized { outputs, inputs, block, lowest, bits, quants, scales: noise(blocks, 6), minimums }
+    }
+
+    #[test]
+    fn a_quantised_product_is_that_of_the_weights_it_stands_for_bit_for_bit() {
+        for (inputs, outputs) in [(32, 7), (64, 33), (896, 70), (4864, 40), (160, 643)] {
+            for kind in [(32, 4, false), (32, 4, true), (32, 8, false), (32, 8, true), (16, 8, false)] {
+                let quantized = quants(outputs, inputs, kind);
+                let dense = Packed::new(&Dense { outputs, inputs, values: quantized.values() });
+                let matrix = Packed::quantized(&quantized);
+                let (bias, x) = (noise(outputs, 2), noise(33 * inputs, 3));
+                for rows in [1, 2, 8, 12, 13, 33] {
+                    let x = &x[..rows * inputs];
+                    for arch in archs() {
+                        let alone = run(arch, &dense, &bias, x, rows);
+                        assert!(
+                            same(&run(arch, &matrix, &bias, x, rows), &alone),
+                            "{inputs} {outputs} {kind:?} {rows}"
+                        );
+                    }
+                }
+                for row in [0, outputs / 2, outputs - 1] {
+                    let (mut one, mut other) = (vec![0.0; inputs], vec![0.0; inputs]);
+                    matrix.row(row, &mut one, Write::Set);
+                    dense.row(row, &mut other, Write::Set);
+                    assert!(same(&one, &other));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn joined_parts_keep_their_values() {
+        let kinds = [(32, 4, false), (32, 4, true), (32, 8, true), (16, 8, false)];
+        for above in kinds {
+            for below in kinds {
+                let (mut joined, below) = (quants(3, 64, above), quants(2, 64, below));
+                let values = [joined.values(), below.values()].concat();
+                joined.append(below);
+                assert!(same(&joined.values(), &values));
+                assert!(same(&joined.reordered(|row| 4 - row).values()[..64], &values[256..]));
+            }
+        }
     }
 
     #[test]
