@@ -13,13 +13,13 @@ COUNT = 200
 FILE = Path(__file__).parent / "experiment.yaml"
 
 HEADER = """\
-# Two small models play tic-tac-toe: who names a best move more often?
+# Two small models, one of them also quantised, play tic-tac-toe: who names a best move more often?
 #
 # Each prompt is a position; `expect` lists the moves that are best by minimax (they keep the win,
 # the draw, or what a lost position has left) and `choices` all legal ones, from which the score of
 # a random player follows. Written by make_experiment.py; change it there.
 name: tictactoe
-models: [vllm_tictactoe-qwen2, hf_tictactoe-gpt2]
+models: [vllm_tictactoe-qwen2, llamacpp_tictactoe-qwen2-q8_0, hf_tictactoe-gpt2]
 request:
   max_tokens: 4
   temperature: 0

@@ -38,6 +38,7 @@ impl Mill {
             .args(&["up", "--listen", "127.0.0.1:0"])
             .env("MODELS_DIR", fixtures.to_str().unwrap())
             .env("GENMILL__GPU__DOLLARS_PER_HOUR", "3.6")
+            .env("HF_HUB_OFFLINE", "1")
             .until_ready()
             .unwrap();
         let client = Client::connect(&format!("http://{}", daemon.place("grpc"))).await.unwrap();

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: a whole mill on this machine, two tiny models, one experiment, one table.
+//! `cargo xtask demo`: a whole mill on this machine, two tiny models (one of them twice), one experiment, one table.
 
 use crate::redis;
 use crate::tool::{cargo, root, run, say};
@@ -57,7 +57,9 @@ impl Mill {
         // Settings of whoever runs the demo must not change it.
         let theirs = |name: &OsString| {
             let name = name.to_string_lossy();
-            name.starts_with("GENMILL") || ["MODELS_DIR", "MAX_TOKENS", "TEMPERATURE"].contains(&&*name)
+            name.starts_with("GENMILL")
+                || name.starts_with("HF_")
+                || ["MODELS_DIR", "MAX_TOKENS", "TEMPERATURE"].contains(&&*name)
         };
         for name in std::env::vars_os().map(|(name, _)| name).filter(theirs) {
             command.env_remove(name);

@@ -13,8 +13,16 @@ use std::path::{Path, PathBuf};
 pub const DEFAULT_FILE: &str = "genmill.toml";
 
 /// Variables that users of this field set already, and the keys they stand for.
-pub const ALIASES: &[(&str, &str)] =
-    &[("MAX_TOKENS", "scheduler.max_tokens"), ("TEMPERATURE", "scheduler.temperature"), ("MODELS_DIR", "models.root")];
+pub const ALIASES: &[(&str, &str)] = &[
+    ("MAX_TOKENS", "scheduler.max_tokens"),
+    ("TEMPERATURE", "scheduler.temperature"),
+    ("MODELS_DIR", "models.root"),
+    ("HF_ENDPOINT", "hub.endpoint"),
+    ("HF_TOKEN", "hub.token"),
+    ("HF_HOME", "hub.home"),
+    ("HF_HUB_CACHE", "hub.cache"),
+    ("HF_HUB_OFFLINE", "hub.offline"),
+];
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -34,6 +42,8 @@ pub struct Config {
     pub api: Api,
     /// Where model configuration and models lie.
     pub models: Models,
+    /// Where `hf_` models come from that are in no folder.
+    pub hub: Hub,
     /// Settings of remote providers, by name.
     pub providers: BTreeMap<String, Provider>,
 }
@@ -210,6 +220,28 @@ impl Default for Models {
     }
 }
 
+/// Where `hf_` models come from that are in no folder: the cache that all Hugging Face tools share, filled by downloads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Hub {
+    /// The hub (also `HF_ENDPOINT`).
+    pub endpoint: String,
+    /// Who asks, for gated and private models (also `HF_TOKEN`). Unset: what `hf auth login` wrote to `token` in `home`.
+    pub token: Option<Secret>,
+    /// The folder of all Hugging Face tools (also `HF_HOME`). Unset: `huggingface` in `XDG_CACHE_HOME` or `~/.cache`.
+    pub home: Option<PathBuf>,
+    /// The folder of downloaded models (also `HF_HUB_CACHE`). Unset: `hub` in `home`.
+    pub cache: Option<PathBuf>,
+    /// Whether nothing is downloaded (also `HF_HUB_OFFLINE`).
+    pub offline: bool,
+}
+
+impl Default for Hub {
+    fn default() -> Self {
+        Self { endpoint: "https://huggingface.co".to_owned(), token: None, home: None, cache: None, offline: false }
+    }
+}
+
 /// Settings of a remote provider.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -311,8 +343,11 @@ fn check(config: &Config) -> Result<(), ConfigError> {
         let problem = format!("`{}` is not of the form {forms}", mask_url(url));
         return wrong("redis.url", &problem);
     }
+    let is_http = |url: &&String| url.starts_with("http://") || url.starts_with("https://");
+    if !is_http(&&config.hub.endpoint) {
+        return wrong("hub.endpoint (HF_ENDPOINT)", "must begin with http:// or https://");
+    }
     for (name, provider) in &config.providers {
-        let is_http = |url: &&String| url.starts_with("http://") || url.starts_with("https://");
         if provider.base_url.as_ref().is_some_and(|url| !is_http(&url)) {
             return wrong(&format!("providers.{name}.base_url"), "must begin with http:// or https://");
         }
@@ -373,6 +408,15 @@ mod tests {
     fn refused(file: &str, variables: &[(&str, &str)], says: &str) {
         let error = load_with(file, variables).unwrap_err();
         assert!(error.contains(says), "{error}");
+    }
+
+    #[test]
+    fn the_variables_of_hugging_face_tools_are_understood() {
+        let variables = [("HF_HUB_OFFLINE", "1"), ("HF_TOKEN", "hf_secret"), ("HF_ENDPOINT", "http://127.0.0.1:9")];
+        let config = load_with("", &variables).unwrap();
+        assert!(config.hub.offline && config.hub.endpoint == "http://127.0.0.1:9");
+        assert!(!show(&config).unwrap().contains("hf_secret"));
+        refused("", &[("HF_ENDPOINT", "huggingface.co")], "hub.endpoint (HF_ENDPOINT)");
     }
 
     #[test]

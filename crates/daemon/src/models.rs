@@ -34,6 +34,8 @@ pub struct ListedModel {
     pub description: String,
     /// Longest input plus output in tokens, when limited by the configuration.
     pub context_tokens: Option<u64>,
+    /// Compute threads, when the configuration gives it a number of its own.
+    pub threads: Option<usize>,
     /// The file that lists it.
     pub file: PathBuf,
 }
@@ -101,6 +103,7 @@ struct Fields {
     #[serde(default)]
     description: Option<String>,
     context: Option<u64>,
+    threads: Option<usize>,
 }
 
 fn allowed(prefix: &str) -> &'static [&'static str] {
@@ -243,6 +246,7 @@ fn listed_model(prefix: &'static str, fields: Fields, file: &Path, root: Option<
         name: fields.name,
         description: fields.description.unwrap_or_default(),
         context_tokens: fields.context,
+        threads: fields.threads,
         file: file.to_owned(),
     }
 }

@@ -223,6 +223,7 @@ mod tests {
             tokenizer: None,
             description: String::new(),
             context_tokens: None,
+            threads: None,
             file: PathBuf::from("litellm_models.yaml"),
         }
     }

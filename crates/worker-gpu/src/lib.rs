@@ -2,6 +2,7 @@
 //!
 //! Never here: leases and retries (`genmill-worker`), tensors (`genmill-engine`).
 
+pub mod hub;
 pub mod load;
 mod mailbox;
 pub mod perform;

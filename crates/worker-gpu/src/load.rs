@@ -1,13 +1,14 @@
 //! From the models that a configuration lists to running engines. A model that cannot be loaded is listed with the
 //! reason, so that a request for it is refused with that reason.
 
+use crate::hub::Hub;
 use anyhow::Context as _;
 use genmill_core::controls::SAMPLES_MAX;
 use genmill_core::model::{ModelName, Prefix};
 use genmill_core::money::Picodollars;
 use genmill_core::registration::{Availability, ServedModel};
 use genmill_daemon::config::Gpu;
-use genmill_daemon::models::ListedModel;
+use genmill_daemon::models::{ListedModel, ModelPath};
 use genmill_engine::{Engine, EngineOptions, Event, LoadOptions, Model, ModelPaths, Prompt, Request};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -59,9 +60,9 @@ pub struct LocalModel {
     pub price_per_hour: Option<Picodollars>,
 }
 
-/// Loads every local model that `listed` has. Blocks for as long as reading the weights takes.
+/// Loads every local model that `listed` has. Blocks for as long as downloads and reading the weights take.
 #[must_use]
-pub fn all(listed: &[ListedModel], settings: &Settings) -> Vec<LocalModel> {
+pub fn all(listed: &[ListedModel], hub: &Hub, settings: &Settings) -> Vec<LocalModel> {
     let local = listed.iter().filter_map(|model| {
         let prefix = Prefix::find(model.prefix).filter(|prefix| !prefix.is_remote())?;
         match prefix.qualify(&model.name) {
@@ -72,12 +73,12 @@ pub fn all(listed: &[ListedModel], settings: &Settings) -> Vec<LocalModel> {
             }
         }
     });
-    local.map(|(name, model)| local_model(name, model, settings)).collect()
+    local.map(|(name, model)| local_model(name, model, hub, settings)).collect()
 }
 
-fn local_model(name: ModelName, listed: &ListedModel, settings: &Settings) -> LocalModel {
+fn local_model(name: ModelName, listed: &ListedModel, hub: &Hub, settings: &Settings) -> LocalModel {
     let begun = Instant::now();
-    let (availability, engine) = match start(listed, settings) {
+    let (availability, engine) = match start(listed, hub, settings) {
         Ok(engine) => {
             tracing::info!(model = %name, fingerprint = %engine.card().fingerprint(), took = ?begun.elapsed(), "loaded");
             (Availability::Ready, Some(Arc::new(engine)))
@@ -102,25 +103,21 @@ fn local_model(name: ModelName, listed: &ListedModel, settings: &Settings) -> Lo
     }
 }
 
-fn start(listed: &ListedModel, settings: &Settings) -> anyhow::Result<Engine> {
+fn start(listed: &ListedModel, hub: &Hub, settings: &Settings) -> anyhow::Result<Engine> {
     let path = listed.path.as_ref().context("it has no model_path")?;
-    for path in [Some(path), listed.tokenizer.as_ref()].into_iter().flatten() {
-        if !path.resolved.exists() {
-            anyhow::bail!(path.missing());
-        }
-    }
-    if path.resolved.extension().is_some_and(|extension| extension == "gguf") || listed.prefix == "llamacpp" {
-        anyhow::bail!(
-            "this version of genmill-worker-gpu reads safetensors checkpoints, not GGUF files: list a safetensors \
-             copy of the model in vllm_models.yaml or hf_models.yaml"
-        );
-    }
-    let paths = ModelPaths {
-        model_path: path.resolved.clone(),
-        tokenizer_path: listed.tokenizer.as_ref().map(|tokenizer| tokenizer.resolved.clone()),
+    let present = |path: &ModelPath| path.resolved.exists().then(|| path.resolved.clone());
+    let model_path = match listed.prefix {
+        "hf" => hub.folder(path)?,
+        _ => present(path).with_context(|| path.missing())?,
     };
-    let model =
-        Model::load(&paths, &settings.load).with_context(|| format!("cannot load {}", path.resolved.display()))?;
+    let tokenizer_path = listed.tokenizer.as_ref().map(|path| present(path).with_context(|| path.missing()));
+    let paths = ModelPaths { model_path, tokenizer_path: tokenizer_path.transpose()? };
+    let options = LoadOptions { threads: listed.threads.unwrap_or(settings.load.threads) };
+    let mut model =
+        Model::load(&paths, &options).with_context(|| format!("cannot load {}", paths.model_path.display()))?;
+    if let Some(tokens) = listed.context_tokens {
+        model = model.with_context_limit(usize::try_from(tokens).unwrap_or(usize::MAX));
+    }
     let engine = Engine::start(model, settings.engine)?;
     warm_up(&engine, settings.engine.max_sequences);
     Ok(engine)

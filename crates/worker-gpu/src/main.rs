@@ -5,12 +5,14 @@ use clap::Parser;
 use genmill_core::model::PREFIXES;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
+use genmill_worker_gpu::hub::Hub;
 use genmill_worker_gpu::load;
 use genmill_worker_gpu::perform::Performer;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// Runs local models (vllm_models.yaml, hf_models.yaml) with continuous batching, on the CPU unless built for CUDA.
+/// Runs local models (vllm_models.yaml, hf_models.yaml, llamacpp_models.yaml) with continuous batching, on the CPU
+/// unless built for CUDA.
 #[derive(Parser)]
 #[command(
     version,
@@ -35,8 +37,9 @@ fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
 async fn run(context: Context) -> anyhow::Result<()> {
     let settings = load::Settings::new(&context.config.gpu)?;
     let listed = context.models.clone();
-    let loading = tokio::task::spawn_blocking(move || load::all(&listed, &settings));
     let stop = context.shutdown.token();
+    let hub = Hub::new(&context.config.hub, &context.environment, stop.clone())?;
+    let loading = tokio::task::spawn_blocking(move || load::all(&listed, &hub, &settings));
     let models = tokio::select! {
         loaded = loading => loaded.context("loading models broke off")?,
         // Nothing is leased yet, so nothing is left behind.

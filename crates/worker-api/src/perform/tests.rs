@@ -40,6 +40,7 @@ fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Perfo
         tokenizer: None,
         description: String::new(),
         context_tokens: None,
+        threads: None,
         file: PathBuf::new(),
     };
     let settings = toml::from_str(&format!("openai = {{ base_url = '{base_url}', api_key = '{key}' }}")).unwrap();
