@@ -6,6 +6,7 @@
 
 mod check;
 mod group;
+mod guided;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use genmill_grammar::Form;
 
 use crate::chat::ChatMessage;
 use crate::decoder::Room;
@@ -129,6 +132,8 @@ pub struct Request {
     pub echo: bool,
     /// How many requests that came before it it may overtake while it waits.
     pub overtakes: u64,
+    /// The form that each text must have.
+    pub form: Option<Form>,
     /// What the chat template is told that the model may call.
     pub tools: Vec<Tool>,
     /// When to give up.
@@ -162,6 +167,7 @@ impl Request {
             logprobs: None,
             prompt_logprobs: None,
             echo: false,
+            form: None,
             tools: Vec::new(),
             deadline: None,
             now_unix_s: 0,
@@ -300,6 +306,12 @@ pub enum RequestError {
         #[source]
         source: NotFinite,
     },
+    /// The text could not be led along its form.
+    #[error("the form of the text cannot be kept: {message}")]
+    Form {
+        /// What the grammar said.
+        message: String,
+    },
     /// A step failed as a whole.
     #[error("the engine failed in a step: {message}")]
     Step {
@@ -385,6 +397,8 @@ impl Engine {
             .card
             .prompt_tokens(&request.prompt, &request.tools, request.now_unix_s)
             .map_err(|source| SubmitError::Prompt { source })?;
+        let guide = request.form.as_ref().map(|form| self.card.guide(form)).transpose();
+        let guide = guide.map_err(|reason| SubmitError::Parameter { parameter: "form", reason })?;
         let needed = self.check_length(prompt.len(), request.max_tokens)?;
         let samples = request.samples;
         self.take_places(samples, needed)?;
@@ -404,6 +418,7 @@ impl Engine {
                 sample: 0,
             },
             samples,
+            guide: guide.zip(self.card.form_end()),
             shaping: request.shaping,
             logprobs: request.logprobs,
             prompt_logprobs: request.prompt_logprobs,

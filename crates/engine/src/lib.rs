@@ -35,6 +35,7 @@ pub use engine::{
     Sink, StartError, SubmitError,
 };
 pub use error::LoadError;
+pub use genmill_grammar::Form;
 pub use model::{Fingerprint, LoadOptions, Model, ModelCard, ModelPaths, PromptError};
 pub use sampler::Scored;
 pub use shape::Shaping;

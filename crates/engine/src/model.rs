@@ -4,8 +4,9 @@
 //! are its card, which many threads may read while the engine's thread owns the weights.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use genmill_grammar::{Compiler, Form, Guide};
 use serde_json::Value;
 
 use crate::architectures::Architecture;
@@ -128,6 +129,8 @@ pub struct ModelCard {
     end_tokens: Vec<u32>,
     /// The tokenizer's own end token, which ends an assistant's turn.
     turn_end: Option<u32>,
+    /// Made when the first form is asked for.
+    compiler: OnceLock<Result<Compiler, String>>,
 }
 
 impl Model {
@@ -263,6 +266,24 @@ impl ModelCard {
         }
     }
 
+    /// What leads a text of this model along a form, see [`Compiler::compile`].
+    ///
+    /// # Errors
+    /// When the form is malformed, or the model has no end token.
+    pub(crate) fn guide(&self, form: &Form) -> Result<Guide, String> {
+        let compiler = self.compiler.get_or_init(|| {
+            let end = self.form_end().ok_or("the model has no end token")?;
+            Compiler::new(self.words.vocabulary(self.vocabulary, end)).map_err(|error| error.to_string())
+        });
+        let compiler = compiler.as_ref().map_err(Clone::clone)?;
+        compiler.compile(form).map_err(|error| error.to_string())
+    }
+
+    /// The end token that stands for all of them in masks.
+    pub(crate) fn form_end(&self) -> Option<u32> {
+        self.turn_end.or_else(|| self.end_tokens.first().copied())
+    }
+
     /// The calls of `tools` in a text of the model.
     #[must_use]
     pub fn calls(&self, text: &str, tools: &[Tool]) -> Vec<Call> {
@@ -370,6 +391,7 @@ impl Front {
             begin_token: config.begin_token,
             end_tokens,
             turn_end: self.turn_end,
+            compiler: OnceLock::new(),
         }
     }
 }

@@ -9,6 +9,7 @@ mod window;
 use std::path::Path;
 use std::sync::Arc;
 
+use genmill_grammar::{Tokenize, Vocabulary};
 use tokenizers::{DecoderWrapper, Tokenizer};
 
 use crate::error::LoadError;
@@ -142,6 +143,32 @@ impl Words {
             return String::from_utf8_lossy(table.of(id)).into_owned();
         }
         self.tokenizer.decode(&[id], false).unwrap_or_default()
+    }
+
+    /// The tokens as grammars see them: the bytes of each of the model's `count`, which ends with `end`.
+    pub(crate) fn vocabulary(&self, count: usize, end: u32) -> Vocabulary {
+        let bytes = |id| match &self.bytes {
+            Some(table) => table.of(id).to_vec(),
+            None => self.piece(id),
+        };
+        let tokens = (0..).map(bytes).take(count).collect();
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let tokenize: Tokenize = Box::new(move |text| {
+            let encoding = tokenizer.encode_fast(text, false);
+            encoding.map(|encoding| encoding.get_ids().to_owned()).unwrap_or_default()
+        });
+        // Only where tokens are byte strings is a text's beginning written like its middle.
+        Vocabulary { tokens, end, tokenize: self.bytes.is_some().then_some(tokenize) }
+    }
+
+    /// The bytes of one token of a tokenizer in the way of SentencePiece; none for special or unknown tokens.
+    fn piece(&self, id: u32) -> Vec<u8> {
+        let Some(token) = self.tokenizer.id_to_token(id) else { return Vec::new() };
+        if self.tokenizer.get_added_vocabulary().is_special_token(&token) {
+            return Vec::new();
+        }
+        let byte = token.strip_prefix("<0x").and_then(|rest| u8::from_str_radix(rest.strip_suffix('>')?, 16).ok());
+        byte.map_or_else(|| token.replace('\u{2581}', " ").into_bytes(), |byte| vec![byte])
     }
 
     /// A stream that decodes tokens as they come.

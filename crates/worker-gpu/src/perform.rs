@@ -5,13 +5,13 @@ use crate::mailbox::{Ended, Mailbox};
 use genmill_core::attempt::{
     Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Sample, TokenLogprob, Usage,
 };
-use genmill_core::controls::ToolCall;
+use genmill_core::controls::{StructuredOutput, ToolCall};
 use genmill_core::ids::JobId;
 use genmill_core::money::{Picodollars, price_of_engine_time};
 use genmill_core::registration::ServedModel;
 use genmill_core::request::{ChatMessage, Input, Priority};
 use genmill_engine::{
-    Call, Completion, Engine, ModelCard, Prompt, Request, RequestId, Scored, Shaping, SubmitError, Tool,
+    Call, Completion, Engine, Form, ModelCard, Prompt, Request, RequestId, Scored, Shaping, SubmitError, Tool,
 };
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::error::Error;
@@ -136,6 +136,7 @@ fn request(task: &Task) -> Request {
         prompt_logprobs: controls.prompt_logprobs.map(count),
         echo: controls.echo,
         overtakes: overtakes(spec.priority),
+        form: controls.structured_output.as_ref().map(form),
         tools: tools(task),
         deadline: None,
         now_unix_s: task.id.submitted_at().0 / 1_000,
@@ -149,6 +150,15 @@ const fn overtakes(priority: Priority) -> u64 {
         Priority::Interactive => 64,
         Priority::Normal => 8,
         Priority::Bulk => 0,
+    }
+}
+
+fn form(form: &StructuredOutput) -> Form {
+    match form.clone() {
+        StructuredOutput::JsonSchema(schema) => Form::JsonSchema(schema),
+        StructuredOutput::Regex(regex) => Form::Regex(regex),
+        StructuredOutput::Choice(choices) => Form::Choice(choices),
+        StructuredOutput::Lark(grammar) => Form::Lark(grammar),
     }
 }
 
@@ -169,14 +179,15 @@ const fn small(number: f64) -> f32 {
 /// Prompts up to this many bytes are tokenised where they are: it takes less than handing them to another thread.
 const SHORT_PROMPT_BYTES: usize = 4 * 1024;
 
-/// Gives the request to the engine. Tokenising a long prompt takes a while, so it has a thread of its own.
+/// Gives the request to the engine. Tokenising a long prompt or compiling a form takes a while, so it has a thread of its own.
 async fn submit(
     engine: &Arc<Engine>,
     request: Request,
     mailbox: &Arc<Mailbox>,
     prompt_bytes: usize,
 ) -> Result<RequestId, Outcome> {
-    if prompt_bytes <= SHORT_PROMPT_BYTES {
+    // Compiling a form takes as long as a long prompt.
+    if prompt_bytes <= SHORT_PROMPT_BYTES && request.form.is_none() {
         return submit_what_fits(engine, request, mailbox).map_err(|error| refused(&error));
     }
     let (engine, mailbox) = (engine.clone(), mailbox.clone());

@@ -38,6 +38,8 @@ fn shaping(request: &Request, vocabulary: usize) -> Result<(), SubmitError> {
     }
     let penalty = shaping.repetition_penalty;
     rule("repetition_penalty", penalty.is_finite() && penalty > 0.0, || format!("is {penalty}; it must be above 0"))?;
+    let free = request.form.is_none() || shaping.min_tokens == 0 && !request.ignore_end;
+    rule("form", free, || "tells where the text ends, so it cannot go with min_tokens or ignore_end".to_owned())?;
     rule("min_tokens", shaping.min_tokens <= request.max_tokens, || {
         format!("is {}, more than max_tokens {}", shaping.min_tokens, request.max_tokens)
     })?;

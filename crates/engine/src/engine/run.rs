@@ -12,9 +12,12 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
+use genmill_grammar::Guide;
+
 use crate::backend::Batch;
 use crate::decoder::{Encore, Forward, Lane, Next};
 use crate::engine::group::{self, Group, Whole};
+use crate::engine::guided::{After, Guided, Masker};
 use crate::engine::{FinishReason, Load, Output, RequestError, RequestId, Sink};
 use crate::sampler::{Sampling, Scored, Workspace, score};
 use crate::schedule::{Admitted, Arrival, Limits, Schedule, Slice, Step};
@@ -38,6 +41,8 @@ pub(super) struct Ticket {
     pub(super) overtakes: u64,
     pub(super) sampling: Sampling,
     pub(super) shaping: Shaping,
+    /// What leads each text along its form, and the token that stands for its end there.
+    pub(super) guide: Option<(Guide, u32)>,
     pub(super) logprobs: Option<usize>,
     pub(super) prompt_logprobs: Option<usize>,
     /// What each text begins with.
@@ -61,6 +66,8 @@ pub(super) struct Runner {
     commands: Receiver<Command>,
     sequences: BTreeMap<RequestId, Sequence>,
     lanes: Vec<LaneState>,
+    /// Started with the first request that wants a form.
+    masker: Option<Masker>,
     stopping: bool,
 }
 
@@ -106,6 +113,10 @@ struct Sequence {
     max_tokens: usize,
     sampling: Sampling,
     shaper: Shaper,
+    /// Where the text must have a form: what leads it, and the token that stands for its end there.
+    guided: Option<(Guided, u32)>,
+    /// Forced tokens that the schedule does not know of yet.
+    forced: usize,
     scores: Scores,
     end_tokens: Vec<u32>,
     stream: TokenStream,
@@ -151,7 +162,7 @@ impl Runner {
         commands: Receiver<Command>,
     ) -> Self {
         let (sequences, lanes) = (BTreeMap::new(), Vec::new());
-        Self { forward, schedule, limits, load, commands, sequences, lanes, stopping: false }
+        Self { forward, schedule, limits, load, commands, sequences, lanes, masker: None, stopping: false }
     }
 
     /// Runs until told to stop, or until nobody is left to tell it.
@@ -219,14 +230,25 @@ impl Runner {
             overtakes: ticket.overtakes,
             scored: false,
         };
-        let scored = ticket.prompt_logprobs.is_some();
-        for (index, sequence) in Sequence::all(ticket).into_iter().enumerate() {
+        let formed = ticket.guide.is_some();
+        if formed && self.masker.is_none() {
+            match Masker::start() {
+                Ok(masker) => self.masker = Some(masker),
+                Err(error) => tracing::error!(%error, "cannot start the thread that computes masks"),
+            }
+        }
+        for (index, sequence) in Sequence::all(ticket, self.masker.as_ref()).into_iter().enumerate() {
+            let scored = sequence.wants_all_logits();
             let id = RequestId(sequence.first.0 + index as u64);
             self.sequences.insert(id, sequence);
-            let arrival = Arrival { scored: scored && index == 0, ..arrival.clone() };
+            let arrival = Arrival { scored, ..arrival.clone() };
             if let Err(error) = self.schedule.add(id, arrival) {
                 // `submit` has checked this against the same pool.
                 self.end(id, End::Failed(RequestError::Step { message: error.to_string() }));
+            }
+            if formed && self.masker.is_none() {
+                let message = "the thread that computes masks cannot be started".to_owned();
+                self.end(id, End::Failed(RequestError::Form { message }));
             }
         }
     }
@@ -273,7 +295,9 @@ impl Runner {
         self.lanes.resize_with(count, LaneState::default);
         let parts = divide(shares(step, &mut self.sequences), tokens.div_ceil(count), count);
         let (schedule, load, vocabulary) = (&self.schedule, self.load.as_ref(), self.forward.vocabulary());
-        let alone = step.slices.iter().all(|slice| slice.samples) && schedule.runs_only(step);
+        // The schedule must hear of forced tokens before the next step.
+        let free = parts.iter().flatten().all(|share| share.sequence.guided.is_none());
+        let alone = free && step.slices.iter().all(|slice| slice.samples) && schedule.runs_only(step);
         let parts = parts.into_iter().filter(|part| !part.is_empty());
         let lanes = parts.zip(&mut self.lanes).map(|(shares, state)| {
             let LaneState { batch, workspace, ends } = state;
@@ -303,6 +327,7 @@ impl Runner {
         for share in &mut shares {
             share.sequence.engine_time += time * u32::try_from(share.tokens()).unwrap_or(u32::MAX);
             self.schedule.commit_ahead(share.slice.id, std::mem::take(&mut share.sequence.ahead));
+            self.schedule.extend(share.slice.id, std::mem::take(&mut share.sequence.forced));
         }
         let ends: Vec<_> = self.lanes.iter_mut().flat_map(|lane| lane.ends.drain(..)).collect();
         for (id, end) in ends {
@@ -450,14 +475,14 @@ impl Share<'_> {
         let mut last = None;
         for next in end - self.slice.outputs + 1..=end {
             let row = rows.next()?;
-            if let Err(error) = self.sequence.score_prompt(row, next, workspace) {
+            if let Err(error) = self.sequence.score_known(row, next, workspace) {
                 return Some(End::Failed(error));
             }
             last = Some(row);
         }
         let logits = if self.slice.samples { last? } else { return None };
         match self.sequence.sample(logits, end, workspace) {
-            Ok(token) => self.sequence.take(token).map(End::Finished),
+            Ok(token) => self.sequence.take(token),
             Err(error) => Some(End::Failed(error)),
         }
     }
@@ -465,13 +490,14 @@ impl Share<'_> {
 
 impl Sequence {
     /// The samples of a request.
-    fn all(ticket: Ticket) -> Vec<Self> {
+    fn all(ticket: Ticket, masker: Option<&Masker>) -> Vec<Self> {
         let whole = Whole {
             first_prompt_token: ticket.prompt_logprobs.and_then(|_| ticket.prompt.first().copied()),
             prompt_tokens: ticket.prompt.len(),
             submitted: ticket.submitted,
         };
         let group = Group::new(ticket.samples, whole, ticket.sink);
+        let guided = |(guide, end): &(Guide, u32)| Some((Guided::new(masker?.clone(), guide.fork()), *end));
         let sample = |sample: u32| {
             let prompt_tokens = ticket.prompt.len();
             let mut ids = Vec::with_capacity(prompt_tokens + ticket.max_tokens);
@@ -486,6 +512,8 @@ impl Sequence {
                 sampling: Sampling { sample, ..ticket.sampling },
                 shaper: Shaper::new(ticket.shaping.clone(), ticket.end_tokens.clone(), &ids),
                 ids,
+                guided: ticket.guide.as_ref().and_then(guided),
+                forced: 0,
                 scores: Scores { wanted: ticket.logprobs, wanted_of_prompt, ..Scores::default() },
                 end_tokens: ticket.end_tokens.clone(),
                 stream: ticket.stream.clone(),
@@ -502,13 +530,22 @@ impl Sequence {
         (0..).map(sample).take(ticket.samples).collect()
     }
 
-    /// Scores the prompt's token at a position by the logits before it, where that is wanted.
-    fn score_prompt(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<(), RequestError> {
-        if let Some(top) = self.scores.wanted_of_prompt
-            && position < self.prompt_tokens
-        {
-            let scored = score(logits, self.ids[position], top, workspace);
-            self.scores.prompt.push(scored.map_err(|source| RequestError::NotFinite { position, source })?);
+    /// Whether the logits of more tokens than those sampled from are wanted: of the prompt's, or of forced ones.
+    fn wants_all_logits(&self) -> bool {
+        self.scores.wanted_of_prompt.is_some() || self.scores.wanted.is_some() && self.guided.is_some()
+    }
+
+    /// Scores the token at a position by the logits before it, when it is known already and that is wanted.
+    fn score_known(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<(), RequestError> {
+        let Some(token) = self.ids.get(position) else { return Ok(()) };
+        let (wanted, scores) = if position < self.prompt_tokens {
+            (self.scores.wanted_of_prompt, &mut self.scores.prompt)
+        } else {
+            (self.scores.wanted, &mut self.scores.generated)
+        };
+        if let Some(top) = wanted {
+            let scored = score(logits, *token, top, workspace);
+            scores.push(scored.map_err(|source| RequestError::NotFinite { position, source })?);
         }
         Ok(())
     }
@@ -516,13 +553,16 @@ impl Sequence {
     /// The token at a position.
     fn sample(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<u32, RequestError> {
         let counter = u32::try_from(position).unwrap_or(u32::MAX);
-        let chosen = if self.shaper.is_off() {
+        let chosen = if self.shaper.is_off() && self.guided.is_none() {
             self.sampling.choose(logits, counter, workspace)
         } else {
             let mut shaped = std::mem::take(&mut workspace.shaped);
             shaped.clear();
             shaped.extend_from_slice(logits);
             self.shaper.apply(&mut shaped);
+            if let Some((guided, end)) = &mut self.guided {
+                guided.apply(&mut shaped, &self.end_tokens, *end).map_err(|message| RequestError::Form { message })?;
+            }
             let chosen = self.sampling.choose(&shaped, counter, workspace);
             workspace.shaped = shaped;
             chosen
@@ -535,8 +575,34 @@ impl Sequence {
         Ok(token)
     }
 
-    /// Takes the next token; returns why the text ends with it, if it does.
-    fn take(&mut self, token: u32) -> Option<FinishReason> {
+    /// Takes the token that was chosen and those that must follow it; returns how the text ends with them, if it does.
+    fn take(&mut self, token: u32) -> Option<End> {
+        let end = self.append(token);
+        let Some((guided, _)) = &mut self.guided else { return end.map(End::Finished) };
+        if end == Some(FinishReason::Stop) {
+            return end.map(End::Finished);
+        }
+        let After { forced, whole } = match guided.take(token) {
+            Ok(after) => after,
+            Err(message) => return Some(End::Failed(RequestError::Form { message })),
+        };
+        let mut end = end;
+        let mut open = forced.len();
+        for token in forced {
+            if end.is_none() {
+                end = self.append(token);
+                (self.forced, open) = (self.forced + 1, open - 1);
+            }
+        }
+        if whole && open == 0 && end != Some(FinishReason::Stop) {
+            self.flush();
+            end = Some(FinishReason::Stop);
+        }
+        end.map(End::Finished)
+    }
+
+    /// Appends a token; returns why the text ends with it, if it does.
+    fn append(&mut self, token: u32) -> Option<FinishReason> {
         self.first_token.get_or_insert_with(Instant::now);
         self.ids.push(token);
         self.shaper.count(token);

@@ -6,6 +6,7 @@
 mod batch;
 mod broken;
 mod defaults;
+mod forms;
 mod gguf;
 mod reference;
 mod requests;
