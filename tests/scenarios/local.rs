@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
 
+#[path = "local/forms.rs"]
+mod forms;
 #[path = "local/sampling.rs"]
 mod sampling;
 

@@ -3,6 +3,7 @@
 //! Never here: running a model, Redis commands (`genmill-queue`), rules (`genmill-core`).
 
 mod facts;
+mod forms;
 mod hub;
 mod mill;
 mod rpc;

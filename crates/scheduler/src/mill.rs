@@ -1,6 +1,7 @@
 //! What every RPC works with.
 
 use crate::facts::Registrations;
+use crate::forms::Forms;
 use crate::hub::Hub;
 use genmill_core::admit::Defaults;
 use genmill_core::time::UnixMs;
@@ -17,6 +18,7 @@ pub(crate) struct Mill {
     pub(crate) queue: Queue,
     pub(crate) hub: Hub,
     pub(crate) registrations: Arc<Registrations>,
+    pub(crate) forms: Forms,
     pub(crate) defaults: Defaults,
     pub(crate) shutdown: Shutdown,
 }
@@ -24,7 +26,7 @@ pub(crate) struct Mill {
 impl Mill {
     pub(crate) fn new(queue: Queue, hub: Hub, defaults: Defaults, shutdown: Shutdown) -> Self {
         let registrations = Arc::new(Registrations::new(queue.clone()));
-        Self { queue, hub, registrations, defaults, shutdown }
+        Self { queue, hub, registrations, forms: Forms::default(), defaults, shutdown }
     }
 
     #[expect(clippy::unused_self, reason = "the clock is a part like the others")]

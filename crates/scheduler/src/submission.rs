@@ -105,7 +105,10 @@ impl Mill {
 
     async fn admit(&self, request: Request) -> Result<Result<JobSpec, Refusal>, ApiError> {
         let facts = self.registrations.about(&request.model).await?;
-        Ok(admit(request, &facts, &self.defaults, self.now(), self.random()?))
+        match admit(request, &facts, &self.defaults, self.now(), self.random()?) {
+            Ok(spec) => Ok(self.forms.check(&spec).await?.map(|()| spec).map_err(Refusal::Invalid)),
+            Err(refusal) => Ok(Err(refusal)),
+        }
     }
 
     /// A request that was accepted once stays accepted, even when nobody could serve it now.
