@@ -328,3 +328,43 @@ fn chain(error: &dyn Error) -> String {
     }
     message
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use genmill_engine::{LoadOptions, Model, ModelPaths};
+    use std::path::Path;
+
+    /// The engine's tiny model with a template that has a form of calls.
+    fn card(template: &str) -> Arc<ModelCard> {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/fixtures/qwen2");
+        let folder = tempfile::tempdir().unwrap();
+        for file in
+            ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+        {
+            std::fs::copy(fixture.join(file), folder.path().join(file)).unwrap();
+        }
+        std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        let paths = ModelPaths { model_path: folder.path().to_owned(), tokenizer_path: None };
+        Model::load(&paths, &LoadOptions { threads: 1 }).unwrap().card().clone()
+    }
+
+    #[test]
+    fn calls_in_a_text_are_told_and_named_the_same_in_every_attempt() {
+        let tool = Tool { name: "add".to_owned(), description: String::new(), parameters: String::new() };
+        let id = JobId::new(genmill_core::time::UnixMs(1), genmill_core::ids::LaneNumber(1), 7);
+        let answer = Answer { id, tools: vec![tool], card: card("{{ '<tool_call>' }}") };
+        let text = "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 1}}</tool_call>";
+        let sample = |index, reason| answer.sample(index, text.to_owned(), reason, &[]);
+        let first = sample(0, genmill_engine::FinishReason::Stop);
+        assert_eq!((first.finish_reason, first.text.as_str()), (FinishReason::ToolCalls, text));
+        let [call] = first.tool_calls.as_slice() else { panic!("{first:?}") };
+        assert_eq!((call.name.as_str(), call.arguments.as_str(), call.id.len()), ("add", "{\"a\":1}", 9));
+        assert_eq!(first, sample(0, genmill_engine::FinishReason::Stop));
+        assert_ne!(first.tool_calls[0].id, sample(1, genmill_engine::FinishReason::Stop).tool_calls[0].id);
+        assert_eq!(sample(0, genmill_engine::FinishReason::Length).finish_reason, FinishReason::Length);
+        let none = Answer { tools: Vec::new(), ..answer };
+        let plain = none.sample(0, text.to_owned(), genmill_engine::FinishReason::Stop, &[]);
+        assert_eq!((plain.finish_reason, plain.tool_calls.len()), (FinishReason::Stop, 0));
+    }
+}
