@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn what_is_no_conversation_is_told_the_form() {
         refused("Hi", "invalid type");
-        refused("{role: user, content: Hi}", "unknown key `content`");
+        refused("{content: Hi, role: user}", "unknown key `content`");
         refused("{message: []}", "did you mean `messages`?");
         refused("{messages: [{role: boss, content: Hi}]}", "messages[0].role");
         refused("{model: gpt-4, messages: []}", "unknown key `model`");
