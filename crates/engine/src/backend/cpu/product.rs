@@ -278,7 +278,7 @@ impl WithSimd for Share<'_> {
                 for panel in panels {
                     sums.fill([[0.0; PANEL]; ROWS_MAX]);
                     for start in (0..inputs).step_by(CHUNK) {
-                        let weights = quantized.unpack(self.first_panel + panel, start, &mut chunk);
+                        let weights = quantized.unpack(simd, self.first_panel + panel, start, &mut chunk);
                         let count = weights.len() / PANEL;
                         for ((first, height), sums) in self.tiles.iter().zip(&mut sums) {
                             let x = &self.x[first * inputs + start * height..][..count * height];
