@@ -824,6 +824,28 @@ async fn no_attempt_starts_before_its_time() {
 }
 
 #[tokio::test]
+async fn an_attempt_that_cannot_be_ended_costs_the_others_nothing() {
+    let mut bench = Bench::new().await;
+    bench.submit(|_| ()).await;
+    bench.submit(|_| ()).await;
+    let leases = bench.claim("w", 2).await;
+    let key = format!("test:{{{}}}:dead", bench.lane.0);
+    let mut set = redis::cmd("SET");
+    set.arg(&key).arg("no list");
+    assert!(bench.redis.nodes().iter().any(|node| ask::<()>(node, &set).is_ok()));
+    let finishes = [failed(None), done("x")];
+    let ended: Vec<Ended<'_>> = leases
+        .iter()
+        .zip(&finishes)
+        .map(|(lease, finish)| Ended { held: lease.held(), started_at: lease.started_at, finish })
+        .collect();
+    assert!(bench.queue.finish(bench.lane, &worker("w"), &ended).await.is_err());
+    let job = bench.queue.get(leases[1].id).await.unwrap();
+    assert_eq!((job.state, job.attempts.len()), (State::Succeeded, 1));
+    assert_eq!(job.generation.unwrap().text, "x");
+}
+
+#[tokio::test]
 async fn what_has_not_started_is_handed_to_an_idle_worker() {
     let mut bench = Bench::new().await;
     let first = bench.submit(|_| ()).await;

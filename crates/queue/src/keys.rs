@@ -39,6 +39,7 @@
 //! | `NS:{registry}:layout` | string | the number of this layout of keys |
 //! | `NS:{registry}:lanes` | hash | number of each lane name, `#` counts them |
 //! | `NS:{registry}:settings` | hash | `VERSION:VALUE` of each setting, `#` counts versions |
+//! | `NS:{registry}:probe` | string | nothing, for a moment: whether writes are taken |
 //! | `NS:{registry}:workers` | set | every registered worker |
 //! | `NS:{registry}:w:WORKER` | string | its registration, expiring |
 //!
@@ -162,6 +163,10 @@ impl Keys {
 
     pub(crate) fn settings(&self) -> String {
         format!("{}:{{registry}}:settings", self.namespace)
+    }
+
+    pub(crate) fn probe(&self) -> String {
+        format!("{}:{{registry}}:probe", self.namespace)
     }
 
     pub(crate) fn layout(&self) -> String {

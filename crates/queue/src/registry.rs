@@ -28,6 +28,17 @@ impl Queue {
             .map_err(|source| QueueError::from_redis("registering a worker", source))
     }
 
+    /// Whether the registry takes writes: one that is out of memory or disk answers, and forgets every worker.
+    ///
+    /// # Errors
+    /// [`QueueError`] when it does not.
+    pub async fn check_writes(&self) -> Result<(), QueueError> {
+        let mut connection = self.connection.clone();
+        let mut set = redis::cmd("SET");
+        set.arg(self.keys.probe()).arg("").arg("PX").arg(1);
+        set.query_async(&mut connection).await.map_err(|source| QueueError::from_redis("looking for workers", source))
+    }
+
     /// Takes a worker that stops out of the registry.
     ///
     /// # Errors

@@ -61,6 +61,10 @@ impl Registrations {
         let read = async move {
             sleep_until(begins_at).await;
             let live = Arc::new(queue.registrations().await.map_err(api_error)?);
+            if live.is_empty() {
+                // Perhaps there are workers, and a Redis that takes no writes has let them run out.
+                queue.check_writes().await.map_err(api_error)?;
+            }
             *cached.lock().unwrap_or_else(PoisonError::into_inner) = Some((begins_at, live.clone()));
             Ok(live)
         };

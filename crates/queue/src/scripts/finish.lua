@@ -44,8 +44,13 @@ local function finish(id, epoch, worker, started, state, ended, cost, class, mes
   return 1
 end
 
-local answer = {}
-for at = 2, #ARGV, 11 do answer[#answer + 1] = finish(unpack(ARGV, at, at + 10)) end
+-- What was collected for the others is written even where one attempt cannot be ended: Redis takes nothing back.
+local answer, problem = {}, nil
+for at = 2, #ARGV, 11 do
+  local ended, kept = pcall(finish, unpack(ARGV, at, at + 10))
+  if ended then answer[#answer + 1] = kept else problem = kept end
+end
 feed(now)
 settle()
+if problem then error(problem) end
 return answer
