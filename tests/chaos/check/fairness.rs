@@ -10,13 +10,18 @@
 //! **The bound.** Start-time fair queueing keeps the service of two flows with waiting jobs within the largest job of one
 //! plus the largest of the other. At the beginning of such a time the stream may hold a whole look-ahead of one tenant alone,
 //! fed before. So from any claim to any later one the two differ by at most (look-ahead + 2) times the largest job. The
-//! look-ahead is at most the capacity of all workers that count as live, and a worker counts until its lease ends.
+//! look-ahead is at most the capacity of all workers that count as live, and a worker counts until its lease ends. Beside
+//! that, what waits longer pays less, by 2^(1/60) for each second: a tenant whose backlog happens to be some seconds older
+//! may have a few hundredths more of all that is served.
 
 use super::Violation;
 use super::evidence::{Evidence, WorkerLife, epochs};
 use crate::chaos::history::unix_ms;
 use crate::chaos::load::STEADY;
 use genmill_client::v1;
+
+/// The part of what is served by which older jobs may be ahead: that of four seconds.
+const AGEING: u64 = 20;
 
 /// How far two tenants were apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,7 +80,7 @@ pub fn fairness(evidence: &Evidence) -> Fairness {
     steps.sort_unstable();
     let look_ahead = look_ahead(evidence);
     let (apart, compared) = compare(&steps, look_ahead);
-    Fairness { apart, bound: (look_ahead + 2) * largest, compared }
+    Fairness { apart, bound: (look_ahead + 2) * largest + compared / AGEING, compared }
 }
 
 /// Walks through a run: the largest difference, and how much was served, while both had more than `look_ahead` waiting.
@@ -165,14 +170,11 @@ mod tests {
 
     #[test]
     fn a_tenant_that_is_served_more_is_seen() {
-        // One worker with two places: the look-ahead is 2 jobs, so 4 times 63 tokens are allowed.
-        assert_eq!(fairness(&served(|_, _| 0).evidence).bound, 4 * 63);
-        check(
-            steady_tenants_are_served_alike,
-            &served(|small, large| usize::from(small > large)),
-            &["tokens apart, 252 are allowed"],
-        );
-        check(steady_tenants_are_served_alike, &served(|_, _| 1), &["tokens apart, 252 are allowed"]);
+        // One worker with two places: the look-ahead is 2 jobs, so 4 times 63 tokens are allowed, and a twentieth.
+        let fairness = fairness(&served(|_, _| 0).evidence);
+        assert_eq!(fairness.bound, 4 * 63 + fairness.compared / 20);
+        check(steady_tenants_are_served_alike, &served(|small, large| usize::from(small > large)), &["are allowed"]);
+        check(steady_tenants_are_served_alike, &served(|_, _| 1), &["are allowed"]);
     }
 
     #[test]
