@@ -31,6 +31,10 @@ const REFUSAL_BYTES_MAX: usize = 64 * 1024;
 /// answer.
 const TAIL: Duration = Duration::from_secs(5);
 
+/// In so many looks: a process that was stopped for longer than all of it finds the time over before it has read what came
+/// meanwhile, and loses one look only.
+const TAIL_LOOKS: u32 = 5;
+
 /// Calls providers.
 #[derive(Debug)]
 pub struct Performer {
@@ -222,9 +226,9 @@ impl Call<'_> {
     async fn read_stream(&mut self, mut response: Response, collected: &mut Collected) -> Ended {
         let status = response.status();
         let mut decoder = self.endpoint.dialect.decoder();
-        let mut read: usize = 0;
+        let (mut read, mut looks) = (0_usize, 0);
         while !collected.is_done() {
-            let patience = if collected.is_whole() { TAIL } else { Duration::MAX };
+            let patience = if collected.is_whole() { TAIL / TAIL_LOOKS } else { Duration::MAX };
             let events = match timeout(patience, response.chunk()).await {
                 Ok(Ok(Some(bytes))) => {
                     read += bytes.len();
@@ -235,6 +239,10 @@ impl Call<'_> {
                     break;
                 }
                 Ok(Err(error)) => return self.unreachable(&error),
+                Err(_) if looks + 1 < TAIL_LOOKS => {
+                    looks += 1;
+                    continue;
+                }
                 Err(_) => break,
             };
             if read > ANSWER_BYTES_MAX {

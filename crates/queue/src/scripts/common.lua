@@ -69,13 +69,13 @@ local function count_open(experiment, by)
 end
 
 -- A setting, or nil. Each is read once for a call, and only where there are any.
-local settings
+local settings, any_set = {}, nil
 local function setting(name)
-  if not settings then settings = redis.call('EXISTS', key('settings')) == 1 and {} or false end
-  if settings and settings[name] == nil then
+  if any_set == nil then any_set = redis.call('EXISTS', key('settings')) == 1 end
+  if any_set and settings[name] == nil then
     settings[name] = string.match(redis.call('HGET', key('settings'), name) or '', ':(.+)$') or false
   end
-  return settings and settings[name] or nil
+  return settings[name] or nil
 end
 
 local function lane_is_paused()
