@@ -208,7 +208,11 @@ pub(crate) fn lua_prelude() -> String {
         Priority::AGING_MS,
         BURIED_MS,
         r"local base = KEYS[1]
-local function key(name) return base .. ':' .. name end
+local keys = {}
+local function key(name)
+  keys[name] = keys[name] or base .. ':' .. name
+  return keys[name]
+end
 local function job_key(id) return base .. ':j:' .. id end
 local function spec_key(id) return base .. ':s:' .. id end
 local function text_key(id) return base .. ':t:' .. id end

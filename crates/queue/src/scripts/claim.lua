@@ -31,7 +31,7 @@ local function read(count)
     elseif must_wait(leaf_of(job[5])) then
       acknowledged[#acknowledged + 1] = entry[1]
       give_places(leaf_of(job[5]).tenant, 1)
-      wait_in_backlog(job[5], { backlog_entry(id, { tokens = job[4], created = job[6], group = job[7] }) })
+      wait_in_backlog(job[5], { backlog_entry(id, job[4], job[6], job[7]) })
     else
       lease(id, entry[1], (tonumber(job[2]) or 0) + 1, job[3] or '0')
       if tokens then tokens = tokens - size end

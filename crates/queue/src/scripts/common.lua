@@ -68,18 +68,20 @@ local function count_open(experiment, by)
   if experiment ~= '' then opened[experiment] = (opened[experiment] or 0) + by end
 end
 
--- A setting, or nil. Each is read once for a call, and only where there are any.
+-- The setting of a kind for a name, or nil. Each is read once for a call, and only where there are any.
 local settings, any_set = {}, nil
-local function setting(name)
+local function setting(kind, name)
   if any_set == nil then any_set = redis.call('EXISTS', key('settings')) == 1 end
-  if any_set and settings[name] == nil then
-    settings[name] = string.match(redis.call('HGET', key('settings'), name) or '', ':(.+)$') or false
+  if not any_set then return nil end
+  local full = kind .. name
+  if settings[full] == nil then
+    settings[full] = string.match(redis.call('HGET', key('settings'), full) or '', ':(.+)$') or false
   end
-  return settings[name] or nil
+  return settings[full] or nil
 end
 
 local function lane_is_paused()
-  return setting('pause/lane') ~= nil
+  return setting('pause/lane', '') ~= nil
 end
 
 -- How many jobs are in the stream or run: of a tenant, or of the lane with ''. The first never exceeds a cap, so
@@ -101,7 +103,7 @@ end
 
 -- How many more jobs may be in flight.
 local function room(tenant)
-  local cap = setting(tenant == '' and 'cap/lane' or 'cap/tenant/' .. tenant)
+  local cap = tenant == '' and setting('cap/lane', '') or tenant ~= '' and setting('cap/tenant/', tenant)
   return cap and tonumber(cap) - in_flight(tenant) or math.huge
 end
 
@@ -131,7 +133,7 @@ end
 -- Gives places back. Flows that waited for one are fed again.
 local function give_places(tenant, count)
   take_places(tenant, -count)
-  if setting('cap/tenant/' .. tenant) then
+  if setting('cap/tenant/', tenant) then
     for _, flow in ipairs(redis.call('SMEMBERS', full_key(tenant))) do stand_flow(flow) end
     redis.call('DEL', full_key(tenant))
   end
@@ -146,11 +148,10 @@ end
 -- Order and member of a job in its backlog: by acceptance; with `group`, by the start of its prefix group and in that
 -- by the five bytes before its id, which keep groups apart that started together and put the longest output first.
 -- Behind the id stand its tokens, so that feeding need not read the job.
-local function backlog_entry(id, job)
-  local tokens = math.min(tonumber(job.tokens) or 1, 16777215)
-  local member = id .. struct.pack('>I3', tokens)
-  if job.group then return string.sub(job.group, 6), string.sub(job.group, 1, 5) .. member end
-  return job.created, member
+local function backlog_entry(id, tokens, created, group)
+  local member = id .. struct.pack('>I3', math.min(tonumber(tokens) or 1, 16777215))
+  if group then return string.sub(group, 6), string.sub(group, 1, 5) .. member end
+  return created, member
 end
 
 -- The job and the tokens of a member of a backlog.
@@ -160,8 +161,8 @@ end
 
 -- Why a flow's or a leaf's jobs may not be fed: the set in which it waits until they may.
 local function held(leaf)
-  if setting('pause/tenant/' .. leaf.tenant) then return key('paused'), key('flows'), leaf.flow end
-  if leaf.experiment ~= '' and setting('pause/experiment/' .. leaf.experiment) then
+  if setting('pause/tenant/', leaf.tenant) then return key('paused'), key('flows'), leaf.flow end
+  if leaf.experiment ~= '' and setting('pause/experiment/', leaf.experiment) then
     return key('paused'), flow_key(leaf.flow), leaf.number
   end
   if room(leaf.tenant) <= 0 then return full_key(leaf.tenant), key('flows'), leaf.flow end
@@ -169,8 +170,9 @@ end
 
 -- Whether a job that was fed must not start all the same: its tenant or experiment was paused, or a cap lowered.
 local function must_wait(leaf)
-  return setting('pause/tenant/' .. leaf.tenant)
-    or (leaf.experiment ~= '' and setting('pause/experiment/' .. leaf.experiment))
+  if any_set == false then return false end
+  return setting('pause/tenant/', leaf.tenant)
+    or (leaf.experiment ~= '' and setting('pause/experiment/', leaf.experiment))
     or room(leaf.tenant) < 0
     or room('') < 0
 end
@@ -179,7 +181,7 @@ end
 -- class.
 local function charge(leaf, tokens, age_ms)
   local weight = math.min(WEIGHT_MAX, leaf.weight * 2 ^ (math.max(0, age_ms) / AGING_MS))
-  return tokens / (weight * (tonumber(setting('weight/tenant/' .. leaf.tenant)) or 100) / 100)
+  return tokens / (weight * (tonumber(setting('weight/tenant/', leaf.tenant)) or 100) / 100)
 end
 
 -- Moves waiting jobs into the stream: as many as live workers have places free, and for a claim what it has `asked`
@@ -275,20 +277,16 @@ local function stop_waiting(id, job)
   if job.state == DELAYED then
     redis.call('ZREM', key('delayed'), id)
   else
-    local _, member = backlog_entry(id, job)
+    local _, member = backlog_entry(id, job.tokens, job.created, job.group)
     if redis.call('ZREM', backlog_key(job.leaf), member) == 0 then give_places(leaf_of(job.leaf).tenant, 1) end
   end
 end
 
 -- Books an attempt that has ended: a line of the job's ledger. An empty cost is unknown, an empty class no failure.
 -- The first of a job can be written with those of others.
-local function book(id, attempt, first)
-  local line = {
-    epoch = attempt.epoch, worker = attempt.worker, started_at = attempt.started, ended_at = attempt.ended,
-    ['end'] = attempt['end'],
-  }
-  if attempt.cost and attempt.cost ~= '' then line.cost = attempt.cost end
-  if attempt.class and attempt.class ~= '' then line.failure = { class = attempt.class, message = attempt.message } end
+local function book(id, line, cost, class, message, first)
+  if cost and cost ~= '' then line.cost = cost end
+  if class and class ~= '' then line.failure = { class = class, message = message } end
   local packed = '\1' .. cmsgpack.pack(line)
   if first then write(attempts_key(id), packed) else redis.call('APPEND', attempts_key(id), packed) end
 end
@@ -333,7 +331,7 @@ local function queue_again(id, job, now, ...)
   if job.deadline and tonumber(job.deadline) <= now then return finish_job(id, job, EXPIRED, now, ...) end
   redis.call('HSET', job_key(id), 'st', QUEUED, ...)
   if job.due then redis.call('HDEL', job_key(id), 'du') end
-  wait_in_backlog(job.leaf, { backlog_entry(id, job) })
+  wait_in_backlog(job.leaf, { backlog_entry(id, job.tokens, job.created, job.group) })
 end
 
 -- Lets acknowledged entries of the stream go. To delete one, Redis reads its block up to it, so those before the oldest

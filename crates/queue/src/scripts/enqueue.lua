@@ -21,10 +21,21 @@ local function number_of(name, describe)
   return number
 end
 
+-- Most jobs come with others like them.
+local last = {}
 local function leaf_number(flow, weight, tenant, experiment, split)
-  return number_of(flow .. '/' .. experiment .. '/' .. split, function()
+  if last.flow == flow and last.experiment == experiment and last.split == split then return last.number end
+  last.flow, last.experiment, last.split = flow, experiment, split
+  last.number = number_of(flow .. '/' .. experiment .. '/' .. split, function()
     return number_of(flow) .. ':' .. weight .. ':' .. tenant .. ':' .. experiment
   end)
+  return last.number
+end
+
+local experiments = {}
+local function list_of(experiment)
+  experiments[experiment] = experiments[experiment] or experiment_key(experiment)
+  return experiments[experiment]
 end
 
 -- When the group of jobs with this prefix started, for a while the same.
@@ -66,30 +77,26 @@ for at = 1, #ARGV, 12 do
     local leaf = leaf_number(flow, weight, tenant, experiment, split)
     local group = prefix ~= '' and rank .. group_start(leaf, prefix) or nil
     local waits = not_before ~= '' and tonumber(not_before) > now
-    local fields = { 'HSET', job_key(id), 'st', waits and DELAYED or QUEUED, 'lf', leaf, 'tk', tokens, 'cr', created }
-    local function set(name, value)
-      fields[#fields + 1] = name
-      fields[#fields + 1] = value
-    end
-    if group then set('gp', group) end
+    local job = job_key(id)
+    redis.call('HSET', job, 'st', waits and DELAYED or QUEUED, 'lf', leaf, 'tk', tokens, 'cr', created)
+    if group then redis.call('HSET', job, 'gp', group) end
     if deadline ~= '' then
-      set('dl', deadline)
+      redis.call('HSET', job, 'dl', deadline)
       deadlines[#deadlines + 1] = deadline
       deadlines[#deadlines + 1] = id
     end
     if waits then
-      set('du', not_before)
+      redis.call('HSET', job, 'du', not_before)
       delayed[#delayed + 1] = not_before
       delayed[#delayed + 1] = id
     else
       local waiting = list_in(backlogs, leaf)
-      local order, member = backlog_entry(id, { tokens = tokens, created = created, group = group })
+      local order, member = backlog_entry(id, tokens, created, group)
       waiting[#waiting + 1] = order
       waiting[#waiting + 1] = member
     end
-    redis.call(unpack(fields))
     local place = redis.call('XADD', key('jobs'), '*', 'j', id)
-    if experiment ~= '' then redis.call('XADD', experiment_key(experiment), place, 'j', id) end
+    if experiment ~= '' then redis.call('XADD', list_of(experiment), place, 'j', id) end
     count_open(experiment, 1)
     answer[#answer + 1] = 1
   end

@@ -10,21 +10,20 @@ local function finish(id, epoch, worker, started, state, ended, cost, class, mes
   local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf')
   if not stored[1] then return 0 end
   local attempt = {
-    epoch = tonumber(epoch), worker = worker, started = tonumber(started), ended = now, ['end'] = ended,
-    cost = cost, class = class, message = message,
+    epoch = tonumber(epoch), worker = worker, started_at = tonumber(started), ended_at = now, ['end'] = ended,
   }
   if stored[1] ~= RUNNING or stored[2] ~= epoch or stored[3] ~= worker then
     -- Either this very call was made before, or the lease went to somebody else.
     if stored[6] then return 1 end
     if redis.call('HSETNX', job_key(id), 'f' .. epoch, 1) == 1 then
       attempt['end'] = ARGV[1]
-      book(id, attempt)
+      book(id, attempt, cost, class, message)
     end
     return 0
   end
   local job = { cancelled = stored[5], deadline = stored[7], leaf = stored[8] }
   release(id, job, stored[4])
-  book(id, attempt, epoch == '1')
+  book(id, attempt, cost, class, message, epoch == '1')
   local kept = 'k' .. epoch
   if class ~= '' then redis.call('HINCRBY', job_key(id), 'fc', 1) end
   if state == QUEUED then

@@ -19,13 +19,10 @@ for _, id in ipairs(lost) do
     release(id, job, lease[3])
     local losses = redis.call('HINCRBY', job_key(id), 'lc', 1)
     local attempt = {
-      epoch = tonumber(lease[1]), worker = lease[2], started = tonumber(lease[4]), ended = now, ['end'] = ARGV[3],
+      epoch = tonumber(lease[1]), worker = lease[2], started_at = tonumber(lease[4]), ended_at = now, ['end'] = ARGV[3],
     }
     local poison = losses >= tonumber(ARGV[2])
-    if poison then
-      attempt.class, attempt.message = ARGV[4], ARGV[5]
-    end
-    book(id, attempt)
+    book(id, attempt, nil, poison and ARGV[4], ARGV[5])
     if poison then finish_job(id, job, FAILED, now) else queue_again(id, job, now) end
   else
     redis.call('ZREM', key('leases'), id)
