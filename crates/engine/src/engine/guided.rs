@@ -3,6 +3,7 @@
 //!
 //! Never here: what a form is (that is the grammar's), sampling.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use genmill_grammar::{FormError, Guide, Mask};
@@ -26,7 +27,8 @@ impl Masker {
         let (errands, waiting) = channel::<Errand>();
         std::thread::Builder::new().name("genmill-grammar".to_owned()).spawn(move || {
             for Errand { mut guide, back } in waiting {
-                let mask = guide.mask();
+                // A grammar that panics fails its own text: whoever waits finds nobody to answer.
+                let Ok(mask) = catch_unwind(AssertUnwindSafe(|| guide.mask())) else { continue };
                 // Whoever has ended meanwhile needs no mask.
                 drop(back.send((guide, mask)));
             }
@@ -52,7 +54,7 @@ pub(super) struct After {
     pub(super) whole: bool,
 }
 
-const THREAD_LOST: &str = "the thread that computes masks has ended";
+const THREAD_LOST: &str = "its masks cannot be computed";
 
 impl Guided {
     /// Sets out from the beginning of a text.

@@ -127,8 +127,24 @@ struct Sequence {
     needed: usize,
     first_token: Option<Instant>,
     engine_time: Duration,
-    /// Tokens it has taken in a lane's encore, which the schedule does not know of yet.
-    ahead: usize,
+    /// How far it has come in a step that the schedule does not know of yet.
+    turn: Turn,
+}
+
+/// How far a sequence has come in a step: what tells, after a panic, whose fault it was and who has to be computed again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Turn {
+    /// Turns whose logits it has taken: that of its slice, then those of a lane's encore.
+    taken: usize,
+    /// It is at its logits now.
+    taking: bool,
+}
+
+impl Turn {
+    /// Tokens it has taken in a lane's encore.
+    const fn ahead(self) -> usize {
+        self.taken.saturating_sub(1)
+    }
 }
 
 /// The log probabilities that are wanted, with how many of the best tokens, and those collected.
@@ -282,9 +298,14 @@ impl Runner {
         if step.slices.is_empty() {
             return;
         }
-        match catch_unwind(AssertUnwindSafe(|| self.compute(&step))) {
-            Ok(()) => self.record(&step, begun.elapsed()),
-            Err(panic) => self.fail_step(&step, panic.as_ref()),
+        self.run_step(&step);
+    }
+
+    fn run_step(&mut self, step: &Step) {
+        let begun = Instant::now();
+        match catch_unwind(AssertUnwindSafe(|| self.compute(step))) {
+            Ok(()) => self.record(step, begun.elapsed()),
+            Err(panic) => self.recover(step, begun.elapsed(), &words(panic.as_ref())),
         }
     }
 
@@ -323,10 +344,11 @@ impl Runner {
             }
         }
         let tokens: usize = shares.iter().map(Share::tokens).sum();
-        let time = time / u32::try_from(tokens).unwrap_or(u32::MAX);
+        let time = time / u32::try_from(tokens.max(1)).unwrap_or(u32::MAX);
         for share in &mut shares {
             share.sequence.engine_time += time * u32::try_from(share.tokens()).unwrap_or(u32::MAX);
-            self.schedule.commit_ahead(share.slice.id, std::mem::take(&mut share.sequence.ahead));
+            let turn = std::mem::take(&mut share.sequence.turn);
+            self.schedule.commit_ahead(share.slice.id, turn.ahead());
             self.schedule.extend(share.slice.id, std::mem::take(&mut share.sequence.forced));
         }
         let ends: Vec<_> = self.lanes.iter_mut().flat_map(|lane| lane.ends.drain(..)).collect();
@@ -335,18 +357,32 @@ impl Runner {
         }
     }
 
-    /// A panic in a step: whose fault it was is not known, so all sequences of the step fail, and
-    /// the engine goes on with the others.
-    fn fail_step(&mut self, step: &Step, panic: &(dyn Any + Send)) {
-        let message = panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string))
-            .unwrap_or_else(|| "a panic without words".to_owned());
+    /// After a panic in a step: what took its logits before is recorded, and what was at its logits fails. What is left
+    /// is computed again one by one, so that whoever makes the kernels panic fails alone: nothing of it was recorded, and
+    /// keys and values are written to the same places again.
+    fn recover(&mut self, step: &Step, time: Duration, message: &str) {
+        tracing::error!(message, sequences = step.slices.len(), "a step panicked");
+        let of = |wanted: fn(Turn) -> bool, sequences: &BTreeMap<RequestId, Sequence>| -> Vec<Slice> {
+            let is = |slice: &&Slice| sequences.get(&slice.id).is_some_and(|sequence| wanted(sequence.turn));
+            step.slices.iter().filter(is).copied().collect()
+        };
+        let mut faulty = of(|turn| turn.taking, &self.sequences);
+        let taken = of(|turn| turn.taken > 0 && !turn.taking, &self.sequences);
+        let mut open = of(|turn| turn == Turn::default(), &self.sequences);
+        if taken.is_empty() && faulty.is_empty() && open.len() == 1 {
+            std::mem::swap(&mut faulty, &mut open);
+        }
+        self.record(&Step { slices: taken, ..Step::default() }, time);
+        // What a panic left in the lanes is not to be trusted.
         self.lanes.clear();
-        tracing::error!(message, sequences = step.slices.len(), "a step failed");
-        for slice in &step.slices {
-            self.end(slice.id, End::Failed(RequestError::Step { message: message.clone() }));
+        for slice in faulty {
+            self.end(slice.id, End::Failed(RequestError::Step { message: message.to_owned() }));
+        }
+        for slice in open {
+            // Another sample of its request may have failed meanwhile and taken it along.
+            if self.sequences.contains_key(&slice.id) {
+                self.run_step(&Step { slices: vec![slice], ..Step::default() });
+            }
         }
     }
 
@@ -374,6 +410,12 @@ impl Runner {
         self.load.give_place(sequence.needed);
         Some(sequence)
     }
+}
+
+/// What a panic said.
+fn words(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".to_owned())
 }
 
 /// The slices of a step with their sequences, in the order of the requests.
@@ -413,7 +455,7 @@ fn fill(batch: &mut Batch, shares: &[Share<'_>], schedule: &Schedule) {
 impl Share<'_> {
     /// Tokens of the step and of the encore.
     const fn tokens(&self) -> usize {
-        self.slice.tokens + self.sequence.ahead
+        self.slice.tokens + self.sequence.turn.ahead()
     }
 }
 
@@ -422,7 +464,7 @@ impl<'a> Turns<'a> {
     fn take(&mut self, logits: &[f32], batch: &mut Batch) -> Next {
         let (workspace, ends) = (&mut *self.workspace, &mut *self.ends);
         let mut rows = logits.chunks_exact(self.vocabulary);
-        self.shares.retain_mut(|share| match share.advance(&mut rows, workspace) {
+        self.shares.retain_mut(|share| match share.turn(&mut rows, workspace) {
             None => true,
             Some(end) => {
                 ends.push((share.slice.id, end));
@@ -436,7 +478,6 @@ impl<'a> Turns<'a> {
         for share in &mut self.shares {
             share.slice.start += share.slice.tokens;
             (share.slice.tokens, share.slice.outputs) = (1, 1);
-            share.sequence.ahead += 1;
         }
         fill(batch, &self.shares, self.schedule);
         Next::Again
@@ -469,6 +510,14 @@ fn groups(shares: Vec<Share<'_>>, most: usize) -> Vec<Vec<Share<'_>>> {
 }
 
 impl Share<'_> {
+    /// One turn of the sequence, see [`Self::advance`].
+    fn turn<'b>(&mut self, rows: &mut impl Iterator<Item = &'b [f32]>, workspace: &mut Workspace) -> Option<End> {
+        self.sequence.turn.taking = true;
+        let end = self.advance(rows, workspace);
+        self.sequence.turn = Turn { taken: self.sequence.turn.taken + 1, taking: false };
+        end
+    }
+
     /// Takes the slice's rows of logits, and the next token where it samples; returns how the sequence ends, if it does.
     fn advance<'b>(&mut self, rows: &mut impl Iterator<Item = &'b [f32]>, workspace: &mut Workspace) -> Option<End> {
         let end = self.slice.start + self.slice.tokens;
@@ -524,7 +573,7 @@ impl Sequence {
                 needed: ticket.needed,
                 first_token: None,
                 engine_time: Duration::ZERO,
-                ahead: 0,
+                turn: Turn::default(),
             }
         };
         (0..).map(sample).take(ticket.samples).collect()

@@ -78,12 +78,53 @@ fn a_nan_fails_its_own_request_alone() {
 }
 
 #[test]
-fn a_panic_in_a_step_leaves_the_engine_running() {
+fn a_panic_in_a_step_fails_the_sequence_that_causes_it_alone() {
     let engine = engine(Illness::Panic);
-    match last(&submit(&engine, "X")) {
-        Event::Failed(RequestError::Step { message }) => assert_eq!(message, "a kernel failed"),
+    // The ill one comes in while the others run, and does not disturb their steps or their texts.
+    let expected = match last(&submit(&engine, "O")) {
+        Event::Finished(done) => done.text,
         other => panic!("{other:?}"),
+    };
+    let well: Vec<_> = (0..5).map(|_| submit(&engine, "O")).collect();
+    for _ in 0..3 {
+        match last(&submit(&engine, "X")) {
+            Event::Failed(RequestError::Step { message }) => assert_eq!(message, "a kernel failed"),
+            other => panic!("{other:?}"),
+        }
     }
-    assert!(matches!(last(&submit(&engine, "O")), Event::Finished(_)));
+    for events in well {
+        match last(&events) {
+            Event::Finished(done) => assert_eq!((done.completion_tokens, &done.text), (100, &expected)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(engine.free().kv_tokens, EngineOptions::default().kv_tokens);
+}
+
+#[test]
+fn ill_and_well_sequences_of_one_step_are_told_apart() {
+    let engine = engine(Illness::Panic);
+    let (hold, held) = channel::<()>();
+    let (sender, first) = channel();
+    // The engine waits in the first event of this request, so that all others come into one step.
+    let request = Request::greedy(Prompt::Text("O".to_owned()), 1);
+    let mut held = Some(held);
+    let sink = move |event| {
+        if let Some(held) = held.take() {
+            held.recv().unwrap_err();
+        }
+        drop(sender.send(event));
+    };
+    engine.submit(request, Box::new(sink)).unwrap();
+    let rest: Vec<_> = ["O", "X", "O", "X", "O"].map(|prompt| (prompt, submit(&engine, prompt))).into();
+    drop(hold);
+    assert!(matches!(last(&first), Event::Finished(_)));
+    for (prompt, events) in rest {
+        match (prompt, last(&events)) {
+            ("O", Event::Finished(done)) => assert_eq!(done.completion_tokens, 100),
+            ("X", Event::Failed(RequestError::Step { .. })) => {}
+            (_, other) => panic!("{prompt}: {other:?}"),
+        }
+    }
     assert_eq!(engine.free().kv_tokens, EngineOptions::default().kv_tokens);
 }
