@@ -69,6 +69,10 @@ fn describe_result(result: &v1::Result, mut row: impl FnMut(&str, String)) {
     if let Some(usage) = &result.usage {
         row("tokens", format!("{} prompt + {} generated", usage.prompt_tokens, usage.completion_tokens));
     }
+    if result.determinism() != v1::Determinism::Unspecified {
+        row("determinism", result.determinism().as_str_name().trim_start_matches("DETERMINISM_").to_lowercase());
+    }
+    row("fingerprint", result.fingerprint.clone());
     if let Some(latency) = &result.latency {
         let first = latency.first_token_ms.map(|ms| format!(", first text {}", show::milliseconds(ms)));
         let queued = show::milliseconds(latency.queued_ms);
@@ -98,6 +102,8 @@ mod tests {
             text: "four".to_owned(),
             finish_reason: v1::FinishReason::Stop.into(),
             usage: Some(v1::Usage { prompt_tokens: 3, completion_tokens: 1, cached_prompt_tokens: 0 }),
+            determinism: v1::Determinism::Bitwise.into(),
+            fingerprint: "ab/float32/cpu/fma/1".to_owned(),
             latency: Some(v1::Latency { queued_ms: 1, first_token_ms: Some(2), total_ms: 1_500 }),
             ..v1::Result::default()
         };
@@ -113,6 +119,7 @@ mod tests {
         assert!(text.contains("state         succeeded\n"), "{text}");
         assert!(text.contains("attempts      2, 1 lost\n"), "{text}");
         assert!(text.contains("tokens        3 prompt + 1 generated\n"), "{text}");
+        assert!(text.contains("determinism   bitwise\nfingerprint   ab/float32/cpu/fma/1\n"), "{text}");
         assert!(text.contains("latency       queued 1 ms, first text 2 ms, total 1.5 s\n"), "{text}");
         assert!(text.ends_with("\n\nfour"), "{text}");
     }

@@ -71,6 +71,18 @@ pub struct Sample {
     pub tool_calls: Vec<ToolCall>,
 }
 
+/// What the same request gives when it is made again: same model, input, parameters and seed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Determinism {
+    /// The same tokens and log probabilities, bit for bit, wherever the fingerprint is the same.
+    Bitwise,
+    /// The provider took the seed, and does what it can.
+    Seeded,
+    /// Whatever comes.
+    None,
+}
+
 /// What an attempt generated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Generation {
@@ -94,9 +106,19 @@ pub struct Generation {
     /// The samples after the first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub more: Vec<Sample>,
+    /// What the same request gives again; `None` in records of before this was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub determinism: Option<Determinism>,
+    /// What decides the output beside the request: model, dtype, backend, level and version of an engine, or the
+    /// provider's own `system_fingerprint`. Empty: not told.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub fingerprint: String,
 }
 
 impl Generation {
+    /// The longest fingerprint that is kept, in bytes.
+    pub const FINGERPRINT_BYTES_MAX: usize = 256;
+
     /// A text and nothing else.
     #[must_use]
     pub const fn new(text: String, finish_reason: FinishReason) -> Self {
@@ -109,6 +131,8 @@ impl Generation {
             prompt_logprobs: Vec::new(),
             tool_calls: Vec::new(),
             more: Vec::new(),
+            determinism: None,
+            fingerprint: String::new(),
         }
     }
 
@@ -119,8 +143,11 @@ impl Generation {
         let logprobs = |logprobs: &[TokenLogprob]| logprobs.iter().map(TokenLogprob::bytes).sum::<usize>();
         let more =
             self.more.iter().map(|sample| sample.text.len() + logprobs(&sample.logprobs) + calls(&sample.tool_calls));
-        let own =
-            self.text.len() + logprobs(&self.logprobs) + logprobs(&self.prompt_logprobs) + calls(&self.tool_calls);
+        let own = self.text.len()
+            + logprobs(&self.logprobs)
+            + logprobs(&self.prompt_logprobs)
+            + calls(&self.tool_calls)
+            + self.fingerprint.len();
         own + more.sum::<usize>()
     }
 

@@ -67,6 +67,7 @@ pub(crate) fn corrupt(what: impl Into<String>, problem: impl Into<String>) -> Qu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use genmill_core::attempt::{FinishReason, Generation};
     use proptest::prelude::*;
 
     proptest! {
@@ -96,6 +97,21 @@ mod tests {
         let bytes = encode("text", &text).unwrap();
         assert!(bytes.len() < text.len() / 10);
         assert_eq!(decode::<String>("text", &bytes).unwrap(), text);
+    }
+
+    #[test]
+    fn a_generation_of_before_its_fingerprint_was_told_is_read() {
+        #[derive(serde::Serialize)]
+        struct Before {
+            text: &'static str,
+            finish_reason: &'static str,
+            usage: Option<()>,
+            first_token_ms: Option<u64>,
+        }
+        let before = Before { text: "four", finish_reason: "stop", usage: None, first_token_ms: Some(1) };
+        let read: Generation = decode("generation", &encode("generation", &before).unwrap()).unwrap();
+        let expect = Generation::new("four".to_owned(), FinishReason::Stop);
+        assert_eq!(read, Generation { first_token_ms: Some(1), ..expect });
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::v1;
 use genmill_core::attempt::{
-    Attempt, AttemptEnd, Failure, FailureClass, FinishReason, Generation, Sample, TokenLogprob, Usage,
+    Attempt, AttemptEnd, Determinism, Failure, FailureClass, FinishReason, Generation, Sample, TokenLogprob, Usage,
 };
 use genmill_core::controls::{StructuredOutput, Tool, ToolCall};
 use genmill_core::job::{Job, JobSpec};
@@ -48,8 +48,14 @@ pub fn job_in_list(full: Job) -> v1::Job {
         request.structured_output = None;
     }
     if let Some(result) = &mut pb.result {
-        let (finish_reason, usage, latency) = (result.finish_reason, result.usage, result.latency);
-        *result = v1::Result { finish_reason, usage, latency, ..v1::Result::default() };
+        *result = v1::Result {
+            finish_reason: result.finish_reason,
+            usage: result.usage,
+            latency: result.latency,
+            determinism: result.determinism,
+            fingerprint: std::mem::take(&mut result.fingerprint),
+            ..v1::Result::default()
+        };
     }
     pb.attempt_history.clear();
     pb
@@ -199,12 +205,22 @@ fn result(generation: &Generation, job: &Job) -> v1::Result {
         prompt_logprobs: logprobs(&generation.prompt_logprobs),
         tool_calls: tool_calls(&generation.tool_calls),
         more_samples: (1..).zip(&generation.more).map(sample).collect(),
+        determinism: generation.determinism.map_or(v1::Determinism::Unspecified, determinism).into(),
+        fingerprint: generation.fingerprint.clone(),
         usage: generation.usage.map(usage),
         latency: Some(v1::Latency {
             queued_ms: since_created(job.started_at),
             first_token_ms: generation.first_token_ms,
             total_ms: since_created(job.finished_at),
         }),
+    }
+}
+
+fn determinism(determinism: Determinism) -> v1::Determinism {
+    match determinism {
+        Determinism::Bitwise => v1::Determinism::Bitwise,
+        Determinism::Seeded => v1::Determinism::Seeded,
+        Determinism::None => v1::Determinism::None,
     }
 }
 

@@ -16,6 +16,7 @@ pub struct Collected {
     finish_reason: Option<FinishReason>,
     usage: Option<Usage>,
     billed: Option<Picodollars>,
+    fingerprint: String,
     first_token_ms: Option<u64>,
     error: Option<ProviderError>,
     done: bool,
@@ -33,6 +34,7 @@ impl Collected {
             finish_reason: None,
             usage: None,
             billed: None,
+            fingerprint: String::new(),
             first_token_ms: None,
             error: None,
             done: false,
@@ -58,6 +60,7 @@ impl Collected {
             StreamEvent::Logprobs(logprobs) => self.logprobs.extend(logprobs),
             StreamEvent::Usage(usage) => self.usage = Some(usage),
             StreamEvent::Billed(billed) => self.billed = Some(billed),
+            StreamEvent::Fingerprint(fingerprint) => self.fingerprint = fingerprint,
             StreamEvent::Error(error) => self.error = Some(error),
             StreamEvent::Done => {
                 self.done = true;
@@ -77,7 +80,8 @@ impl Collected {
         let calls = reply.tool_calls.into_iter().enumerate();
         let calls = calls.map(|(index, part)| Some(StreamEvent::ToolCall { index, part }));
         let logprobs = (!reply.logprobs.is_empty()).then_some(StreamEvent::Logprobs(reply.logprobs));
-        let rest = [logprobs, Some(finished), usage, billed, Some(StreamEvent::Done)];
+        let fingerprint = (!reply.fingerprint.is_empty()).then_some(StreamEvent::Fingerprint(reply.fingerprint));
+        let rest = [logprobs, Some(finished), usage, billed, fingerprint, Some(StreamEvent::Done)];
         let events = std::iter::once(text).chain(calls).chain(rest).flatten();
         events.filter_map(|event| self.take(event, elapsed_ms)).collect()
     }
@@ -127,9 +131,11 @@ impl Collected {
         self.billed.or_else(|| Some(price(&self.usage?, rates?)))
     }
 
-    /// The finished generation.
+    /// The finished generation; a provider's overlong fingerprint is cut.
     #[must_use]
     pub fn into_generation(self) -> Generation {
+        let mut fingerprint = self.fingerprint;
+        fingerprint.truncate(fingerprint.floor_char_boundary(Generation::FINGERPRINT_BYTES_MAX));
         let told = self.finish_reason.unwrap_or(FinishReason::Unknown);
         let finish_reason = if self.cut.stopped() { FinishReason::Stop } else { told };
         Generation {
@@ -137,6 +143,7 @@ impl Collected {
             first_token_ms: self.first_token_ms,
             tool_calls: self.tool_calls,
             logprobs: self.logprobs,
+            fingerprint,
             ..Generation::new(self.text, finish_reason)
         }
     }
@@ -166,6 +173,13 @@ mod tests {
         let generation = collected.into_generation();
         assert_eq!((generation.text.as_str(), reported.as_str()), ("a xy", "a xy"));
         assert_eq!((generation.finish_reason, generation.first_token_ms), (FinishReason::Length, Some(1)));
+    }
+
+    #[test]
+    fn a_fingerprint_is_kept_up_to_its_bound() {
+        let told = StreamEvent::Fingerprint("é".repeat(500));
+        let (collected, _) = collect(&[], vec![text("a"), told, StreamEvent::Done]);
+        assert_eq!(collected.into_generation().fingerprint, "é".repeat(128));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::collect::Collected;
 use crate::dialect::{Encoded, ProviderError, StreamEvent, Streaming};
 use crate::http::{Http, cause};
 use crate::prices::Prices;
-use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
+use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
@@ -88,7 +88,10 @@ impl Performer {
         match ended {
             Ended::Refused(failure) => Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) },
             Ended::Answered | Ended::Broken(_) | Ended::Stopped if collected.is_whole() => {
-                Performed { outcome: Outcome::Generated(collected.into_generation()), cost }
+                let seeded = endpoint.dialect.sends_seed(spec.model.backend_name(), &endpoint.provider);
+                let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
+                let generation = Generation { determinism, ..collected.into_generation() };
+                Performed { outcome: Outcome::Generated(generation), cost }
             }
             Ended::Broken(failure) => Performed { outcome: Outcome::Failed(failure), cost },
             Ended::Answered => Performed { outcome: Outcome::Failed(cut_off(&endpoint.name)), cost },

@@ -3,7 +3,7 @@
 use crate::load::LocalModel;
 use crate::mailbox::{Ended, Mailbox};
 use genmill_core::attempt::{
-    Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Sample, TokenLogprob, Usage,
+    Determinism, Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Sample, TokenLogprob, Usage,
 };
 use genmill_core::controls::{StructuredOutput, ToolCall};
 use genmill_core::ids::JobId;
@@ -277,6 +277,9 @@ impl Answer {
             prompt_logprobs: first.into_iter().chain(logprobs(&completion.prompt_logprobs, &self.card)).collect(),
             tool_calls,
             more,
+            // Admission has drawn a seed where none was given, so the engine's contract holds for every job.
+            determinism: Some(Determinism::Bitwise),
+            fingerprint: self.card.fingerprint().to_string(),
             ..Generation::new(text, finish_reason)
         }
     }

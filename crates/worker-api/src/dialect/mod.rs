@@ -64,6 +64,8 @@ pub struct Reply {
     pub usage: Option<Usage>,
     /// What the provider says it costs.
     pub billed: Option<Picodollars>,
+    /// What the provider says of the system that answered; may be empty.
+    pub fingerprint: String,
 }
 
 /// An error as a provider tells it.
@@ -97,6 +99,8 @@ pub enum StreamEvent {
     Usage(Usage),
     /// What the provider says the call costs.
     Billed(Picodollars),
+    /// What the provider says of the system that answers.
+    Fingerprint(String),
     /// The call failed.
     Error(ProviderError),
     /// Nothing more comes.
@@ -110,6 +114,11 @@ pub trait Dialect: Sync {
 
     /// The request for `spec` to `model`, as the provider names it.
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded;
+
+    /// Whether a request to `model` has the job's seed. A dialect that has no place for one says so here.
+    fn sends_seed(&self, model: &str, provider: &Provider) -> bool {
+        provider.takes(model, "seed")
+    }
 
     /// What a whole answer says.
     ///

@@ -67,6 +67,7 @@ impl Dialect for OpenAi {
                 StreamEvent::Logprobs(logprobs) => reply.logprobs.extend(logprobs),
                 StreamEvent::Usage(usage) => reply.usage = Some(usage),
                 StreamEvent::Billed(billed) => reply.billed = Some(billed),
+                StreamEvent::Fingerprint(fingerprint) => reply.fingerprint = fingerprint,
                 StreamEvent::Error(error) => return Err(error),
                 StreamEvent::Done => {}
             }
@@ -151,6 +152,8 @@ struct Completion {
     #[serde(default)]
     x_groq: Option<Extension>,
     #[serde(default)]
+    system_fingerprint: Value,
+    #[serde(default)]
     error: Option<Value>,
 }
 
@@ -234,6 +237,9 @@ fn events(data: &str) -> Vec<StreamEvent> {
     let mut events = choice.map(of_choice).unwrap_or_default();
     let usage = completion.usage.or(completion.x_groq.and_then(|extension| extension.usage));
     events.extend(usage.map(of_usage).unwrap_or_default());
+    if let Some(fingerprint) = completion.system_fingerprint.as_str().filter(|fingerprint| !fingerprint.is_empty()) {
+        events.push(StreamEvent::Fingerprint(fingerprint.to_owned()));
+    }
     events
 }
 

@@ -100,6 +100,7 @@ async fn a_streamed_answer_is_reported_counted_and_priced() {
     assert_eq!(generation.finish_reason, FinishReason::Stop);
     assert_eq!(generation.usage, Some(Usage { prompt_tokens: 5, cached_prompt_tokens: 0, completion_tokens: 3 }));
     assert!(generation.first_token_ms.is_some());
+    assert_eq!(generation.determinism, Some(Determinism::Seeded));
     let body = &bench.standin.requests()[0].body;
     assert_eq!((&body["stream"], &body["seed"], &body["model"]), (&true.into(), &7.into(), &"gpt-4o-mini".into()));
 }
@@ -112,6 +113,15 @@ async fn a_whole_answer_is_read_where_a_provider_does_not_stream() {
     assert_eq!(generation(performed).text, "one two");
     assert_eq!(reported, "one two");
     assert_eq!(standin.requests()[0].body.get("stream"), None);
+}
+
+#[tokio::test]
+async fn an_answer_of_a_provider_that_takes_no_seed_cannot_be_had_again() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let performer = performer(&standin.base_url(), "sk-a", |endpoint| endpoint.provider.drop.push("seed".to_owned()));
+    let (performed, _) = perform(&performer, job("one two"), CancellationToken::new()).await;
+    assert_eq!(generation(performed).determinism, Some(Determinism::None));
+    assert_eq!(standin.requests()[0].body.get("seed"), None);
 }
 
 #[tokio::test]

@@ -101,6 +101,15 @@ fn text_comes_from_every_shape_of_content() {
 }
 
 #[test]
+fn the_fingerprint_of_the_system_is_read() {
+    let told = StreamEvent::Fingerprint("fp_1".to_owned());
+    check(r#"{"choices":[{"delta":{"content":"a"}}],"system_fingerprint":"fp_1"}"#, &[text("a"), told]);
+    check(r#"{"choices":[{"delta":{"content":"a"}}],"system_fingerprint":null}"#, &[text("a")]);
+    let whole = r#"{"choices":[{"message":{"content":"a"}}],"system_fingerprint":"fp_1"}"#;
+    assert_eq!(OpenAi.decode(whole.as_bytes()).unwrap().fingerprint, "fp_1");
+}
+
+#[test]
 fn finish_reasons_are_mapped() {
     let check = |reason: &str, expect: FinishReason| {
         check(
