@@ -10,6 +10,7 @@ mod layer;
 mod tests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rayon::ThreadPool;
 
@@ -20,6 +21,7 @@ use crate::decoder::layer::{Layer, NormWeights, heads};
 use crate::error::LoadError;
 use crate::kv::BLOCK_TOKENS;
 use crate::linear::Linear;
+use crate::measure::{Cost, Widths};
 use crate::rope::Rope;
 use crate::weights::Weights;
 
@@ -31,6 +33,21 @@ pub(crate) trait Forward: Send {
     /// Computes a step. Returns the logits of the rows in `batch.outputs`, in their order, each
     /// `vocabulary` values.
     fn forward(&mut self, batch: &Batch) -> &[f32];
+
+    /// What the model costs to run.
+    fn cost(&self) -> Cost {
+        Cost::default()
+    }
+
+    /// Bytes that the device reads in a second, where its data sheet tells.
+    fn bytes_per_s(&self) -> Option<f64> {
+        None
+    }
+
+    /// The time of the last step by the device's own clock, where that is not the time that passed.
+    fn device_time(&mut self) -> Option<Duration> {
+        None
+    }
 
     /// Forgets all copies of these blocks.
     fn forget(&mut self, blocks: &[u32]) {
@@ -130,6 +147,7 @@ const ENCORE_SEQUENCES_MIN: usize = 4;
 pub(crate) struct Decoder<B: Backend> {
     backend: B,
     body: Body<B>,
+    cost: Cost,
     /// The angles of each of the model's rotations.
     angles: Vec<Angles<B::Buffer>>,
     lanes: Vec<Buffers<B>>,
@@ -168,7 +186,9 @@ impl<B: Backend> Decoder<B> {
     /// Loads all weights that the architecture names.
     pub(crate) fn load(backend: B, config: Config, weights: &mut Weights) -> Result<Self, LoadError> {
         let body = Body::load(&backend, config, weights)?;
-        Ok(Self { backend, body, angles: Vec::new(), lanes: Vec::new() })
+        let widths = Widths { weights: Some(weights.bytes()), kv_value: 4 };
+        let cost = Cost::of(&body.config, widths);
+        Ok(Self { backend, body, cost, angles: Vec::new(), lanes: Vec::new() })
     }
 
     pub(crate) fn backend(&self) -> &B {
@@ -191,6 +211,10 @@ impl<B: Backend> Forward for Decoder<B> {
         self.angles = angles(backend, config, room);
         let lanes = backend.lanes(self.body.weights()).min(room.outputs);
         self.lanes = (0..lanes).map(|_| Buffers::new(backend, config, room)).collect();
+    }
+
+    fn cost(&self) -> Cost {
+        self.cost
     }
 
     fn forget(&mut self, blocks: &[u32]) {

@@ -5,6 +5,7 @@
 //! request's own sink. A request that goes wrong fails alone.
 
 mod check;
+mod gauge;
 mod group;
 mod guided;
 mod run;
@@ -21,12 +22,16 @@ use genmill_grammar::Form;
 
 use crate::chat::ChatMessage;
 use crate::decoder::Room;
+use crate::engine::gauge::Gauge;
 use crate::kv::BLOCK_TOKENS;
+use crate::measure::{Cost, Totals};
 use crate::model::{Model, ModelCard, PromptError};
 use crate::sampler::{NotFinite, Sampling, Scored};
 use crate::schedule::{Limits, NeverFits, Schedule};
 use crate::shape::Shaping;
 use crate::tools::Tool;
+
+pub use crate::engine::gauge::{SequenceUnderway, Underway};
 
 /// The size of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +143,8 @@ pub struct Request {
     pub tools: Vec<Tool>,
     /// When to give up.
     pub deadline: Option<Instant>,
+    /// What the request is called where the engine tells of itself, see [`Engine::underway`].
+    pub label: Arc<str>,
     /// The time a chat template sees, in seconds since 1970; the time of submission, so that a
     /// retry renders the same prompt.
     pub now_unix_s: u64,
@@ -170,6 +177,7 @@ impl Request {
             form: None,
             tools: Vec::new(),
             deadline: None,
+            label: Arc::default(),
             now_unix_s: 0,
         }
     }
@@ -340,6 +348,9 @@ pub struct Engine {
     options: EngineOptions,
     commands: SyncSender<run::Command>,
     load: Arc<Load>,
+    gauge: Arc<Gauge>,
+    cost: Cost,
+    device_bytes_per_s: Option<f64>,
     next_id: AtomicU64,
     thread: Option<JoinHandle<()>>,
 }
@@ -370,13 +381,15 @@ impl Engine {
         // Keys that depend on how long their sequence gets are no beginning for another.
         let keeps_prefixes = options.prefix_cache && forward.restarts_after().is_none();
         let schedule = Schedule::new(blocks, keeps_prefixes);
-        let runner = run::Runner::new(forward, schedule, limits, Arc::clone(&load), receiver);
+        let device_bytes_per_s = forward.bytes_per_s();
+        let (gauge, cost) = (Arc::new(Gauge::default()), forward.cost());
+        let runner = run::Runner::new(forward, schedule, limits, (Arc::clone(&load), Arc::clone(&gauge)), receiver);
         let thread = std::thread::Builder::new()
             .name("genmill-engine".to_owned())
             .spawn(move || runner.run())
             .map_err(|source| StartError::Thread { source })?;
         let next_id = AtomicU64::new(1);
-        Ok(Self { card, options, commands, load, next_id, thread: Some(thread) })
+        Ok(Self { card, options, commands, load, gauge, cost, device_bytes_per_s, next_id, thread: Some(thread) })
     }
 
     /// What the model says of itself, and its words.
@@ -428,6 +441,7 @@ impl Engine {
             overtakes: request.overtakes,
             stop: request.stop,
             deadline: request.deadline,
+            label: request.label,
             needed,
             submitted,
             sink,
@@ -465,6 +479,42 @@ impl Engine {
             sequences: self.options.max_sequences.saturating_sub(sequences),
             kv_tokens: pool.saturating_sub(kv_tokens),
         }
+    }
+
+    /// The step that the thread is in, while it is in one.
+    #[must_use]
+    pub fn underway(&self) -> Option<Underway> {
+        self.gauge.underway()
+    }
+
+    /// Whether the thread has ended, which it does not do by itself unless something is broken.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// All steps since the start.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.gauge.totals()
+    }
+
+    /// What the model costs to run.
+    #[must_use]
+    pub const fn cost(&self) -> &Cost {
+        &self.cost
+    }
+
+    /// Bytes that its device reads in a second, where that is known without measuring.
+    #[must_use]
+    pub const fn device_bytes_per_s(&self) -> Option<f64> {
+        self.device_bytes_per_s
+    }
+
+    /// The options it was started with.
+    #[must_use]
+    pub const fn options(&self) -> &EngineOptions {
+        &self.options
     }
 
     /// Cancels everything and waits until the thread has ended. To let requests finish first, wait

@@ -53,6 +53,18 @@ pub enum LoadError {
         /// The folder.
         path: PathBuf,
     },
+    /// A simulated device could not hold the model.
+    #[error("{}: its weights have {needed_bytes} bytes, a {device} has {memory_bytes}", path.display())]
+    TooLarge {
+        /// The model.
+        path: PathBuf,
+        /// The device.
+        device: &'static str,
+        /// Bytes of the weights.
+        needed_bytes: u64,
+        /// Bytes of the device's memory.
+        memory_bytes: u64,
+    },
     /// A weight file is truncated or inconsistent.
     #[error("{}: {reason}", path.display())]
     Checkpoint {

@@ -10,6 +10,7 @@
 
 pub mod architectures;
 pub mod backend;
+pub mod bandwidth;
 pub mod chat;
 pub mod config;
 mod decoder;
@@ -19,12 +20,14 @@ mod gguf;
 pub mod kv;
 mod linear;
 mod math;
+pub mod measure;
 pub mod model;
 pub mod quantized;
 pub mod rope;
 pub mod sampler;
 pub mod schedule;
 pub mod shape;
+pub mod sim;
 pub mod text;
 pub mod tools;
 mod weights;
@@ -32,7 +35,7 @@ mod weights;
 pub use chat::ChatMessage;
 pub use engine::{
     Completion, Engine, EngineOptions, Event, FinishReason, Free, Output, Prompt, Request, RequestError, RequestId,
-    Sink, StartError, SubmitError,
+    SequenceUnderway, Sink, StartError, SubmitError, Underway,
 };
 pub use error::LoadError;
 pub use genmill_grammar::Form;

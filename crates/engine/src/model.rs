@@ -18,6 +18,7 @@ use crate::decoder::{Decoder, Forward};
 use crate::engine::Prompt;
 use crate::error::LoadError;
 use crate::gguf::Gguf;
+use crate::sim::{Device, Simulated};
 use crate::text::{EncodeError, Special, TokenStream, Words, pairs};
 use crate::tools::{Call, Tool};
 use crate::weights::Weights;
@@ -108,6 +109,8 @@ pub enum PromptError {
 pub struct Model {
     card: Arc<ModelCard>,
     forward: Box<dyn Forward>,
+    /// Tokens whose keys and values fit on the device beside the weights, where that is known.
+    kv_tokens_max: Option<usize>,
 }
 
 impl std::fmt::Debug for Model {
@@ -166,7 +169,54 @@ impl Model {
         };
         let instructions = decoder.backend().instructions();
         let card = front.card(config, fingerprint, instructions);
-        Ok(Self { card: Arc::new(card), forward: Box::new(decoder) })
+        Ok(Self { card: Arc::new(card), forward: Box::new(decoder), kv_tokens_max: None })
+    }
+
+    /// The shape and the words of a model on a simulated device: its weights are neither needed nor read.
+    ///
+    /// # Errors
+    /// Whatever of config and tokenizer is missing or malformed, and weights that the device has no room for.
+    pub fn simulated(paths: &ModelPaths, device: &Device) -> Result<Self, LoadError> {
+        let path = &paths.model_path;
+        let (config, mut weights) = match Gguf::find(path) {
+            Some(path) => {
+                let gguf = Gguf::open(&path)?;
+                (Config::of(&Fields::of(gguf.path(), gguf.config()), None)?, Weights::of_gguf(gguf))
+            }
+            None => {
+                let mut weights = Weights::empty(path);
+                weights.hash_bytes(&read(&path.join("config.json"))?);
+                (Config::read(path)?, weights)
+            }
+        };
+        let front = Front::read(paths, config.architecture, &mut weights)?;
+        let simulated = Simulated::new(&config, device);
+        let (needed_bytes, memory_bytes) = (simulated.cost().model_bytes(), device.gpu.memory_bytes);
+        if needed_bytes > memory_bytes {
+            return Err(LoadError::TooLarge {
+                path: path.clone(),
+                device: device.gpu.name,
+                needed_bytes,
+                memory_bytes,
+            });
+        }
+        let left = (memory_bytes - needed_bytes) / simulated.cost().kv_bytes.max(1);
+        let fingerprint = Fingerprint {
+            model: weights.finish(),
+            dtype: device.dtype.name(),
+            backend: "simulated",
+            level: device.gpu.name.to_owned(),
+            version: env!("CARGO_PKG_VERSION"),
+        };
+        let card = front.card(config, fingerprint, format!("simulated {}", device.gpu.name));
+        let kv_tokens_max = Some(usize::try_from(left).unwrap_or(usize::MAX));
+        Ok(Self { card: Arc::new(card), forward: Box::new(simulated), kv_tokens_max })
+    }
+
+    /// Tokens whose keys and values fit on the device beside the weights, where that is known.
+    #[must_use]
+    pub const fn kv_tokens_max(&self) -> Option<usize> {
+        self.kv_tokens_max
     }
 
     /// What the model says of itself, and its words.

@@ -29,6 +29,8 @@ pub(crate) struct Weights {
     /// The other kind of checkpoint, in place of the files above.
     gguf: Option<Gguf>,
     hash: Sha256,
+    /// Bytes that the tensors read so far have in memory.
+    bytes: u64,
 }
 
 /// One safetensors file.
@@ -59,8 +61,16 @@ impl Weights {
         Self { gguf: Some(gguf), ..weights }
     }
 
-    fn empty(path: &Path) -> Self {
-        Self { folder: path.to_owned(), shards: Vec::new(), tensors: BTreeMap::new(), gguf: None, hash: Sha256::new() }
+    /// None at all: what is hashed decides nothing but a fingerprint.
+    pub(crate) fn empty(path: &Path) -> Self {
+        Self {
+            folder: path.to_owned(),
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+            gguf: None,
+            hash: Sha256::new(),
+            bytes: 0,
+        }
     }
 
     /// The GGUF model, when it is one.
@@ -89,13 +99,14 @@ impl Weights {
     }
 
     fn rows_of_gguf(&mut self, name: &str, shape: &[usize]) -> Result<Rows, LoadError> {
-        let hash = &mut self.hash;
+        let (hash, read) = (&mut self.hash, &mut self.bytes);
         let missing = || LoadError::MissingTensor { path: self.folder.clone(), tensor: name.to_owned() };
         let gguf = self.gguf.as_mut().ok_or_else(missing)?;
         gguf.rows(name, shape, &mut |dtype, bytes| {
             hash.update(name.as_bytes());
             hash.update(format!("{dtype}{shape:?}"));
             hash.update(bytes);
+            *read += bytes.len() as u64;
         })
     }
 
@@ -127,6 +138,11 @@ impl Weights {
     pub(crate) fn hash_bytes(&mut self, bytes: &[u8]) {
         self.hash.update(u64::try_from(bytes.len()).unwrap_or(u64::MAX).to_le_bytes());
         self.hash.update(bytes);
+    }
+
+    /// Bytes that the tensors read so far have in memory: those of a file that is quantised, 4 for every other value.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// The hash of everything read, in hexadecimal; the same for single and sharded files.
@@ -167,6 +183,7 @@ impl Weights {
             });
         }
         let bytes = shard.read(place)?;
+        self.bytes += 4 * shape.iter().product::<usize>() as u64;
         let hash = &mut self.hash;
         let hashing = || {
             hash.update(name.as_bytes());

@@ -139,6 +139,7 @@ fn request(task: &Task) -> Request {
         form: controls.structured_output.as_ref().map(form),
         tools: tools(task),
         deadline: None,
+        label: task.id.to_string().into(),
         now_unix_s: task.id.submitted_at().0 / 1_000,
     }
 }

@@ -16,9 +16,11 @@ use genmill_grammar::Guide;
 
 use crate::backend::Batch;
 use crate::decoder::{Encore, Forward, Lane, Next};
+use crate::engine::gauge::Gauge;
 use crate::engine::group::{self, Group, Whole};
 use crate::engine::guided::{After, Guided, Masker};
 use crate::engine::{FinishReason, Load, Output, RequestError, RequestId, Sink};
+use crate::measure::{Cost, Measured, Part};
 use crate::sampler::{Sampling, Scored, Workspace, score};
 use crate::schedule::{Admitted, Arrival, Limits, Schedule, Slice, Step};
 use crate::shape::{Shaper, Shaping};
@@ -54,6 +56,7 @@ pub(super) struct Ticket {
     /// KV tokens reserved in whole blocks.
     pub(super) needed: usize,
     pub(super) submitted: Instant,
+    pub(super) label: Arc<str>,
     pub(super) sink: Sink,
 }
 
@@ -63,6 +66,8 @@ pub(super) struct Runner {
     schedule: Schedule,
     limits: Limits,
     load: Arc<Load>,
+    gauge: Arc<Gauge>,
+    cost: Cost,
     commands: Receiver<Command>,
     sequences: BTreeMap<RequestId, Sequence>,
     lanes: Vec<LaneState>,
@@ -174,11 +179,11 @@ impl Runner {
         forward: Box<dyn Forward>,
         schedule: Schedule,
         limits: Limits,
-        load: Arc<Load>,
+        (load, gauge): (Arc<Load>, Arc<Gauge>),
         commands: Receiver<Command>,
     ) -> Self {
-        let (sequences, lanes) = (BTreeMap::new(), Vec::new());
-        Self { forward, schedule, limits, load, commands, sequences, lanes, masker: None, stopping: false }
+        let (sequences, lanes, cost) = (BTreeMap::new(), Vec::new(), forward.cost());
+        Self { forward, schedule, limits, load, gauge, cost, commands, sequences, lanes, masker: None, stopping: false }
     }
 
     /// Runs until told to stop, or until nobody is left to tell it.
@@ -246,7 +251,7 @@ impl Runner {
             overtakes: ticket.overtakes,
             scored: false,
         };
-        let formed = ticket.guide.is_some();
+        let (formed, label) = (ticket.guide.is_some(), ticket.label.clone());
         if formed && self.masker.is_none() {
             match Masker::start() {
                 Ok(masker) => self.masker = Some(masker),
@@ -257,6 +262,7 @@ impl Runner {
             let scored = sequence.wants_all_logits();
             let id = RequestId(sequence.first.0 + index as u64);
             self.sequences.insert(id, sequence);
+            self.gauge.open(id, label.clone());
             let arrival = Arrival { scored, ..arrival.clone() };
             if let Err(error) = self.schedule.add(id, arrival) {
                 // `submit` has checked this against the same pool.
@@ -291,6 +297,7 @@ impl Runner {
         for Admitted { id, cached } in &step.admitted {
             if let Some(sequence) = self.sequences.get_mut(id) {
                 sequence.group.start(begun, *cached);
+                self.gauge.admit(sequence.prompt_tokens, *cached);
                 let echo = std::mem::take(&mut sequence.echo);
                 sequence.give(echo);
             }
@@ -303,9 +310,13 @@ impl Runner {
 
     fn run_step(&mut self, step: &Step) {
         let begun = Instant::now();
-        match catch_unwind(AssertUnwindSafe(|| self.compute(step))) {
-            Ok(()) => self.record(step, begun.elapsed()),
-            Err(panic) => self.recover(step, begun.elapsed(), &words(panic.as_ref())),
+        self.gauge.begin(step);
+        let computed = catch_unwind(AssertUnwindSafe(|| self.compute(step)));
+        let time = self.forward.device_time().unwrap_or_else(|| begun.elapsed());
+        self.gauge.end();
+        match computed {
+            Ok(()) => self.record(step, time),
+            Err(panic) => self.recover(step, time, &words(panic.as_ref())),
         }
     }
 
@@ -343,6 +354,7 @@ impl Runner {
                 }
             }
         }
+        self.gauge.add(&measured(&shares, &self.cost, time));
         let tokens: usize = shares.iter().map(Share::tokens).sum();
         let time = time / u32::try_from(tokens.max(1)).unwrap_or(u32::MAX);
         for share in &mut shares {
@@ -408,8 +420,35 @@ impl Runner {
         let computed = if went == Went::Well { sequence.ids.as_slice() } else { &[] };
         self.schedule.remove(id, computed);
         self.load.give_place(sequence.needed);
+        self.gauge.close(id);
         Some(sequence)
     }
+}
+
+/// What a step needed and gave. The tokens of an encore are computed one after the other; of the weights that they read,
+/// those of one way through the model are counted for each.
+fn measured(shares: &[Share<'_>], cost: &Cost, time: Duration) -> Measured {
+    let mut measured = Measured { sequences: shares.len() as u64, time, ..Measured::default() };
+    let first = shares.iter().map(|Share { slice, .. }| Part {
+        start: slice.start,
+        tokens: slice.tokens,
+        outputs: slice.outputs,
+    });
+    measured.work = cost.work(first);
+    let longest = shares.iter().map(|share| share.sequence.turn.ahead()).max().unwrap_or(0);
+    for ahead in 0..longest {
+        let takes = shares.iter().filter(|share| share.sequence.turn.ahead() > ahead);
+        let next = |share: &Share<'_>| share.slice.start + share.slice.tokens + ahead;
+        let work = cost.work(takes.map(|share| Part { start: next(share), tokens: 1, outputs: 1 }));
+        measured.work.bytes += work.bytes;
+        measured.work.operations += work.operations;
+    }
+    for share in shares {
+        let of_prompt = share.sequence.prompt_tokens.saturating_sub(share.slice.start).min(share.slice.tokens);
+        measured.prefill_tokens += of_prompt as u64;
+        measured.decode_tokens += (share.tokens() - of_prompt) as u64;
+    }
+    measured
 }
 
 /// What a panic said.
