@@ -66,6 +66,7 @@ fn describe_result(result: &v1::Result, mut row: impl FnMut(&str, String)) {
     let calls: Vec<String> =
         result.tool_calls.iter().map(|call| format!("{}({}) as {}", call.name, call.arguments, call.id)).collect();
     row("tool calls", calls.join(", "));
+    row("left out", result.left_out_parameters.join(", "));
     if let Some(usage) = &result.usage {
         row("tokens", format!("{} prompt + {} generated", usage.prompt_tokens, usage.completion_tokens));
     }
@@ -101,7 +102,7 @@ mod tests {
         let result = v1::Result {
             text: "four".to_owned(),
             finish_reason: v1::FinishReason::Stop.into(),
-            usage: Some(v1::Usage { prompt_tokens: 3, completion_tokens: 1, cached_prompt_tokens: 0 }),
+            usage: Some(v1::Usage { prompt_tokens: 3, completion_tokens: 1, ..v1::Usage::default() }),
             determinism: v1::Determinism::Bitwise.into(),
             fingerprint: "ab/float32/cpu/fma/1".to_owned(),
             latency: Some(v1::Latency { queued_ms: 1, first_token_ms: Some(2), total_ms: 1_500 }),

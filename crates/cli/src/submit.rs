@@ -140,6 +140,12 @@ struct ControlArgs {
     /// Functions that the model may ask to be called: a YAML or JSON list as chat APIs take it; - is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "form")]
     tools_file: Option<PathBuf>,
+    /// Whether the model calls its tools: auto, none, required, or the name of one
+    #[arg(long, value_name = "CHOICE", value_parser = parse_tool_choice)]
+    tool_choice: Option<v1::ToolChoice>,
+    /// How long a remote model thinks before it answers
+    #[arg(long, value_enum)]
+    reasoning_effort: Option<Effort>,
 }
 
 impl ControlArgs {
@@ -184,6 +190,33 @@ impl From<Priority> for v1::Priority {
     }
 }
 
+/// How long a model thinks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Effort {
+    /// Not at all
+    None,
+    /// Hardly
+    Minimal,
+    /// Shortly
+    Low,
+    /// In between
+    Medium,
+    /// Long
+    High,
+}
+
+impl Effort {
+    const fn in_words(self) -> v1::ReasoningEffort {
+        match self {
+            Self::None => v1::ReasoningEffort::None,
+            Self::Minimal => v1::ReasoningEffort::Minimal,
+            Self::Low => v1::ReasoningEffort::Low,
+            Self::Medium => v1::ReasoningEffort::Medium,
+            Self::High => v1::ReasoningEffort::High,
+        }
+    }
+}
+
 const EXAMPLES: &str = "\
 Examples:
   genmill submit --model vllm_tictactoe-qwen2 --prompt 'Best move (1-9):' --temperature 0
@@ -200,6 +233,18 @@ Exit codes: 0 done (with --no-wait: accepted), 1 the job failed or was refused, 
 fn parse_label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "clap's form of a parser")]
+fn parse_tool_choice(text: &str) -> Result<v1::ToolChoice, String> {
+    use v1::tool_choice::Choice;
+    let choice = match text {
+        "auto" => Choice::Mode(v1::ToolChoiceMode::Auto.into()),
+        "none" => Choice::Mode(v1::ToolChoiceMode::None.into()),
+        "required" => Choice::Mode(v1::ToolChoiceMode::Required.into()),
+        tool => Choice::Tool(tool.to_owned()),
+    };
+    Ok(v1::ToolChoice { choice: Some(choice) })
 }
 
 fn parse_bias(text: &str) -> Result<(u32, f64), String> {
@@ -244,6 +289,8 @@ impl RequestArgs {
         Ok(v1::GenerationRequest {
             structured_output: controls.form()?,
             tools: controls.tools()?,
+            tool_choice: controls.tool_choice,
+            reasoning_effort: controls.reasoning_effort.map(|effort| effort.in_words().into()),
             min_p: controls.min_p,
             logit_bias: controls.logit_bias.into_iter().collect(),
             min_tokens: controls.min_tokens,
@@ -302,7 +349,8 @@ mod tests {
                     --stop a --stop b --label k=v=w --label e= --tenant t --experiment e --priority bulk \
                     --request-id r --timeout-ms 5 --deadline 1s --not-before 500ms --min-p 0.1 --logit-bias 5=-1.5 \
                     --min-tokens 1 --stop-token 8 --ignore-eos --frequency-penalty -0.5 --presence-penalty 0.5 \
-                    --repetition-penalty 1.5 -n 2 --logprobs 3 --prompt-logprobs 0 --echo --choice a --choice b";
+                    --repetition-penalty 1.5 -n 2 --logprobs 3 --prompt-logprobs 0 --echo --choice a --choice b \
+                    --reasoning-effort low";
         let request = Line::try_parse_from(line.split_whitespace()).unwrap().request.into_message(4_000).unwrap();
         let expect = v1::GenerationRequest {
             model: "vllm_x".to_owned(),
@@ -339,6 +387,8 @@ mod tests {
                 })),
             }),
             tools: Vec::new(),
+            tool_choice: None,
+            reasoning_effort: Some(v1::ReasoningEffort::Low.into()),
         };
         assert_eq!(request, expect);
     }

@@ -19,6 +19,16 @@ pub struct Usage {
     pub completion_tokens: u64,
 }
 
+/// What a provider tells of a call's tokens beyond [`Usage`], of which these are parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UsageDetails {
+    /// Tokens of the prompt that were written to a cache; part of `prompt_tokens`.
+    pub cache_write_tokens: u64,
+    /// Tokens that the model thought; part of `completion_tokens`.
+    pub reasoning_tokens: u64,
+}
+
 /// Why generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -113,6 +123,15 @@ pub struct Generation {
     /// provider's own `system_fingerprint`. Empty: not told.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub fingerprint: String,
+    /// More of the usage, when told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage_details: Option<UsageDetails>,
+    /// What the model thought, as far as its provider tells.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reasoning: String,
+    /// Parameters of the request that the provider does not take: it was asked without them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
 impl Generation {
@@ -133,6 +152,9 @@ impl Generation {
             more: Vec::new(),
             determinism: None,
             fingerprint: String::new(),
+            usage_details: None,
+            reasoning: String::new(),
+            left_out: Vec::new(),
         }
     }
 
@@ -144,6 +166,7 @@ impl Generation {
         let more =
             self.more.iter().map(|sample| sample.text.len() + logprobs(&sample.logprobs) + calls(&sample.tool_calls));
         let own = self.text.len()
+            + self.reasoning.len()
             + logprobs(&self.logprobs)
             + logprobs(&self.prompt_logprobs)
             + calls(&self.tool_calls)
@@ -225,6 +248,7 @@ impl Failure {
 }
 
 /// How performing a job ended, as its worker saw it.
+#[expect(clippy::large_enum_variant, reason = "most are the large one, and few are alive at a time")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// With a result.

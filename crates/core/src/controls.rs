@@ -54,6 +54,12 @@ pub struct Controls {
     /// What the model may call.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<Tool>,
+    /// Whether the model calls its tools; as it likes when unset. For remote models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_choice: Option<ToolChoice>,
+    /// How long the model thinks before it answers. For remote models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_effort: Option<ReasoningEffort>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
@@ -104,6 +110,50 @@ pub struct Tool {
     pub description: String,
     /// The JSON schema of its arguments as JSON text; empty: it has none.
     pub parameters: String,
+}
+
+/// Whether a model calls its tools.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToolChoice {
+    /// As it likes.
+    Auto,
+    /// It does not.
+    None,
+    /// It calls one or more.
+    Required,
+    /// It calls the one of this name.
+    Tool(String),
+}
+
+/// How long a model thinks before it answers, in OpenAI's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReasoningEffort {
+    /// Not at all.
+    None,
+    /// Hardly.
+    Minimal,
+    /// Shortly.
+    Low,
+    /// In between.
+    Medium,
+    /// Long.
+    High,
+}
+
+impl ReasoningEffort {
+    /// The name that providers use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Minimal => "minimal",
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::High => "high",
+        }
+    }
 }
 
 /// A call that a model asks for.
@@ -217,6 +267,7 @@ impl Controls {
     }
 
     fn check_tools(&self, input: &Input) -> Result<(), Invalid> {
+        self.check_tool_choice()?;
         if self.tools.is_empty() {
             return Ok(());
         }
@@ -230,6 +281,26 @@ impl Controls {
         rule(self.tools.iter().all(named), "tools", || {
             "a name must have 1 to 64 characters of [A-Za-z0-9._-]".to_owned()
         })
+    }
+
+    fn check_tool_choice(&self) -> Result<(), Invalid> {
+        let field = "tool_choice";
+        rule(self.tool_choice.is_none() || !self.tools.is_empty(), field, || "needs tools".to_owned())?;
+        let Some(ToolChoice::Tool(name)) = &self.tool_choice else { return Ok(()) };
+        rule(self.tools.iter().any(|tool| tool.name == *name), field, || "names none of the tools".to_owned())
+    }
+
+    /// Checks what no local model is asked for.
+    ///
+    /// # Errors
+    /// [`Invalid`] for the first such thing.
+    pub fn check_local(&self) -> Result<(), Invalid> {
+        let remote = |asked: bool, field: &'static str| {
+            rule(!asked, field, || "is for remote models; local ones do not take it".to_owned())
+        };
+        let forced = self.tool_choice.as_ref().is_some_and(|choice| *choice != ToolChoice::Auto);
+        remote(forced, "tool_choice")?;
+        remote(self.reasoning_effort.is_some(), "reasoning_effort")
     }
 
     /// Checks what no remote model is asked for: what its providers do not do, or do in ways that differ.

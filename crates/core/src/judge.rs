@@ -27,6 +27,7 @@ impl Default for Policy {
 }
 
 /// What is to be done with a job after an attempt.
+#[expect(clippy::large_enum_variant, reason = "most are the large one, and few are alive at a time")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
     /// Keep the result.

@@ -20,10 +20,12 @@ pub struct Prefix {
 pub enum Routing {
     /// A local backend: a lane for each model.
     Model,
-    /// A remote backend whose names are `provider/model`, or a bare model of the default provider.
+    /// A remote backend whose names are `provider/model`, or bare: then the model's name tells the provider.
     Provider {
-        /// The provider of a name without a slash.
+        /// The provider of a name without a slash, unless `bare` tells another.
         default: &'static str,
+        /// How bare names of other providers begin, and those providers.
+        bare: &'static [(&'static str, &'static str)],
     },
     /// A remote backend that is itself the only provider.
     Only {
@@ -32,12 +34,23 @@ pub enum Routing {
     },
 }
 
+/// LiteLLM's names. Bare Gemini models are those of AI Studio; `vertex_ai/` names those of Vertex.
+const LITELLM: Routing = Routing::Provider {
+    default: "openai",
+    bare: &[("claude-", "anthropic"), ("gemini-", "gemini"), ("command-", "cohere")],
+};
+
+/// The provider of a name without a slash.
+fn provider_of_bare(name: &str, default: &'static str, bare: &[(&str, &'static str)]) -> &'static str {
+    bare.iter().find(|(start, _)| name.starts_with(start)).map_or(default, |(_, provider)| provider)
+}
+
 /// Every backend prefix.
 pub const PREFIXES: &[Prefix] = &[
     Prefix { name: "vllm", routing: Routing::Model, daemon: "genmill-worker-gpu" },
     Prefix { name: "hf", routing: Routing::Model, daemon: "genmill-worker-gpu" },
     Prefix { name: "llamacpp", routing: Routing::Model, daemon: "genmill-worker-gpu" },
-    Prefix { name: "litellm", routing: Routing::Provider { default: "openai" }, daemon: "genmill-worker-api" },
+    Prefix { name: "litellm", routing: LITELLM, daemon: "genmill-worker-api" },
     Prefix { name: "openrouter", routing: Routing::Only { provider: "openrouter" }, daemon: "genmill-worker-api" },
 ];
 
@@ -57,8 +70,11 @@ impl Prefix {
     /// The one way to write a model's name: without the provider that a bare name means.
     fn canonical(&self, rest: &str) -> String {
         let bare = match &self.routing {
-            Routing::Provider { default } => {
-                rest.strip_prefix(default).and_then(|rest| rest.strip_prefix('/')).unwrap_or(rest)
+            Routing::Provider { default, bare } => {
+                let told = rest
+                    .split_once('/')
+                    .filter(|(provider, model)| *provider == provider_of_bare(model, default, bare));
+                told.map_or(rest, |(_, model)| model)
             }
             Routing::Model | Routing::Only { .. } => rest,
         };
@@ -159,7 +175,9 @@ impl ModelName {
         let (prefix, rest) = self.split();
         let route = match &self.prefix().routing {
             Routing::Model => rest,
-            Routing::Provider { default } => rest.split_once('/').map_or(*default, |(provider, _)| provider),
+            Routing::Provider { default, bare } => {
+                rest.split_once('/').map_or_else(|| provider_of_bare(rest, default, bare), |(provider, _)| provider)
+            }
             Routing::Only { provider } => *provider,
         };
         Lane { prefix: prefix.to_owned(), route: route.to_owned() }
@@ -234,6 +252,9 @@ mod tests {
         check("litellm_gpt-4", "litellm:openai", "gpt-4");
         check("litellm_groq/llama3-8b-8192", "litellm:groq", "llama3-8b-8192");
         check("litellm_together_ai/meta-llama/Llama-3", "litellm:together_ai", "meta-llama/Llama-3");
+        check("litellm_claude-3-5-haiku-20241022", "litellm:anthropic", "claude-3-5-haiku-20241022");
+        check("litellm_gemini-2.0-flash", "litellm:gemini", "gemini-2.0-flash");
+        check("litellm_vertex_ai/gemini-2.0-flash", "litellm:vertex_ai", "gemini-2.0-flash");
         check("openrouter_openai/gpt-4o", "openrouter:openrouter", "openai/gpt-4o");
     }
 
@@ -241,6 +262,9 @@ mod tests {
     fn a_bare_name_and_one_with_the_default_provider_are_one_model() {
         let name = |name| ModelName::parse(name).unwrap();
         assert_eq!(name("litellm_openai/gpt-4"), name("litellm_gpt-4"));
+        assert_eq!(name("litellm_anthropic/claude-3-opus"), name("litellm_claude-3-opus"));
+        assert_eq!(name("litellm_openai/claude-3-opus").lane().route, "openai");
+        assert_eq!(name("litellm_openai/claude-3-opus").backend_name(), "claude-3-opus");
         assert_eq!(name("litellm_openai/org/x").lane().route, "openai");
         assert_eq!(name("litellm_openai/org/x").backend_name(), "org/x");
         assert_ne!(name("vllm_openai/gpt-4"), name("vllm_gpt-4"));

@@ -106,15 +106,20 @@ pub struct Rates {
     pub output: Picodollars,
     /// A token of the prompt that came from the provider's cache; `None`: as any other token of the prompt.
     pub cached_input: Option<Picodollars>,
+    /// A token of the prompt that the provider wrote to its cache; `None`: as any other token of the prompt.
+    pub cache_write: Option<Picodollars>,
 }
 
-/// What `usage` costs at `rates`: the sum of tokens times price, exact.
+/// What `usage`, of which `written` tokens of the prompt went to a cache, costs at `rates`: the sum of tokens times price,
+/// exact.
 #[must_use]
-pub fn price(usage: &Usage, rates: &Rates) -> Picodollars {
+pub fn price(usage: &Usage, written: u64, rates: &Rates) -> Picodollars {
     let cached = usage.cached_prompt_tokens.min(usage.prompt_tokens);
-    let fresh = usage.prompt_tokens - cached;
-    let cached_rate = rates.cached_input.unwrap_or(rates.input);
-    rates.input.times(fresh).plus(cached_rate.times(cached)).plus(rates.output.times(usage.completion_tokens))
+    let written = written.min(usage.prompt_tokens - cached);
+    let fresh = usage.prompt_tokens - cached - written;
+    let cached = rates.cached_input.unwrap_or(rates.input).times(cached);
+    let written = rates.cache_write.unwrap_or(rates.input).times(written);
+    rates.input.times(fresh).plus(cached).plus(written).plus(rates.output.times(usage.completion_tokens))
 }
 
 /// What `engine_us` microseconds of an engine cost at `per_hour`, rounded up to a picodollar.
@@ -135,8 +140,8 @@ mod tests {
     fn check(usage: (u64, u64, u64), rates: (&str, &str, &str), expect: &str) {
         let usage = Usage { prompt_tokens: usage.0, cached_prompt_tokens: usage.1, completion_tokens: usage.2 };
         let cached_input = (!rates.1.is_empty()).then(|| dollars(rates.1));
-        let rates = Rates { input: dollars(rates.0), cached_input, output: dollars(rates.2) };
-        assert_eq!(price(&usage, &rates), dollars(expect));
+        let rates = Rates { input: dollars(rates.0), cached_input, output: dollars(rates.2), cache_write: None };
+        assert_eq!(price(&usage, 0, &rates), dollars(expect));
     }
 
     #[test]
@@ -147,6 +152,14 @@ mod tests {
         check((1_000, 0, 500), ("2.5e-07", "", "1.25e-06"), "0.000875");
         check((1_000, 400, 0), ("1e-06", "1e-07", "0"), "0.00064");
         check((1_000, 400, 0), ("1e-06", "", "0"), "0.001");
+    }
+
+    #[test]
+    fn tokens_written_to_a_cache_have_a_price_of_their_own() {
+        let usage = Usage { prompt_tokens: 12_307, cached_prompt_tokens: 0, completion_tokens: 550 };
+        let (input, output, cache_write) = (dollars("3e-06"), dollars("1.5e-05"), Some(dollars("3.75e-06")));
+        let rates = Rates { input, output, cached_input: None, cache_write };
+        assert_eq!(price(&usage, 12_304, &rates), dollars("0.054399"));
     }
 
     #[test]

@@ -220,6 +220,8 @@ impl Request {
         self.controls.check(&self.input)?;
         if self.model.prefix().is_remote() {
             self.controls.check_remote()?;
+        } else {
+            self.controls.check_local()?;
         }
         self.check_labels()?;
         self.check_life(now)
@@ -281,6 +283,7 @@ pub(crate) fn rule(kept: bool, field: &'static str, problem: impl FnOnce() -> St
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::controls::{ReasoningEffort, ToolChoice};
 
     pub(crate) fn request(model: &str) -> Request {
         Request {
@@ -326,6 +329,8 @@ pub(crate) mod tests {
         check(|r| r.top_p = Some(0.0), Some("top_p"));
         check(|r| r.top_p = Some(f64::NAN), Some("top_p"));
         check(|r| r.top_k = Some(0), Some("top_k"));
+        check(|r| r.controls.reasoning_effort = Some(ReasoningEffort::Low), Some("reasoning_effort"));
+        check(|r| r.controls.tool_choice = Some(ToolChoice::Required), Some("tool_choice"));
         check(|r| r.stop = vec![String::new()], Some("stop"));
         check(|r| r.stop = vec!["x".to_owned(); 17], Some("stop"));
         check(|r| drop(r.labels.insert(String::new(), String::new())), Some("labels"));

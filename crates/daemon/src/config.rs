@@ -195,11 +195,13 @@ pub struct Api {
     pub calls_max: u32,
     /// How long connecting to a provider may take, in milliseconds.
     pub connect_timeout_ms: u64,
+    /// Whether a parameter that a provider does not take is left out and noted in the result, instead of failing the job.
+    pub drop_params: bool,
 }
 
 impl Default for Api {
     fn default() -> Self {
-        Self { calls_max: 64, connect_timeout_ms: 10_000 }
+        Self { calls_max: 64, connect_timeout_ms: 10_000, drop_params: false }
     }
 }
 

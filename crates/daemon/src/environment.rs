@@ -48,21 +48,22 @@ impl BadDotEnv {
 }
 
 impl Environment {
+    /// What `.env` in `folder` adds to these variables, which win.
+    ///
+    /// # Errors
+    /// [`BadDotEnv`] when there is a `.env` that is not of the form `NAME=value`.
+    pub fn below(self, folder: &Path) -> Result<Self, BadDotEnv> {
+        let mut variables = dot_env(folder)?;
+        variables.extend(self.variables);
+        Ok(Self { variables })
+    }
+
     /// Reads the process's variables, and what `.env` in `folder` adds to them.
     ///
     /// # Errors
     /// [`BadDotEnv`] when there is a `.env` that is not of the form `NAME=value`.
     pub fn read(folder: &Path) -> Result<Self, BadDotEnv> {
-        let mut variables = BTreeMap::new();
-        let path = folder.join(".env");
-        if path.is_file() {
-            let text = std::fs::read_to_string(&path)
-                .map_err(|source| BadDotEnv::Unreadable { path: path.display().to_string(), source })?;
-            for variable in dotenvy::from_read_iter(text.as_bytes()) {
-                let (name, value) = variable.map_err(|error| BadDotEnv::new(&path, &text, error))?;
-                variables.insert(name, value);
-            }
-        }
+        let mut variables = dot_env(folder)?;
         // Variables that are not UTF-8 cannot be meant for us.
         let utf8 = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
             Some((name.into_string().ok()?, value.into_string().ok()?))
@@ -81,6 +82,17 @@ impl Environment {
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.variables.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
+}
+
+fn dot_env(folder: &Path) -> Result<BTreeMap<String, String>, BadDotEnv> {
+    let path = folder.join(".env");
+    if !path.is_file() {
+        return Ok(BTreeMap::new());
+    }
+    let text = std::fs::read_to_string(&path)
+        .map_err(|source| BadDotEnv::Unreadable { path: path.display().to_string(), source })?;
+    let variables = dotenvy::from_read_iter(text.as_bytes());
+    variables.map(|variable| variable.map_err(|error| BadDotEnv::new(&path, &text, error))).collect()
 }
 
 impl FromIterator<(String, String)> for Environment {
@@ -107,6 +119,15 @@ mod tests {
         let shown = format!("{error} {error:?}");
         assert!(shown.contains(".env, line 2"), "{shown}");
         assert!(!shown.contains("sk-secret"), "{shown}");
+    }
+
+    #[test]
+    fn a_file_further_away_only_adds() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(".env"), "A=far\nB=far\n").unwrap();
+        let near: Environment = [("A".to_owned(), "near".to_owned())].into_iter().collect();
+        let both = near.below(folder.path()).unwrap();
+        assert_eq!((both.get("A"), both.get("B")), (Some("near"), Some("far")));
     }
 
     #[test]

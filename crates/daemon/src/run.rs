@@ -62,6 +62,9 @@ pub struct Loaded {
 /// When any of them is malformed; the message names the place.
 pub fn load(file: Option<&Path>) -> anyhow::Result<Loaded> {
     let environment = Environment::read(Path::new("."))?;
+    // Keys may lie beside the lists of models too, in a folder that only the configuration tells.
+    let folder = config::load(file, &environment)?.models.dir;
+    let environment = environment.below(&folder)?;
     let config = config::load(file, &environment)?;
     let models = models::read(&config.models)?;
     Ok(Loaded { config, models, environment })

@@ -3,7 +3,7 @@
 use crate::error::{ApiError, Reason};
 use crate::v1;
 use genmill_core::admit::Refusal;
-use genmill_core::controls::{Controls, StructuredOutput, Tool, ToolCall};
+use genmill_core::controls::{Controls, ReasoningEffort, StructuredOutput, Tool, ToolCall, ToolChoice};
 use genmill_core::ids::JobId;
 use genmill_core::model::ModelName;
 use genmill_core::names::{Experiment, Tenant};
@@ -39,6 +39,8 @@ pub fn request(pb: v1::GenerationRequest) -> Result<Request, Refusal> {
         echo: pb.echo,
         structured_output: pb.structured_output.map(structured_output).transpose()?,
         tools: pb.tools.into_iter().map(tool).collect(),
+        tool_choice: pb.tool_choice.map(tool_choice).transpose()?,
+        reasoning_effort: pb.reasoning_effort.map(reasoning_effort).transpose()?,
     };
     Ok(Request {
         controls,
@@ -68,6 +70,34 @@ fn structured_output(pb: v1::StructuredOutput) -> Result<StructuredOutput, Refus
         Form::Regex(regex) => Ok(StructuredOutput::Regex(regex)),
         Form::Choice(choice) => Ok(StructuredOutput::Choice(choice.choices)),
         Form::Lark(grammar) => Ok(StructuredOutput::Lark(grammar)),
+    }
+}
+
+fn tool_choice(pb: v1::ToolChoice) -> Result<ToolChoice, Refusal> {
+    use v1::tool_choice::Choice;
+    let unset = || invalid("tool_choice", "must be auto, none, required or a tool's name");
+    let mode = match pb.choice.ok_or_else(unset)? {
+        Choice::Tool(name) => return Ok(ToolChoice::Tool(name)),
+        Choice::Mode(mode) => mode,
+    };
+    match v1::ToolChoiceMode::try_from(mode) {
+        Ok(v1::ToolChoiceMode::Auto) => Ok(ToolChoice::Auto),
+        Ok(v1::ToolChoiceMode::None) => Ok(ToolChoice::None),
+        Ok(v1::ToolChoiceMode::Required) => Ok(ToolChoice::Required),
+        Ok(v1::ToolChoiceMode::Unspecified) | Err(_) => Err(unset()),
+    }
+}
+
+fn reasoning_effort(pb: i32) -> Result<ReasoningEffort, Refusal> {
+    match v1::ReasoningEffort::try_from(pb) {
+        Ok(v1::ReasoningEffort::None) => Ok(ReasoningEffort::None),
+        Ok(v1::ReasoningEffort::Minimal) => Ok(ReasoningEffort::Minimal),
+        Ok(v1::ReasoningEffort::Low) => Ok(ReasoningEffort::Low),
+        Ok(v1::ReasoningEffort::Medium) => Ok(ReasoningEffort::Medium),
+        Ok(v1::ReasoningEffort::High) => Ok(ReasoningEffort::High),
+        Ok(v1::ReasoningEffort::Unspecified) | Err(_) => {
+            Err(invalid("reasoning_effort", "must be none, minimal, low, medium or high"))
+        }
     }
 }
 

@@ -3,8 +3,9 @@
 use crate::v1;
 use genmill_core::attempt::{
     Attempt, AttemptEnd, Determinism, Failure, FailureClass, FinishReason, Generation, Sample, TokenLogprob, Usage,
+    UsageDetails,
 };
-use genmill_core::controls::{StructuredOutput, Tool, ToolCall};
+use genmill_core::controls::{ReasoningEffort, StructuredOutput, Tool, ToolCall, ToolChoice};
 use genmill_core::job::{Job, JobSpec};
 use genmill_core::money::Picodollars;
 use genmill_core::request::{ChatMessage, Input, Priority, Role};
@@ -78,6 +79,8 @@ fn request(spec: JobSpec) -> v1::GenerationRequest {
         echo: controls.echo,
         structured_output: controls.structured_output.map(structured_output),
         tools: controls.tools.into_iter().map(tool).collect(),
+        tool_choice: controls.tool_choice.map(tool_choice),
+        reasoning_effort: controls.reasoning_effort.map(|effort| reasoning_effort(effort).into()),
         model: spec.model.into(),
         input: Some(input(spec.input)),
         max_tokens: Some(spec.sampling.max_tokens),
@@ -110,6 +113,28 @@ fn structured_output(form: StructuredOutput) -> v1::StructuredOutput {
 
 fn tool(Tool { name, description, parameters }: Tool) -> v1::Tool {
     v1::Tool { name, description, parameters }
+}
+
+fn tool_choice(choice: ToolChoice) -> v1::ToolChoice {
+    use v1::tool_choice::Choice;
+    let mode = |mode: v1::ToolChoiceMode| Choice::Mode(mode.into());
+    let choice = match choice {
+        ToolChoice::Auto => mode(v1::ToolChoiceMode::Auto),
+        ToolChoice::None => mode(v1::ToolChoiceMode::None),
+        ToolChoice::Required => mode(v1::ToolChoiceMode::Required),
+        ToolChoice::Tool(name) => Choice::Tool(name),
+    };
+    v1::ToolChoice { choice: Some(choice) }
+}
+
+const fn reasoning_effort(effort: ReasoningEffort) -> v1::ReasoningEffort {
+    match effort {
+        ReasoningEffort::None => v1::ReasoningEffort::None,
+        ReasoningEffort::Minimal => v1::ReasoningEffort::Minimal,
+        ReasoningEffort::Low => v1::ReasoningEffort::Low,
+        ReasoningEffort::Medium => v1::ReasoningEffort::Medium,
+        ReasoningEffort::High => v1::ReasoningEffort::High,
+    }
 }
 
 fn tool_call(ToolCall { id, name, arguments }: ToolCall) -> v1::ToolCall {
@@ -207,7 +232,9 @@ fn result(generation: &Generation, job: &Job) -> v1::Result {
         more_samples: (1..).zip(&generation.more).map(sample).collect(),
         determinism: generation.determinism.map_or(v1::Determinism::Unspecified, determinism).into(),
         fingerprint: generation.fingerprint.clone(),
-        usage: generation.usage.map(usage),
+        usage: generation.usage.map(|told| usage(told, generation.usage_details.unwrap_or_default())),
+        reasoning: generation.reasoning.clone(),
+        left_out_parameters: generation.left_out.clone(),
         latency: Some(v1::Latency {
             queued_ms: since_created(job.started_at),
             first_token_ms: generation.first_token_ms,
@@ -224,11 +251,13 @@ fn determinism(determinism: Determinism) -> v1::Determinism {
     }
 }
 
-fn usage(usage: Usage) -> v1::Usage {
+fn usage(usage: Usage, details: UsageDetails) -> v1::Usage {
     v1::Usage {
         prompt_tokens: usage.prompt_tokens,
         completion_tokens: usage.completion_tokens,
         cached_prompt_tokens: usage.cached_prompt_tokens,
+        cache_write_tokens: details.cache_write_tokens,
+        reasoning_tokens: details.reasoning_tokens,
     }
 }
 

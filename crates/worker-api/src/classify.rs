@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     fn error(code: &str) -> ProviderError {
-        ProviderError { status: None, code: code.to_owned(), message: "no".to_owned() }
+        ProviderError { code: code.to_owned(), message: "no".to_owned(), ..ProviderError::default() }
     }
 
     fn check(status: u16, code: &str, class: FailureClass) {

@@ -2,7 +2,7 @@
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
 use crate::stop::StopCut;
-use genmill_core::attempt::{FinishReason, Generation, TokenLogprob, Usage};
+use genmill_core::attempt::{FinishReason, Generation, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::money::{Picodollars, Rates, price};
 
@@ -10,11 +10,14 @@ use genmill_core::money::{Picodollars, Rates, price};
 #[derive(Clone, Debug)]
 pub struct Collected {
     text: String,
+    reasoning: String,
+    left_out: Vec<String>,
     cut: StopCut,
     tool_calls: Vec<ToolCall>,
     logprobs: Vec<TokenLogprob>,
     finish_reason: Option<FinishReason>,
     usage: Option<Usage>,
+    usage_details: Option<UsageDetails>,
     billed: Option<Picodollars>,
     fingerprint: String,
     first_token_ms: Option<u64>,
@@ -28,11 +31,14 @@ impl Collected {
     pub fn new(stops: &[String]) -> Self {
         Self {
             text: String::new(),
+            reasoning: String::new(),
+            left_out: Vec::new(),
             cut: StopCut::new(stops),
             tool_calls: Vec::new(),
             logprobs: Vec::new(),
             finish_reason: None,
             usage: None,
+            usage_details: None,
             billed: None,
             fingerprint: String::new(),
             first_token_ms: None,
@@ -53,12 +59,17 @@ impl Collected {
                 let held = self.cut.end();
                 return self.keep(held);
             }
+            StreamEvent::Reasoning(thought) => {
+                self.first_token_ms.get_or_insert(elapsed_ms);
+                self.reasoning.push_str(&thought);
+            }
             StreamEvent::ToolCall { index, part } => {
                 self.first_token_ms.get_or_insert(elapsed_ms);
                 self.add_call(index, part);
             }
             StreamEvent::Logprobs(logprobs) => self.logprobs.extend(logprobs),
             StreamEvent::Usage(usage) => self.usage = Some(usage),
+            StreamEvent::UsageDetails(details) => self.usage_details = Some(details),
             StreamEvent::Billed(billed) => self.billed = Some(billed),
             StreamEvent::Fingerprint(fingerprint) => self.fingerprint = fingerprint,
             StreamEvent::Error(error) => self.error = Some(error),
@@ -75,14 +86,16 @@ impl Collected {
     pub fn take_reply(&mut self, reply: Reply, elapsed_ms: u64) -> String {
         let finished = StreamEvent::Finished(reply.finish_reason.unwrap_or(FinishReason::Unknown));
         let text = (!reply.text.is_empty()).then_some(StreamEvent::Text(reply.text));
+        let thought = (!reply.reasoning.is_empty()).then_some(StreamEvent::Reasoning(reply.reasoning));
         let usage = reply.usage.map(StreamEvent::Usage);
+        let details = reply.usage_details.map(StreamEvent::UsageDetails);
         let billed = reply.billed.map(StreamEvent::Billed);
         let calls = reply.tool_calls.into_iter().enumerate();
         let calls = calls.map(|(index, part)| Some(StreamEvent::ToolCall { index, part }));
         let logprobs = (!reply.logprobs.is_empty()).then_some(StreamEvent::Logprobs(reply.logprobs));
         let fingerprint = (!reply.fingerprint.is_empty()).then_some(StreamEvent::Fingerprint(reply.fingerprint));
-        let rest = [logprobs, Some(finished), usage, billed, fingerprint, Some(StreamEvent::Done)];
-        let events = std::iter::once(text).chain(calls).chain(rest).flatten();
+        let rest = [logprobs, Some(finished), usage, details, billed, fingerprint, Some(StreamEvent::Done)];
+        let events = [thought, text].into_iter().chain(calls).chain(rest).flatten();
         events.filter_map(|event| self.take(event, elapsed_ms)).collect()
     }
 
@@ -128,18 +141,31 @@ impl Collected {
     /// What the call costs: the provider's own figure, else tokens times price; `None` when neither is known.
     #[must_use]
     pub fn cost(&self, rates: Option<&Rates>) -> Option<Picodollars> {
-        self.billed.or_else(|| Some(price(&self.usage?, rates?)))
+        let written = self.usage_details.map_or(0, |details| details.cache_write_tokens);
+        self.billed.or_else(|| Some(price(&self.usage?, written, rates?)))
+    }
+
+    /// Notes parameters that the provider was not sent.
+    pub fn left_out(&mut self, parameters: &[&str]) {
+        self.left_out = parameters.iter().map(|parameter| (*parameter).to_owned()).collect();
     }
 
     /// The finished generation; a provider's overlong fingerprint is cut.
     #[must_use]
-    pub fn into_generation(self) -> Generation {
-        let mut fingerprint = self.fingerprint;
+    pub fn into_generation(mut self) -> Generation {
+        let mut fingerprint = std::mem::take(&mut self.fingerprint);
         fingerprint.truncate(fingerprint.floor_char_boundary(Generation::FINGERPRINT_BYTES_MAX));
         let told = self.finish_reason.unwrap_or(FinishReason::Unknown);
         let finish_reason = if self.cut.stopped() { FinishReason::Stop } else { told };
+        // A call without arguments may come without any piece of them.
+        for call in self.tool_calls.iter_mut().filter(|call| call.arguments.is_empty()) {
+            call.arguments.push_str("{}");
+        }
         Generation {
             usage: self.usage,
+            usage_details: self.usage_details,
+            reasoning: self.reasoning,
+            left_out: self.left_out,
             first_token_ms: self.first_token_ms,
             tool_calls: self.tool_calls,
             logprobs: self.logprobs,
@@ -221,7 +247,7 @@ mod tests {
 
     #[test]
     fn the_providers_own_figure_wins_and_unknown_is_none() {
-        let rates = Rates { input: Picodollars(2), output: Picodollars(3), cached_input: None };
+        let rates = Rates { input: Picodollars(2), output: Picodollars(3), cached_input: None, cache_write: None };
         let (priced, _) = collect(&[], vec![StreamEvent::Usage(USAGE)]);
         assert_eq!(priced.cost(Some(&rates)), Some(Picodollars(35)));
         assert_eq!(priced.cost(None), None);

@@ -8,7 +8,7 @@ use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
 use genmill_worker_api::catalog::Catalog;
 use genmill_worker_api::http::Http;
-use genmill_worker_api::perform::Performer;
+use genmill_worker_api::perform::{Limits, Performer, Unsupported};
 use genmill_worker_api::prices::Prices;
 use genmill_worker_api::providers::Table;
 use std::process::ExitCode;
@@ -52,6 +52,8 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
         tracing::warn!(model = %model.name, missing = ?model.availability, "listed, but cannot be served");
     }
     let api = &context.config.api;
+    let unsupported = if api.drop_params { Unsupported::LeaveOut } else { Unsupported::Refuse };
+    let limits = Limits { calls_max: api.calls_max, unsupported };
     let http = Http::new(Duration::from_millis(api.connect_timeout_ms)).context("cannot set up HTTP")?;
-    Ok(Performer::new(catalog, Prices::embedded()?, http, api.calls_max))
+    Ok(Performer::new(catalog, Prices::embedded()?, http, limits))
 }

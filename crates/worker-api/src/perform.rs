@@ -5,7 +5,7 @@
 use crate::catalog::{Catalog, Endpoint};
 use crate::classify::{classify, redact, retry_after_ms};
 use crate::collect::Collected;
-use crate::dialect::{Encoded, ProviderError, StreamEvent, Streaming};
+use crate::dialect::{Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
 use crate::http::{Http, cause};
 use crate::prices::Prices;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
@@ -41,21 +41,39 @@ pub struct Performer {
     catalog: Catalog,
     prices: Prices,
     http: Http,
-    calls_max: u32,
+    limits: Limits,
+}
+
+/// How calls are made.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How many to each provider are in flight at once.
+    pub calls_max: u32,
+    /// What becomes of parameters that a provider does not take.
+    pub unsupported: Unsupported,
+}
+
+/// What becomes of parameters that a provider does not take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unsupported {
+    /// They fail the job.
+    Refuse,
+    /// They are left out, which the result notes.
+    LeaveOut,
 }
 
 impl Performer {
-    /// A performer that has at most `calls_max` calls to each provider in flight.
+    /// A performer that calls the providers of `catalog`.
     #[must_use]
-    pub fn new(catalog: Catalog, prices: Prices, http: Http, calls_max: u32) -> Self {
-        Self { catalog, prices, http, calls_max }
+    pub fn new(catalog: Catalog, prices: Prices, http: Http, limits: Limits) -> Self {
+        Self { catalog, prices, http, limits }
     }
 }
 
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
         let lanes = self.catalog.endpoints.keys();
-        lanes.map(|lane| Offer { lane: lane.clone(), capacity: self.calls_max, tokens: None }).collect()
+        lanes.map(|lane| Offer { lane: lane.clone(), capacity: self.limits.calls_max, tokens: None }).collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {
@@ -69,8 +87,9 @@ impl Perform for Performer {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
             return Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
         };
-        let mut call =
-            Call { endpoint, http: &self.http, spec: &task.spec, progress: &mut progress, begun: Instant::now() };
+        let unsupported = self.limits.unsupported;
+        let (spec, progress, begun) = (&task.spec, &mut progress, Instant::now());
+        let mut call = Call { endpoint, http: &self.http, unsupported, spec, progress, begun };
         let mut collected = Collected::new(&task.spec.sampling.stop);
         let ended = tokio::select! {
             biased;
@@ -121,6 +140,7 @@ fn cut_off(provider: &str) -> Failure {
 struct Call<'a> {
     endpoint: &'a Endpoint,
     http: &'a Http,
+    unsupported: Unsupported,
     spec: &'a JobSpec,
     progress: &'a mut Progress,
     begun: Instant,
@@ -132,6 +152,10 @@ impl Call<'_> {
         let streaming = if endpoint.provider.streaming { Streaming::On } else { Streaming::Off };
         let model = self.spec.model.backend_name();
         let encoded = endpoint.dialect.encode(self.spec, model, &endpoint.provider, streaming);
+        if let Some(refused) = self.refuse_unsupported(&encoded.left_out) {
+            return refused;
+        }
+        collected.left_out(&encoded.left_out);
         let response = match self.send(encoded).await {
             Ok(response) => response,
             Err(error) => return self.unreachable(&error),
@@ -150,6 +174,20 @@ impl Call<'_> {
         }
     }
 
+    /// The failure of a request with parameters that the provider does not take, unless they are to be left out.
+    fn refuse_unsupported(&self, left_out: &[&str]) -> Option<Ended> {
+        let wanted: Vec<&str> = left_out.iter().filter(|name| !FILLED_IN.contains(name)).copied().collect();
+        if wanted.is_empty() || self.unsupported == Unsupported::LeaveOut {
+            return None;
+        }
+        let what = format!(
+            "does not take {} for {}: leave it out of the request, or set drop_params = true under [api]",
+            wanted.join(", "),
+            self.spec.model.backend_name()
+        );
+        Some(Ended::Refused(self.failure(FailureClass::Invalid, &what)))
+    }
+
     async fn send(&self, encoded: Encoded) -> reqwest::Result<Response> {
         let endpoint = self.endpoint;
         let url = format!("{}{}", endpoint.base_url.as_str().trim_end_matches('/'), encoded.path);
@@ -159,7 +197,10 @@ impl Call<'_> {
         }
         if let Some(key) = &endpoint.key {
             let at = endpoint.dialect.key_header();
-            request = request.header(at.name, format!("{}{}", at.scheme, key.reveal()));
+            request = match &endpoint.provider.key_header {
+                Some(header) => request.header(header, key.reveal()),
+                None => request.header(at.name, format!("{}{}", at.scheme, key.reveal())),
+            };
         }
         request.send().await
     }
@@ -202,6 +243,7 @@ impl Call<'_> {
             }
         }
         let error = self.endpoint.dialect.decode_error(&body);
+        let wait = wait.or(error.retry_after_ms);
         Ended::Refused(self.told(status, error).retry_after_ms(wait))
     }
 

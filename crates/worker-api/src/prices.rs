@@ -9,7 +9,7 @@ pub struct Prices(HashMap<(&'static str, &'static str), Rates>);
 
 /// Why the table cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("prices.csv, line {line}: not `provider,model,input,output,cached_input`")]
+#[error("prices.csv, line {line}: not `provider,model,input,output,cached_input,cache_write`")]
 pub struct BadPrice {
     line: usize,
 }
@@ -38,10 +38,11 @@ impl Prices {
 
 fn row(line: &'static str) -> Option<((&'static str, &'static str), Rates)> {
     let fields: Vec<&str> = line.split(',').collect();
-    let [provider, model, input, output, cached] = fields[..] else { return None };
+    let [provider, model, input, output, cached, written] = fields[..] else { return None };
     let amount = |field: &str| field.parse().map(Picodollars).ok();
-    let cached_input = if cached.is_empty() { None } else { Some(amount(cached)?) };
-    Some(((provider, model), Rates { input: amount(input)?, output: amount(output)?, cached_input }))
+    let optional = |field: &str| if field.is_empty() { Some(None) } else { amount(field).map(Some) };
+    let (cached_input, cache_write) = (optional(cached)?, optional(written)?);
+    Some(((provider, model), Rates { input: amount(input)?, output: amount(output)?, cached_input, cache_write }))
 }
 
 #[cfg(test)]
@@ -54,6 +55,7 @@ mod tests {
             input: dollars(input),
             output: dollars(output),
             cached_input: cached.map(dollars),
+            cache_write: None,
         });
         assert_eq!(Prices::embedded().unwrap().rates(provider, model), expect);
     }
@@ -74,6 +76,6 @@ mod tests {
 
     #[test]
     fn a_malformed_row_is_named() {
-        assert_eq!(Prices::parse("# x\nheader\na,b,1,2,\na,b,1").unwrap_err(), BadPrice { line: 4 });
+        assert_eq!(Prices::parse("# x\nheader\na,b,1,2,,\na,b,1").unwrap_err(), BadPrice { line: 4 });
     }
 }

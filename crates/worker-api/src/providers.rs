@@ -22,6 +22,18 @@ pub struct Provider {
     pub dialect: String,
     /// What follows the base URL, where it is not the dialect's own path.
     pub path: Option<String>,
+    /// Where its key goes, when not where the dialect has it: a header that has the key alone.
+    pub key_header: Option<String>,
+    /// Names in braces within `base_url`, `headers` and `body`, and the variables that may hold what stands for them.
+    #[serde(default)]
+    pub parts: BTreeMap<String, Vec<String>>,
+    /// Its name for `model`.
+    pub model_field: Option<String>,
+    /// Fields of every body.
+    #[serde(default)]
+    pub body: BTreeMap<String, String>,
+    /// How its models are told how long to think, where its dialect knows several ways.
+    pub thinking: Option<Thinking>,
     /// Headers of every call.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
@@ -58,6 +70,17 @@ pub enum KeyNeed {
     Optional,
 }
 
+/// How models are told how long to think.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Thinking {
+    /// By a number of tokens.
+    #[default]
+    Budget,
+    /// By a word.
+    Level,
+}
+
 /// What differs for the models whose names begin in one of some ways.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -66,6 +89,8 @@ pub struct ModelQuirks {
     pub starts_with: Vec<String>,
     /// Their name for `max_tokens`.
     pub max_tokens_field: Option<String>,
+    /// How they are told how long to think.
+    pub thinking: Option<Thinking>,
     /// Parameters they refuse, besides those that the provider refuses for all.
     #[serde(default)]
     pub drop: Vec<String>,
@@ -82,6 +107,23 @@ impl Provider {
     pub fn max_tokens_field(&self, model: &str) -> Option<&str> {
         let of_model = self.model_quirks(model).and_then(|row| row.max_tokens_field.as_deref());
         of_model.or(self.max_tokens_field.as_deref())
+    }
+
+    /// How `model` is told how long to think.
+    #[must_use]
+    pub fn thinking(&self, model: &str) -> Thinking {
+        self.model_quirks(model).and_then(|row| row.thinking).or(self.thinking).unwrap_or_default()
+    }
+
+    /// The row with `value` in place of a name in braces.
+    #[must_use]
+    pub fn with_part(mut self, name: &str, value: &str) -> Self {
+        let name = format!("{{{name}}}");
+        let texts = self.base_url.iter_mut().chain(&mut self.path);
+        for text in texts.chain(self.headers.values_mut()).chain(self.body.values_mut()) {
+            *text = text.replace(&name, value);
+        }
+        self
     }
 
     /// Whether `model` takes a parameter.

@@ -51,7 +51,7 @@ struct Account<'a> {
 fn bill(call: &Call, job: &v1::Job) -> u64 {
     let usage =
         Usage { prompt_tokens: call.prompt_tokens, completion_tokens: call.completion_tokens, cached_prompt_tokens: 0 };
-    let picodollars = model(job).map_or(Picodollars(0), |model| price(&usage, &model.rates));
+    let picodollars = model(job).map_or(Picodollars(0), |model| price(&usage, 0, &model.rates));
     picodollars.to_nanodollars().0
 }
 

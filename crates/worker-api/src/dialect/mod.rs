@@ -2,17 +2,24 @@
 //!
 //! A dialect is values in, values out. Never here: I/O, clocks, keys, retries, prices.
 
+mod anthropic;
+mod errors;
+mod gemini;
 mod openai;
+mod parameters;
 mod sse;
 
 use crate::providers::Provider;
-use genmill_core::attempt::{FinishReason, TokenLogprob, Usage};
+use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 
+pub(crate) use parameters::FILLED_IN;
+
 /// Every dialect that is spoken, by the name that `providers.toml` uses.
-pub const DIALECTS: &[(&str, &dyn Dialect)] = &[("openai", &openai::OpenAi)];
+pub const DIALECTS: &[(&str, &dyn Dialect)] =
+    &[("openai", &openai::OpenAi), ("anthropic", &anthropic::Anthropic), ("gemini", &gemini::Gemini)];
 
 /// The dialect of a name.
 #[must_use]
@@ -38,6 +45,8 @@ pub struct Encoded {
     pub headers: Vec<(String, String)>,
     /// The body, as JSON.
     pub body: String,
+    /// Parameters that are set but not sent, because provider, model or dialect do not take them.
+    pub left_out: Vec<&'static str>,
 }
 
 /// Where a dialect wants the key.
@@ -54,6 +63,8 @@ pub struct KeyHeader {
 pub struct Reply {
     /// The text.
     pub text: String,
+    /// What the model thought, as far as it is told.
+    pub reasoning: String,
     /// Why it ended, when told.
     pub finish_reason: Option<FinishReason>,
     /// Calls of tools that the model asks for.
@@ -62,10 +73,41 @@ pub struct Reply {
     pub logprobs: Vec<TokenLogprob>,
     /// Tokens, when told.
     pub usage: Option<Usage>,
+    /// More of them, when told.
+    pub usage_details: Option<UsageDetails>,
     /// What the provider says it costs.
     pub billed: Option<Picodollars>,
     /// What the provider says of the system that answered; may be empty.
     pub fingerprint: String,
+}
+
+impl Reply {
+    /// Puts the events of a whole answer together.
+    ///
+    /// # Errors
+    /// The error among them, or that there are none.
+    fn of(events: Vec<StreamEvent>) -> Result<Self, ProviderError> {
+        if events.is_empty() {
+            return Err(ProviderError::saying("the answer says nothing"));
+        }
+        let mut reply = Self::default();
+        for event in events {
+            match event {
+                StreamEvent::Text(text) => reply.text.push_str(&text),
+                StreamEvent::Reasoning(text) => reply.reasoning.push_str(&text),
+                StreamEvent::Finished(reason) => reply.finish_reason = Some(reason),
+                StreamEvent::ToolCall { part, .. } => reply.tool_calls.push(part),
+                StreamEvent::Logprobs(logprobs) => reply.logprobs.extend(logprobs),
+                StreamEvent::Usage(usage) => reply.usage = Some(usage),
+                StreamEvent::UsageDetails(details) => reply.usage_details = Some(details),
+                StreamEvent::Billed(billed) => reply.billed = Some(billed),
+                StreamEvent::Fingerprint(fingerprint) => reply.fingerprint = fingerprint,
+                StreamEvent::Error(error) => return Err(error),
+                StreamEvent::Done => {}
+            }
+        }
+        Ok(reply)
+    }
 }
 
 /// An error as a provider tells it.
@@ -77,6 +119,15 @@ pub struct ProviderError {
     pub code: String,
     /// What it says; may be empty.
     pub message: String,
+    /// How long it asks to wait, where it tells so in the body.
+    pub retry_after_ms: Option<u64>,
+}
+
+impl ProviderError {
+    /// An error without a code.
+    fn saying(message: &str) -> Self {
+        Self { message: message.to_owned(), ..Self::default() }
+    }
 }
 
 /// What a stream says.
@@ -84,6 +135,8 @@ pub struct ProviderError {
 pub enum StreamEvent {
     /// More text.
     Text(String),
+    /// More of what the model thinks.
+    Reasoning(String),
     /// More of a call that the model asks for: what is empty says nothing, arguments follow each other.
     ToolCall {
         /// Which call.
@@ -97,6 +150,8 @@ pub enum StreamEvent {
     Finished(FinishReason),
     /// Tokens of the whole call.
     Usage(Usage),
+    /// More of them.
+    UsageDetails(UsageDetails),
     /// What the provider says the call costs.
     Billed(Picodollars),
     /// What the provider says of the system that answers.
@@ -127,7 +182,9 @@ pub trait Dialect: Sync {
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError>;
 
     /// What the body of a refusal says.
-    fn decode_error(&self, body: &[u8]) -> ProviderError;
+    fn decode_error(&self, body: &[u8]) -> ProviderError {
+        errors::of_body(body)
+    }
 
     /// Reads one stream.
     fn decoder(&self) -> Box<dyn StreamDecoder + Send>;

@@ -4,13 +4,14 @@ mod extras;
 
 use super::sse::Events;
 use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{errors, parameters};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// The path below the base URL.
 const PATH: &str = "/chat/completions";
@@ -47,39 +48,13 @@ impl Dialect for OpenAi {
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let mut headers: Vec<_> = provider.headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-        headers.push(("content-type".to_owned(), "application/json".to_owned()));
-        let path = provider.path.as_deref().unwrap_or(PATH).to_owned();
-        Encoded { path, headers, body: Value::Object(body(spec, model, provider, streaming)).to_string() }
+        let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
+        let (body, left_out) = body(spec, model, provider, streaming);
+        Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
-        let events = events(&String::from_utf8_lossy(body));
-        if events.is_empty() {
-            return Err(unreadable("the answer says nothing"));
-        }
-        let mut reply = Reply::default();
-        for event in events {
-            match event {
-                StreamEvent::Text(text) => reply.text.push_str(&text),
-                StreamEvent::Finished(reason) => reply.finish_reason = Some(reason),
-                StreamEvent::ToolCall { part, .. } => reply.tool_calls.push(part),
-                StreamEvent::Logprobs(logprobs) => reply.logprobs.extend(logprobs),
-                StreamEvent::Usage(usage) => reply.usage = Some(usage),
-                StreamEvent::Billed(billed) => reply.billed = Some(billed),
-                StreamEvent::Fingerprint(fingerprint) => reply.fingerprint = fingerprint,
-                StreamEvent::Error(error) => return Err(error),
-                StreamEvent::Done => {}
-            }
-        }
-        Ok(reply)
-    }
-
-    fn decode_error(&self, body: &[u8]) -> ProviderError {
-        match serde_json::from_slice::<Value>(body) {
-            Ok(value) => provider_error(&value),
-            Err(_) => ProviderError { message: plain_text(body), ..ProviderError::default() },
-        }
+        Reply::of(events(&String::from_utf8_lossy(body)))
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
@@ -87,40 +62,33 @@ impl Dialect for OpenAi {
     }
 }
 
-fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Map<String, Value> {
+fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> (Value, Vec<&'static str>) {
     let sampling = &spec.sampling;
     let max_tokens_field = provider.max_tokens_field(model).unwrap_or("max_tokens");
     let seed_field = provider.seed_field.as_deref().unwrap_or("seed");
     let stops = &sampling.stop[..sampling.stop.len().min(STOPS_MAX)];
-    // The parameter as Genmill names it, the field it is sent in, its value.
-    let parameters = [
+    let rows = vec![
         ("max_tokens", max_tokens_field, Some(json!(sampling.max_tokens))),
         ("temperature", "temperature", Some(json!(sampling.temperature))),
         ("top_p", "top_p", sampling.top_p.map(|top_p| json!(top_p))),
         ("top_k", "top_k", sampling.top_k.map(|top_k| json!(top_k))),
-        ("seed", seed_field, Some(json!(fold(sampling.seed)))),
+        ("seed", seed_field, Some(json!(parameters::seed(sampling.seed)))),
         ("stop", "stop", (!stops.is_empty()).then(|| json!(stops))),
     ];
-    let mut body = Map::new();
-    body.insert("model".to_owned(), json!(model));
-    body.insert("messages".to_owned(), extras::messages(&spec.input));
-    for (parameter, field, value) in parameters.into_iter().chain(extras::parameters(&sampling.controls)) {
-        if let (Some(value), true) = (value, provider.takes(model, parameter)) {
-            body.insert(field.to_owned(), value);
-        }
+    let rows = rows.into_iter().chain(extras::parameters(&sampling.controls));
+    let model_field = provider.model_field.as_deref().unwrap_or("model");
+    let mut body = json!({model_field: model, "messages": extras::messages(&spec.input)});
+    for (field, value) in &provider.body {
+        body[field] = json!(value);
     }
+    let left_out = parameters::fill(&mut body, spec, model, provider, rows);
     if streaming == Streaming::On {
-        body.insert("stream".to_owned(), json!(true));
+        body["stream"] = json!(true);
         if provider.stream_usage {
-            body.insert("stream_options".to_owned(), json!({"include_usage": true}));
+            body["stream_options"] = json!({"include_usage": true});
         }
     }
-    body
-}
-
-/// The seed in 31 bits, which every provider takes; a seed that fits is sent as it is.
-fn fold(seed: u64) -> u64 {
-    (seed ^ (seed >> 31) ^ (seed >> 62)) & 0x7fff_ffff
+    (body, left_out)
 }
 
 /// Reads a stream of chunks.
@@ -133,7 +101,7 @@ impl StreamDecoder for Decoder {
     fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
         match self.events.push(bytes) {
             Ok(data) => data.iter().flat_map(|data| events(data)).collect(),
-            Err(_) => vec![StreamEvent::Error(unreadable("an event of the stream is too long"))],
+            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
         }
     }
 
@@ -187,6 +155,9 @@ struct Message {
     content: Option<Value>,
     #[serde(default)]
     tool_calls: Value,
+    /// What the model thinks, in either of its two names.
+    #[serde(default, alias = "reasoning")]
+    reasoning_content: Value,
 }
 
 #[derive(Deserialize)]
@@ -224,10 +195,10 @@ fn events(data: &str) -> Vec<StreamEvent> {
         return vec![StreamEvent::Done];
     }
     let Ok(completion) = serde_json::from_str::<Completion>(data) else {
-        return vec![StreamEvent::Error(unreadable("the answer is not a chat completion"))];
+        return vec![StreamEvent::Error(ProviderError::saying("the answer is not a chat completion"))];
     };
     if let Some(error) = completion.error.filter(|error| !error.is_null()) {
-        return vec![StreamEvent::Error(provider_error(&json!({ "error": error })))];
+        return vec![StreamEvent::Error(errors::of_value(&json!({ "error": error })))];
     }
     if completion.choices.is_none() && completion.usage.is_none() {
         return strange(data);
@@ -245,17 +216,19 @@ fn events(data: &str) -> Vec<StreamEvent> {
 
 /// An object that is no completion: an error of another shape, or something to pass over.
 fn strange(data: &str) -> Vec<StreamEvent> {
-    let error = provider_error(&serde_json::from_str(data).unwrap_or_default());
+    let error = errors::of_value(&serde_json::from_str(data).unwrap_or_default());
     if error.message.is_empty() { Vec::new() } else { vec![StreamEvent::Error(error)] }
 }
 
 fn of_choice(choice: Choice) -> Vec<StreamEvent> {
     if let Some(error) = choice.error.filter(|error| !error.is_null()) {
-        return vec![StreamEvent::Error(provider_error(&json!({ "error": error })))];
+        return vec![StreamEvent::Error(errors::of_value(&json!({ "error": error })))];
     }
     let message = choice.delta.or(choice.message);
     let mut events = Vec::new();
-    if let Some(Message { content, tool_calls }) = message {
+    if let Some(Message { content, tool_calls, reasoning_content }) = message {
+        let thought = reasoning_content.as_str().filter(|thought| !thought.is_empty());
+        events.extend(thought.map(|thought| StreamEvent::Reasoning(thought.to_owned())));
         let text = content.map(text_of).unwrap_or_default();
         events.extend((!text.is_empty()).then_some(StreamEvent::Text(text)));
         events.extend(extras::tool_calls(&tool_calls));
@@ -263,7 +236,7 @@ fn of_choice(choice: Choice) -> Vec<StreamEvent> {
     events.extend(extras::logprobs(&choice.logprobs));
     match choice.finish_reason.as_ref().and_then(Value::as_str).filter(|reason| !reason.is_empty()) {
         Some(reason) if FINISHED_BY_ERROR.contains(&reason) => {
-            events.push(StreamEvent::Error(unreadable("the provider failed while it answered")));
+            events.push(StreamEvent::Error(ProviderError::saying("the provider failed while it answered")));
         }
         Some(reason) => events.push(StreamEvent::Finished(finish_reason(reason))),
         None => {}
@@ -308,53 +281,6 @@ fn reasoning_outside(wire: &WireUsage, counted: u64) -> u64 {
     let details = wire.completion_tokens_details.as_ref();
     let reasoning = details.and_then(|details| details["reasoning_tokens"].as_u64()).unwrap_or(0);
     if wire.total_tokens == Some(counted.saturating_add(reasoning)) { reasoning } else { 0 }
-}
-
-fn unreadable(message: &str) -> ProviderError {
-    ProviderError { status: None, code: String::new(), message: message.to_owned() }
-}
-
-/// Reads an error in any of the shapes that are found at large.
-fn provider_error(value: &Value) -> ProviderError {
-    let value = value.get(0).unwrap_or(value);
-    let inner = ["error", "errors"].iter().find_map(|name| value.get(name)).filter(|inner| !inner.is_null());
-    let inner = inner.map_or(value, |inner| inner.get(0).unwrap_or(inner));
-    let code = ["code", "type", "error_type"].iter().find_map(|name| inner.get(name).filter(|code| !code.is_null()));
-    let message = inner.as_str().or_else(|| inner["message"].as_str()).or_else(|| value["message"].as_str());
-    ProviderError {
-        status: code.and_then(status_of),
-        code: code.map(|code| code.as_str().map_or_else(|| code.to_string(), str::to_owned)).unwrap_or_default(),
-        message: message.map_or_else(|| detail(value), str::to_owned),
-    }
-}
-
-/// A code that is an HTTP status.
-fn status_of(code: &Value) -> Option<u16> {
-    let number = code.as_u64().or_else(|| code.as_str()?.parse().ok())?;
-    u16::try_from(number).ok().filter(|status| (400..600).contains(status))
-}
-
-/// What servers built with FastAPI say: a text, or a list of places and problems. The rejected input, which they quote
-/// too, is left out: it may be the prompt.
-fn detail(value: &Value) -> String {
-    let detail = &value["detail"];
-    if let Some(text) = detail.as_str() {
-        return text.to_owned();
-    }
-    let place = |row: &Value| row["loc"].as_array().map(|parts| parts.iter().map(word).collect::<Vec<_>>().join("."));
-    let line = |row: &Value| Some(format!("{}: {}", place(row)?, row["msg"].as_str()?));
-    detail.as_array().map(|rows| rows.iter().filter_map(line).collect::<Vec<_>>().join("; ")).unwrap_or_default()
-}
-
-fn word(part: &Value) -> String {
-    part.as_str().map_or_else(|| part.to_string(), str::to_owned)
-}
-
-/// A body that is no JSON, unless it is a web page.
-fn plain_text(body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(body);
-    let text = text.trim();
-    if text.starts_with('<') { "the answer is a web page".to_owned() } else { text.to_owned() }
 }
 
 #[cfg(test)]

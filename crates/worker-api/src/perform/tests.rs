@@ -13,6 +13,8 @@ use genmill_worker::perform::Started;
 use std::path::PathBuf;
 use tokio::sync::mpsc;
 
+const LIMITS: Limits = Limits { calls_max: 4, unsupported: Unsupported::Refuse };
+
 /// A performer whose provider `openai` is the stand-in.
 struct Bench {
     standin: Standin,
@@ -48,7 +50,7 @@ fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Perfo
     let mut catalog = Catalog::new(&[model], &table, &settings, &Environment::default()).unwrap();
     catalog.endpoints.values_mut().for_each(change);
     let http = Http::new(Duration::from_secs(5)).unwrap();
-    Performer::new(catalog, Prices::embedded().unwrap(), http, 4)
+    Performer::new(catalog, Prices::embedded().unwrap(), http, LIMITS)
 }
 
 /// Performs one job and returns what came of it, and the text that was reported.

@@ -1,8 +1,9 @@
 //! What chat completions have beside text: messages that call tools, tools, forms of the answer, log probabilities.
 
 use super::StreamEvent;
+use crate::dialect::parameters::{self, Row};
 use genmill_core::attempt::TokenLogprob;
-use genmill_core::controls::{Controls, StructuredOutput, Tool, ToolCall};
+use genmill_core::controls::{Controls, Tool, ToolCall, ToolChoice};
 use genmill_core::request::{ChatMessage, Input, Role};
 use serde_json::{Map, Value, json};
 
@@ -30,17 +31,12 @@ fn call(ToolCall { id, name, arguments }: &ToolCall) -> Value {
 }
 
 /// The parameters beside the usual ones: each as Genmill names it, the field it is sent in, its value.
-pub(super) fn parameters(controls: &Controls) -> Vec<(&'static str, &'static str, Option<Value>)> {
+pub(super) fn parameters(controls: &Controls) -> Vec<Row<'static>> {
     let number = |number: Option<f64>| number.map(|number| json!(number));
     let bias: Map<String, Value> =
         controls.logit_bias.iter().map(|(token, bias)| (token.to_string(), json!(bias))).collect();
-    let schema = match &controls.structured_output {
-        Some(StructuredOutput::JsonSchema(schema)) => Some(schema),
-        // Refused at submission.
-        Some(StructuredOutput::Regex(_) | StructuredOutput::Choice(_) | StructuredOutput::Lark(_)) | None => None,
-    };
-    let format = schema
-        .map(|schema| json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": parsed(schema)}}));
+    let format = parameters::schema(controls)
+        .map(|schema| json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}));
     vec![
         ("min_p", "min_p", number(controls.min_p)),
         ("frequency_penalty", "frequency_penalty", number(controls.frequency_penalty)),
@@ -50,8 +46,19 @@ pub(super) fn parameters(controls: &Controls) -> Vec<(&'static str, &'static str
         ("logprobs", "logprobs", controls.logprobs.map(|_| json!(true))),
         ("logprobs", "top_logprobs", controls.logprobs.filter(|top| *top > 0).map(|top| json!(top))),
         ("structured_output", "response_format", format),
-        ("tools", "tools", (!controls.tools.is_empty()).then(|| controls.tools.iter().map(tool).collect())),
+        ("tools", "tools", parameters::tools(controls, tool)),
+        ("tool_choice", "tool_choice", controls.tool_choice.as_ref().map(tool_choice)),
+        ("reasoning_effort", "reasoning_effort", controls.reasoning_effort.map(|effort| json!(effort.name()))),
     ]
+}
+
+fn tool_choice(choice: &ToolChoice) -> Value {
+    match choice {
+        ToolChoice::Auto => json!("auto"),
+        ToolChoice::None => json!("none"),
+        ToolChoice::Required => json!("required"),
+        ToolChoice::Tool(name) => json!({"type": "function", "function": {"name": name}}),
+    }
 }
 
 fn tool(Tool { name, description, parameters }: &Tool) -> Value {
@@ -60,14 +67,9 @@ fn tool(Tool { name, description, parameters }: &Tool) -> Value {
         function["description"] = json!(description);
     }
     if !parameters.is_empty() {
-        function["parameters"] = parsed(parameters);
+        function["parameters"] = parameters::parsed(parameters);
     }
     json!({"type": "function", "function": function})
-}
-
-/// A schema, which was checked at submission.
-fn parsed(schema: &str) -> Value {
-    serde_json::from_str(schema).unwrap_or_default()
 }
 
 /// Calls of a message, or pieces of them.
@@ -112,6 +114,7 @@ mod tests {
     use super::*;
     use crate::dialect::Streaming;
     use crate::fixture::spec;
+    use genmill_core::controls::StructuredOutput;
 
     #[test]
     fn what_steers_a_generation_is_sent_and_what_a_provider_refuses_is_dropped() {

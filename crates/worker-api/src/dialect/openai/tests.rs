@@ -55,20 +55,6 @@ fn a_provider_may_have_its_own_path_and_headers() {
     assert!(headers.contains(&("content-type".to_owned(), "application/json".to_owned())));
 }
 
-#[test]
-fn a_seed_is_sent_as_it_is_when_every_provider_takes_it() {
-    assert_eq!(fold(0), 0);
-    assert_eq!(fold(0x7fff_ffff), 0x7fff_ffff);
-    assert_eq!(fold(1 << 31), 1);
-}
-
-proptest! {
-    #[test]
-    fn any_seed_fits_31_bits(seed: u64) {
-        prop_assert!(fold(seed) < 1 << 31);
-    }
-}
-
 fn usage(prompt_tokens: u64, cached_prompt_tokens: u64, completion_tokens: u64) -> StreamEvent {
     StreamEvent::Usage(Usage { prompt_tokens, cached_prompt_tokens, completion_tokens })
 }
@@ -78,7 +64,7 @@ fn text(text: &str) -> StreamEvent {
 }
 
 fn error(status: Option<u16>, code: &str, message: &str) -> ProviderError {
-    ProviderError { status, code: code.to_owned(), message: message.to_owned() }
+    ProviderError { status, code: code.to_owned(), message: message.to_owned(), retry_after_ms: None }
 }
 
 pub(super) fn check(data: &str, expect: &[StreamEvent]) {
@@ -95,7 +81,11 @@ fn text_comes_from_every_shape_of_content() {
     let thinking =
         r#"{"choices":[{"delta":{"content":[{"type":"thinking","thinking":[{"type":"text","text":"x"}]}]}}]}"#;
     check(thinking, &[]);
-    check(r#"{"choices":[{"delta":{"content":null,"reasoning_content":"hm"}}]}"#, &[]);
+    check(
+        r#"{"choices":[{"delta":{"content":null,"reasoning_content":"hm"}}]}"#,
+        &[StreamEvent::Reasoning("hm".to_owned())],
+    );
+    check(r#"{"choices":[{"delta":{"content":"","reasoning":"hm"}}]}"#, &[StreamEvent::Reasoning("hm".to_owned())]);
     check(r#"{"choices":[{"index":1,"delta":{"content":"other"}}]}"#, &[]);
     check(r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#, &[]);
 }

@@ -1,0 +1,299 @@
+//! Anthropic's messages.
+
+use super::parameters::{self, arguments_schema};
+use super::sse::Events;
+use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use crate::providers::{Provider, Thinking};
+use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
+use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
+use genmill_core::job::JobSpec;
+use genmill_core::request::{ChatMessage, Input, Role};
+use serde_json::{Value, json};
+
+/// The path below the base URL.
+const PATH: &str = "/v1/messages";
+
+/// The version of the API that is spoken.
+const VERSION: (&str, &str) = ("anthropic-version", "2023-06-01");
+
+/// The least tokens of thought that may be asked for.
+const BUDGET_MIN: u32 = 1_024;
+
+/// What `stop_reason` may say. Anything else is unknown, which is no error.
+const STOP_REASONS: &[(&str, FinishReason)] = &[
+    ("end_turn", FinishReason::Stop),
+    ("stop_sequence", FinishReason::Stop),
+    ("max_tokens", FinishReason::Length),
+    ("model_context_window_exceeded", FinishReason::Length),
+    ("tool_use", FinishReason::ToolCalls),
+    ("refusal", FinishReason::ContentFilter),
+];
+
+/// The dialect.
+#[derive(Debug)]
+pub(super) struct Anthropic;
+
+impl Dialect for Anthropic {
+    fn key_header(&self) -> KeyHeader {
+        KeyHeader { name: "x-api-key", scheme: "" }
+    }
+
+    fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
+        let mut headers = parameters::headers(provider);
+        headers.push((VERSION.0.to_owned(), VERSION.1.to_owned()));
+        let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
+        let mut body = json!({"model": model, "messages": messages(&spec.input)});
+        let system = system(&spec.input);
+        if !system.is_empty() {
+            body["system"] = json!(system);
+        }
+        if streaming == Streaming::On {
+            body["stream"] = json!(true);
+        }
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec, provider.thinking(model)));
+        Encoded { path, headers, body: body.to_string(), left_out }
+    }
+
+    fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
+        let Ok(message) = serde_json::from_slice::<Value>(body) else {
+            return Err(ProviderError::saying("the answer is not a message"));
+        };
+        if message["type"] == "error" {
+            return Err(errors::of_value(&message));
+        }
+        let blocks = message["content"].as_array().into_iter().flatten().enumerate();
+        let mut events: Vec<StreamEvent> = blocks.flat_map(|(index, block)| of_block(index, block)).collect();
+        events.extend(stop_reason(&message["stop_reason"]));
+        events.extend(usage(&message["usage"]).into_iter().flatten());
+        Reply::of(events)
+    }
+
+    fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
+        Box::new(Decoder::default())
+    }
+}
+
+fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
+    let sampling = &spec.sampling;
+    let controls = &sampling.controls;
+    let (thought, effort) = match (controls.reasoning_effort, thinking) {
+        (Some(ReasoningEffort::None), _) => (Some(json!({"type": "disabled"})), None),
+        (Some(effort), Thinking::Budget) => (budget(effort, sampling.max_tokens), None),
+        (Some(effort), Thinking::Level) => (Some(json!({"type": "adaptive"})), Some(level(effort))),
+        (None, _) => (None, None),
+    };
+    let thinks = thought.as_ref().is_some_and(|thought| thought["type"] != "disabled");
+    // With top_p or thinking the temperature must be the default; with thinking there is no top_k either.
+    let temperature = (!thinks && sampling.top_p.is_none()).then(|| json!(sampling.temperature));
+    // Stop strings of nothing but white space are refused; the worker cuts at them itself.
+    let stops = sampling.stop.iter().filter(|stop| !stop.trim().is_empty());
+    vec![
+        ("max_tokens", "max_tokens", Some(json!(sampling.max_tokens))),
+        ("temperature", "temperature", temperature),
+        ("top_p", "top_p", sampling.top_p.map(|top_p| json!(top_p))),
+        ("top_k", "top_k", sampling.top_k.filter(|_| !thinks).map(|top_k| json!(top_k))),
+        ("stop", "stop_sequences", parameters::list(stops)),
+        ("tools", "tools", parameters::tools(controls, tool)),
+        ("tool_choice", "tool_choice", controls.tool_choice.as_ref().map(tool_choice)),
+        ("structured_output", "output_config.format", parameters::schema(controls).map(format)),
+        ("reasoning_effort", "thinking", thought),
+        ("reasoning_effort", "output_config.effort", effort.map(|effort| json!(effort))),
+    ]
+}
+
+/// So many tokens of thought, of those that the answer may have; `None` when they are too few to think.
+fn budget(effort: ReasoningEffort, max_tokens: u32) -> Option<Value> {
+    let wanted = match effort {
+        ReasoningEffort::None | ReasoningEffort::Minimal | ReasoningEffort::Low => BUDGET_MIN,
+        ReasoningEffort::Medium => 4 * BUDGET_MIN,
+        ReasoningEffort::High => 16 * BUDGET_MIN,
+    };
+    let budget = wanted.min(max_tokens.saturating_sub(1));
+    (budget >= BUDGET_MIN).then(|| json!({"type": "enabled", "budget_tokens": budget}))
+}
+
+const fn level(effort: ReasoningEffort) -> &'static str {
+    match effort {
+        ReasoningEffort::None | ReasoningEffort::Minimal | ReasoningEffort::Low => "low",
+        ReasoningEffort::Medium => "medium",
+        ReasoningEffort::High => "high",
+    }
+}
+
+fn format(schema: Value) -> Value {
+    json!({"type": "json_schema", "schema": schema})
+}
+
+fn tool(tool: &Tool) -> Value {
+    let mut out = json!({"name": tool.name, "input_schema": arguments_schema(tool)});
+    if !tool.description.is_empty() {
+        out["description"] = json!(tool.description);
+    }
+    out
+}
+
+fn tool_choice(choice: &ToolChoice) -> Value {
+    match choice {
+        ToolChoice::Auto => json!({"type": "auto"}),
+        ToolChoice::None => json!({"type": "none"}),
+        ToolChoice::Required => json!({"type": "any"}),
+        ToolChoice::Tool(name) => json!({"type": "tool", "name": name}),
+    }
+}
+
+/// The texts of all system messages.
+fn system(input: &Input) -> String {
+    let Input::Messages(messages) = input else { return String::new() };
+    let system = messages.iter().filter(|message| message.role == Role::System);
+    system.map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n\n")
+}
+
+/// The conversation without its system messages. Answers of tools are the user's; those that follow each other are one
+/// message, as the calls were.
+fn messages(input: &Input) -> Vec<Value> {
+    let messages = match input {
+        Input::Prompt(prompt) => return vec![json!({"role": "user", "content": prompt})],
+        Input::Messages(messages) => messages,
+    };
+    let mut out: Vec<Value> = Vec::new();
+    for message in messages.iter().filter(|message| message.role != Role::System) {
+        let (role, blocks) = blocks(message);
+        match out.last_mut().filter(|last| last["role"] == role).and_then(|last| last["content"].as_array_mut()) {
+            Some(content) => content.extend(blocks),
+            None => out.push(json!({"role": role, "content": blocks})),
+        }
+    }
+    out
+}
+
+fn blocks(message: &ChatMessage) -> (&'static str, Vec<Value>) {
+    if message.role == Role::Tool {
+        let result = json!({"type": "tool_result", "tool_use_id": message.tool_call_id, "content": message.content});
+        return ("user", vec![result]);
+    }
+    let text = (!message.content.is_empty()).then(|| json!({"type": "text", "text": message.content}));
+    let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"type": "tool_use", "id": id, "name": name, "input": parameters::object(arguments)});
+    let role = if message.role == Role::Assistant { "assistant" } else { "user" };
+    (role, text.into_iter().chain(message.tool_calls.iter().map(call)).collect())
+}
+
+/// What a whole block says.
+fn of_block(index: usize, block: &Value) -> Option<StreamEvent> {
+    let text = |field: &str| block[field].as_str().unwrap_or_default().to_owned();
+    match block["type"].as_str()? {
+        "text" => Some(StreamEvent::Text(text("text"))),
+        "thinking" => Some(StreamEvent::Reasoning(text("thinking"))),
+        "tool_use" => {
+            let part = ToolCall { id: text("id"), name: text("name"), arguments: block["input"].to_string() };
+            Some(StreamEvent::ToolCall { index, part })
+        }
+        _ => None,
+    }
+}
+
+fn stop_reason(reason: &Value) -> Option<StreamEvent> {
+    let reason = reason.as_str()?;
+    let known = STOP_REASONS.iter().find(|(name, _)| *name == reason);
+    Some(StreamEvent::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
+}
+
+/// The tokens of a call. Anthropic counts what was read from a cache and written to it apart from the rest of the input.
+fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
+    let count = |field: &str| usage[field].as_u64();
+    let (input, output) = (count("input_tokens")?, count("output_tokens")?);
+    let cached = count("cache_read_input_tokens").unwrap_or(0);
+    let written = count("cache_creation_input_tokens").unwrap_or(0);
+    let reasoning = usage["output_tokens_details"]["thinking_tokens"].as_u64().unwrap_or(0);
+    let prompt_tokens = input.saturating_add(cached).saturating_add(written);
+    Some([
+        StreamEvent::Usage(Usage { prompt_tokens, cached_prompt_tokens: cached, completion_tokens: output }),
+        StreamEvent::UsageDetails(UsageDetails { cache_write_tokens: written, reasoning_tokens: reasoning }),
+    ])
+}
+
+/// Reads a stream of named events; each names itself in its data too.
+#[derive(Debug, Default)]
+struct Decoder {
+    events: Events,
+    /// The usage so far: its parts come at the beginning and at the end.
+    usage: Value,
+    /// The blocks that are calls, by their index in the message.
+    calls: Vec<u64>,
+}
+
+impl StreamDecoder for Decoder {
+    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
+        match self.events.push(bytes) {
+            Ok(data) => data.iter().flat_map(|data| self.take(data)).collect(),
+            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
+        }
+    }
+
+    fn end(&mut self) -> Vec<StreamEvent> {
+        self.events.end().map(|data| self.take(&data)).unwrap_or_default()
+    }
+}
+
+impl Decoder {
+    fn take(&mut self, data: &str) -> Vec<StreamEvent> {
+        let Ok(event) = serde_json::from_str::<Value>(data) else {
+            return vec![StreamEvent::Error(ProviderError::saying("the stream is not one of messages"))];
+        };
+        match event["type"].as_str().unwrap_or_default() {
+            "message_start" => self.count(&event["message"]["usage"]),
+            "content_block_start" => return self.begin(&event).into_iter().collect(),
+            "content_block_delta" => return self.more(&event).into_iter().collect(),
+            "message_delta" => {
+                self.count(&event["usage"]);
+                let usage = usage(&self.usage).into_iter().flatten();
+                return stop_reason(&event["delta"]["stop_reason"]).into_iter().chain(usage).collect();
+            }
+            "message_stop" => return vec![StreamEvent::Done],
+            "error" => return vec![StreamEvent::Error(errors::of_value(&event))],
+            _ if !event["error"].is_null() => return vec![StreamEvent::Error(errors::of_value(&event))],
+            _ => {}
+        }
+        Vec::new()
+    }
+
+    /// Takes counts, of which later ones replace earlier ones.
+    fn count(&mut self, usage: &Value) {
+        for (field, count) in usage.as_object().into_iter().flatten().filter(|(_, count)| !count.is_null()) {
+            self.usage[field] = count.clone();
+        }
+    }
+
+    fn begin(&mut self, event: &Value) -> Option<StreamEvent> {
+        let (place, block) = (event["index"].as_u64()?, &event["content_block"]);
+        if block["type"] != "tool_use" {
+            let begun = of_block(0, block)?;
+            let is_empty = matches!(&begun, StreamEvent::Text(text) | StreamEvent::Reasoning(text) if text.is_empty());
+            return (!is_empty).then_some(begun);
+        }
+        self.calls.push(place);
+        let StreamEvent::ToolCall { index, mut part } = of_block(self.calls.len() - 1, block)? else { return None };
+        // The arguments follow in pieces, unless there are none.
+        if part.arguments == "{}" {
+            part.arguments.clear();
+        }
+        Some(StreamEvent::ToolCall { index, part })
+    }
+
+    fn more(&mut self, event: &Value) -> Option<StreamEvent> {
+        let (delta, place) = (&event["delta"], event["index"].as_u64()?);
+        let text = |field: &str| delta[field].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        match delta["type"].as_str()? {
+            "text_delta" => text("text").map(StreamEvent::Text),
+            "thinking_delta" => text("thinking").map(StreamEvent::Reasoning),
+            "input_json_delta" => {
+                let index = self.calls.iter().position(|call| *call == place)?;
+                let part = ToolCall { id: String::new(), name: String::new(), arguments: text("partial_json")? };
+                Some(StreamEvent::ToolCall { index, part })
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,322 @@
+//! Gemini's `generateContent`, as AI Studio and Vertex speak it.
+
+use super::parameters::{self, arguments_schema};
+use super::sse::Events;
+use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use crate::providers::{Provider, Thinking};
+use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
+use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
+use genmill_core::job::JobSpec;
+use genmill_core::request::{ChatMessage, Input, Role};
+use serde_json::{Value, json};
+
+/// How many stop strings are taken. The worker cuts at the others itself.
+const STOPS_MAX: usize = 5;
+
+/// Stands in for the signature of a thought that led to a call, which was not kept: without any, newer models refuse the
+/// call in the history (<https://ai.google.dev/gemini-api/docs/thought-signatures>).
+const NO_SIGNATURE: &str = "skip_thought_signature_validator";
+
+/// What `finishReason` and `blockReason` may say. Anything else is unknown, which is no error.
+const FINISH_REASONS: &[(&str, FinishReason)] = &[
+    ("STOP", FinishReason::Stop),
+    ("MAX_TOKENS", FinishReason::Length),
+    ("SAFETY", FinishReason::ContentFilter),
+    ("RECITATION", FinishReason::ContentFilter),
+    ("LANGUAGE", FinishReason::ContentFilter),
+    ("BLOCKLIST", FinishReason::ContentFilter),
+    ("PROHIBITED_CONTENT", FinishReason::ContentFilter),
+    ("SPII", FinishReason::ContentFilter),
+];
+
+/// The dialect.
+#[derive(Debug)]
+pub(super) struct Gemini;
+
+impl Dialect for Gemini {
+    fn key_header(&self) -> KeyHeader {
+        KeyHeader { name: "x-goog-api-key", scheme: "" }
+    }
+
+    fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
+        let method = match streaming {
+            Streaming::On => "streamGenerateContent?alt=sse",
+            Streaming::Off => "generateContent",
+        };
+        let thinking = provider.thinking(model);
+        let mut body = json!({"contents": contents(&spec.input, thinking)});
+        let system = system(&spec.input);
+        if !system.is_empty() {
+            body["systemInstruction"] = json!({"parts": system});
+        }
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec, thinking));
+        let headers = parameters::headers(provider);
+        Encoded { path: format!("/models/{model}:{method}"), headers, body: body.to_string(), left_out }
+    }
+
+    fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
+        Reply::of(Answer::default().take(&String::from_utf8_lossy(body)))
+    }
+
+    fn decode_error(&self, body: &[u8]) -> ProviderError {
+        match serde_json::from_slice::<Value>(body) {
+            Ok(value) => error(&value),
+            Err(_) => errors::of_body(body),
+        }
+    }
+
+    fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
+        Box::new(Decoder::default())
+    }
+}
+
+fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
+    let sampling = &spec.sampling;
+    let controls = &sampling.controls;
+    let number = |number: Option<f64>| number.map(|number| json!(number));
+    let schema = parameters::schema(controls);
+    let thought = controls.reasoning_effort.map(|effort| match thinking {
+        Thinking::Budget => ("generationConfig.thinkingConfig.thinkingBudget", json!(budget(effort))),
+        Thinking::Level => ("generationConfig.thinkingConfig.thinkingLevel", json!(level(effort))),
+    });
+    let (thought_place, thought) = thought.unzip();
+    let tells = controls.reasoning_effort.is_some_and(|effort| effort != ReasoningEffort::None);
+    vec![
+        ("max_tokens", "generationConfig.maxOutputTokens", Some(json!(sampling.max_tokens))),
+        ("temperature", "generationConfig.temperature", Some(json!(sampling.temperature))),
+        ("top_p", "generationConfig.topP", number(sampling.top_p)),
+        ("top_k", "generationConfig.topK", sampling.top_k.map(|top_k| json!(top_k))),
+        ("seed", "generationConfig.seed", Some(json!(parameters::seed(sampling.seed)))),
+        ("stop", "generationConfig.stopSequences", parameters::list(sampling.stop.iter().take(STOPS_MAX))),
+        ("frequency_penalty", "generationConfig.frequencyPenalty", number(controls.frequency_penalty)),
+        ("presence_penalty", "generationConfig.presencePenalty", number(controls.presence_penalty)),
+        ("logprobs", "generationConfig.responseLogprobs", controls.logprobs.map(|_| json!(true))),
+        ("logprobs", "generationConfig.logprobs", controls.logprobs.filter(|top| *top > 0).map(|top| json!(top))),
+        ("structured_output", "generationConfig.responseMimeType", schema.as_ref().map(|_| json!("application/json"))),
+        ("structured_output", "generationConfig.responseJsonSchema", schema),
+        ("reasoning_effort", thought_place.unwrap_or_default(), thought),
+        ("reasoning_effort", "generationConfig.thinkingConfig.includeThoughts", tells.then_some(json!(true))),
+        ("tools", "tools", parameters::tools(controls, tool).map(|tools| json!([{"functionDeclarations": tools}]))),
+        ("tool_choice", "toolConfig.functionCallingConfig", controls.tool_choice.as_ref().map(tool_choice)),
+    ]
+}
+
+const fn budget(effort: ReasoningEffort) -> u32 {
+    match effort {
+        ReasoningEffort::None => 0,
+        ReasoningEffort::Minimal => 512,
+        ReasoningEffort::Low => 1_024,
+        ReasoningEffort::Medium => 8_192,
+        ReasoningEffort::High => 24_576,
+    }
+}
+
+const fn level(effort: ReasoningEffort) -> &'static str {
+    match effort {
+        ReasoningEffort::None | ReasoningEffort::Minimal => "minimal",
+        ReasoningEffort::Low => "low",
+        ReasoningEffort::Medium => "medium",
+        ReasoningEffort::High => "high",
+    }
+}
+
+fn tool(tool: &Tool) -> Value {
+    let mut out = json!({"name": tool.name, "parametersJsonSchema": arguments_schema(tool)});
+    if !tool.description.is_empty() {
+        out["description"] = json!(tool.description);
+    }
+    out
+}
+
+fn tool_choice(choice: &ToolChoice) -> Value {
+    match choice {
+        ToolChoice::Auto => json!({"mode": "AUTO"}),
+        ToolChoice::None => json!({"mode": "NONE"}),
+        ToolChoice::Required => json!({"mode": "ANY"}),
+        ToolChoice::Tool(name) => json!({"mode": "ANY", "allowedFunctionNames": [name]}),
+    }
+}
+
+fn system(input: &Input) -> Vec<Value> {
+    let Input::Messages(messages) = input else { return Vec::new() };
+    let system = messages.iter().filter(|message| message.role == Role::System);
+    system.map(|message| json!({"text": message.content})).collect()
+}
+
+/// The conversation without its system messages. Answers of tools that follow each other are one content, as the calls
+/// were.
+fn contents(input: &Input, thinking: Thinking) -> Vec<Value> {
+    let messages = match input {
+        Input::Prompt(prompt) => return vec![json!({"role": "user", "parts": [{"text": prompt}]})],
+        Input::Messages(messages) => messages,
+    };
+    let mut out: Vec<Value> = Vec::new();
+    for message in messages.iter().filter(|message| message.role != Role::System) {
+        let role = if message.role == Role::Assistant { "model" } else { "user" };
+        let parts = parts(message, messages, thinking);
+        match out.last_mut().filter(|last| last["role"] == role).and_then(|last| last["parts"].as_array_mut()) {
+            Some(last) => last.extend(parts),
+            None => out.push(json!({"role": role, "parts": parts})),
+        }
+    }
+    out
+}
+
+fn parts(message: &ChatMessage, messages: &[ChatMessage], thinking: Thinking) -> Vec<Value> {
+    if message.role == Role::Tool {
+        // An answer names the function; messages name only the call.
+        let mut calls = messages.iter().flat_map(|message| &message.tool_calls);
+        let call = calls.find(|call| call.id == message.tool_call_id);
+        let name = call.map(|call| call.name.as_str()).unwrap_or_default();
+        let answer = serde_json::from_str(&message.content).ok().filter(Value::is_object);
+        let answer = answer.unwrap_or_else(|| json!({"result": message.content}));
+        return vec![json!({"functionResponse": {"name": name, "response": answer}})];
+    }
+    let text = (!message.content.is_empty()).then(|| json!({"text": message.content}));
+    let call = |(place, ToolCall { name, arguments, .. }): (usize, &ToolCall)| {
+        let mut part = json!({"functionCall": {"name": name, "args": parameters::object(arguments)}});
+        if place == 0 && thinking == Thinking::Level {
+            part["thoughtSignature"] = json!(NO_SIGNATURE);
+        }
+        part
+    };
+    text.into_iter().chain(message.tool_calls.iter().enumerate().map(call)).collect()
+}
+
+/// Reads a stream.
+#[derive(Debug, Default)]
+struct Decoder {
+    events: Events,
+    answer: Answer,
+}
+
+impl StreamDecoder for Decoder {
+    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
+        match self.events.push(bytes) {
+            Ok(data) => data.iter().flat_map(|data| self.answer.take(data)).collect(),
+            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
+        }
+    }
+
+    fn end(&mut self) -> Vec<StreamEvent> {
+        self.events.end().map(|data| self.answer.take(&data)).unwrap_or_default()
+    }
+}
+
+/// What must be known of the chunks so far to read the next one. A whole answer is one chunk.
+#[derive(Debug, Default)]
+struct Answer {
+    calls: usize,
+    finished: bool,
+}
+
+impl Answer {
+    fn take(&mut self, data: &str) -> Vec<StreamEvent> {
+        let Ok(chunk) = serde_json::from_str::<Value>(data) else {
+            return vec![StreamEvent::Error(ProviderError::saying("the answer is not generated content"))];
+        };
+        if !chunk["error"].is_null() || chunk.is_array() {
+            return vec![StreamEvent::Error(error(&chunk))];
+        }
+        let candidate = &chunk["candidates"][0];
+        let parts = candidate["content"]["parts"].as_array();
+        let mut events: Vec<StreamEvent> = parts.into_iter().flatten().filter_map(|part| self.part(part)).collect();
+        events.extend(logprobs(&candidate["logprobsResult"]));
+        let reasons = [&candidate["finishReason"], &chunk["promptFeedback"]["blockReason"]];
+        if let Some(reason) = reasons.iter().find_map(|reason| reason.as_str()) {
+            self.finished = true;
+            events.push(StreamEvent::Finished(self.finish_reason(reason)));
+        }
+        // Counts grow from chunk to chunk: only the last are those of the whole call.
+        if self.finished {
+            events.extend(usage(&chunk["usageMetadata"]).into_iter().flatten());
+        }
+        events
+    }
+
+    fn part(&mut self, part: &Value) -> Option<StreamEvent> {
+        if let Some(text) = part["text"].as_str().filter(|text| !text.is_empty()) {
+            let thinks = part["thought"].as_bool().unwrap_or(false);
+            return Some(if thinks { StreamEvent::Reasoning } else { StreamEvent::Text }(text.to_owned()));
+        }
+        let call = part.get("functionCall")?;
+        let index = self.calls;
+        self.calls += 1;
+        let id = call["id"].as_str().map_or_else(|| format!("call_{index}"), str::to_owned);
+        let arguments =
+            call.get("args").filter(|args| args.is_object()).map_or_else(|| "{}".to_owned(), Value::to_string);
+        let name = call["name"].as_str().unwrap_or_default().to_owned();
+        Some(StreamEvent::ToolCall { index, part: ToolCall { id, name, arguments } })
+    }
+
+    fn finish_reason(&self, reason: &str) -> FinishReason {
+        let known = FINISH_REASONS.iter().find(|(name, _)| *name == reason);
+        match known.map_or(FinishReason::Unknown, |(_, reason)| *reason) {
+            FinishReason::Stop if self.calls > 0 => FinishReason::ToolCalls,
+            reason => reason,
+        }
+    }
+}
+
+/// The tokens of a call. Thoughts are counted apart from the text and billed as it is; a tool's input apart from the prompt.
+fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
+    let count = |field: &str| usage[field].as_u64().unwrap_or(0);
+    let prompt = usage["promptTokenCount"].as_u64()?;
+    let thoughts = count("thoughtsTokenCount");
+    let told = Usage {
+        prompt_tokens: prompt.saturating_add(count("toolUsePromptTokenCount")),
+        cached_prompt_tokens: count("cachedContentTokenCount"),
+        completion_tokens: count("candidatesTokenCount").saturating_add(thoughts),
+    };
+    let details = UsageDetails { cache_write_tokens: 0, reasoning_tokens: thoughts };
+    Some([StreamEvent::Usage(told), StreamEvent::UsageDetails(details)])
+}
+
+fn logprobs(result: &Value) -> Option<StreamEvent> {
+    let chosen = result["chosenCandidates"].as_array().filter(|chosen| !chosen.is_empty())?;
+    let top = |place: usize| result["topCandidates"][place]["candidates"].as_array().into_iter().flatten();
+    let each =
+        |(place, chosen): (usize, &Value)| TokenLogprob { top: top(place).map(logprob).collect(), ..logprob(chosen) };
+    Some(StreamEvent::Logprobs(chosen.iter().enumerate().map(each).collect()))
+}
+
+fn logprob(token: &Value) -> TokenLogprob {
+    #[expect(clippy::cast_possible_truncation, reason = "log probabilities are kept in float32")]
+    let logprob = token["logProbability"].as_f64().map(|number| number as f32);
+    TokenLogprob {
+        token_id: token["tokenId"].as_u64().and_then(|id| u32::try_from(id).ok()),
+        token: token["token"].as_str().unwrap_or_default().to_owned(),
+        logprob,
+        top: Vec::new(),
+    }
+}
+
+/// A `google.rpc.Status`: what matters stands in its details.
+fn error(value: &Value) -> ProviderError {
+    let value = value.get(0).unwrap_or(value);
+    let details = value["error"]["details"].as_array();
+    let details = || details.into_iter().flatten();
+    let mut error = ProviderError {
+        code: value["error"]["status"].as_str().unwrap_or_default().to_owned(),
+        retry_after_ms: details().find_map(|detail| seconds(detail["retryDelay"].as_str()?)),
+        ..errors::of_value(value)
+    };
+    // A wrong key is told as a wrong request.
+    if details().any(|detail| detail["reason"] == "API_KEY_INVALID") {
+        error.status = Some(401);
+    }
+    let quotas = details().flat_map(|detail| detail["violations"].as_array().into_iter().flatten());
+    if quotas.filter_map(|quota| quota["quotaId"].as_str()).any(|id| id.contains("PerDay")) {
+        error.code = "insufficient_quota".to_owned();
+    }
+    error
+}
+
+/// A duration as JSON has it for protobuf, such as `22s` or `1.5s`, in milliseconds, rounded up.
+fn seconds(text: &str) -> Option<u64> {
+    let wait = std::time::Duration::try_from_secs_f64(text.strip_suffix('s')?.parse().ok()?).ok()?;
+    u64::try_from(wait.as_micros().div_ceil(1_000)).ok()
+}
+
+#[cfg(test)]
+mod tests;
