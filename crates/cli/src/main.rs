@@ -16,6 +16,7 @@ mod messages;
 mod models;
 mod output;
 mod pause;
+mod providers;
 mod purge;
 mod redrive;
 mod show;
@@ -50,6 +51,7 @@ enum Command {
     Redrive(redrive::Args),
     Purge(purge::Args),
     Models(models::Args),
+    Providers(providers::Args),
     Lanes(lanes::Args),
     Pause(pause::PauseArgs),
     Resume(pause::ResumeArgs),
@@ -64,6 +66,7 @@ const EXAMPLES: &str = "\
 Examples:
   genmill up --models ./configs                  start a mill on this machine
   genmill models                                 what can be asked for
+  genmill providers list --ready                 which remote providers have what they need
   genmill submit --model vllm_x --prompt 'Hi'    ask, wait, print the answer
   genmill experiment run experiment.yaml         models x prompts, as a table
 
@@ -81,6 +84,9 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<Ending> {
     if let Command::ExecWithParent(args) = cli.command {
         return exec_with_parent::run(args);
+    }
+    if let Command::Providers(args) = cli.command {
+        return providers::run(args);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run_command(cli.command, &cli.server))
@@ -102,6 +108,7 @@ async fn run_command(command: Command, server: &str) -> anyhow::Result<Ending> {
         Command::Models(args) => models::run(args, server).await,
         Command::Experiment(args) => experiment::run(args, server).await,
         Command::Up(args) => up::run(args).await,
+        Command::Providers(args) => providers::run(args),
         Command::ExecWithParent(args) => exec_with_parent::run(args),
     }
 }

@@ -10,7 +10,7 @@ use genmill_daemon::config;
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::ListedModel;
 use genmill_daemon::secret::Secret;
-use reqwest::Url;
+use reqwest::{RequestBuilder, Url};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -30,6 +30,18 @@ pub struct Endpoint {
     pub base_url: Url,
     /// Its key, unless it serves without.
     pub key: Option<Secret>,
+}
+
+impl Endpoint {
+    /// A request with the key where the provider wants it.
+    pub(crate) fn with_key(&self, request: RequestBuilder) -> RequestBuilder {
+        let Some(key) = &self.key else { return request };
+        let at = self.dialect.key_header();
+        match &self.provider.key_header {
+            Some(header) => request.header(header, key.reveal()),
+            None => request.header(at.name, format!("{}{}", at.scheme, key.reveal())),
+        }
+    }
 }
 
 impl std::fmt::Debug for Endpoint {
@@ -140,24 +152,47 @@ fn served(
 }
 
 /// Everything that is known of providers.
-struct Sources<'a> {
-    table: &'a Table,
-    settings: &'a Settings,
-    environment: &'a Environment,
+#[derive(Clone, Copy, Debug)]
+pub struct Sources<'a> {
+    /// The table of providers.
+    pub table: &'a Table,
+    /// What `genmill.toml` says of them.
+    pub settings: &'a Settings,
+    /// Variables that may hold addresses and keys.
+    pub environment: &'a Environment,
 }
 
 impl Sources<'_> {
-    /// Where the calls of a provider go, or what is missing.
-    fn endpoint(&self, name: &str) -> Result<Endpoint, Availability> {
+    /// Where the calls of a provider go.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn endpoint(&self, name: &str) -> Result<Endpoint, Availability> {
         let unavailable = |reason: String| Availability::Unavailable { reason };
         let provider = self.table.find(name).ok_or_else(|| unavailable(self.unknown(name)))?;
         let dialect = dialect::find(&provider.dialect).ok_or_else(|| unavailable(unspoken(name, provider)))?;
-        let base_url = self.base_url(name, provider).map_err(unavailable)?;
-        let key = self.key(name, provider);
+        let provider = self.filled(name, provider).map_err(unavailable)?;
+        let base_url = self.base_url(name, &provider).map_err(unavailable)?;
+        let key = self.key(name, &provider);
         if key.is_none() && provider.key_need == KeyNeed::Required {
             return Err(Availability::KeyMissing { variable: provider.keys.first().cloned().unwrap_or_default() });
         }
-        Ok(Endpoint { name: name.to_owned(), provider: provider.clone(), dialect, base_url, key })
+        Ok(Endpoint { name: name.to_owned(), provider, dialect, base_url, key })
+    }
+
+    /// The row with what the environment has for its parts.
+    fn filled(&self, name: &str, provider: &Provider) -> Result<Provider, String> {
+        let mut filled = provider.clone();
+        // An address that is set needs no parts.
+        filled.base_url = self.set_base_url(name, provider).map(str::to_owned).or(filled.base_url);
+        for (part, variables) in &provider.parts {
+            if let Some(value) = variables.iter().find_map(|variable| self.environment.get(variable)) {
+                filled = filled.with_part(part, value);
+            }
+        }
+        let Some(missing) = filled.missing_part() else { return Ok(filled) };
+        let variables = provider.parts.get(missing).map(|variables| variables.join(" or ")).unwrap_or_default();
+        Err(format!("the {missing} of provider `{name}` is not known: set {variables} in the environment"))
     }
 
     fn unknown(&self, name: &str) -> String {
@@ -170,25 +205,29 @@ impl Sources<'_> {
         self.settings.iter().find(|(key, _)| variable_stem(key) == variable_stem(name)).map(|(_, settings)| settings)
     }
 
-    /// The base URL: of the configuration, else of the environment, else of the table.
-    fn base_url(&self, name: &str, provider: &Provider) -> Result<Url, String> {
+    /// The base URL of the configuration, else of the environment.
+    fn set_base_url(&self, name: &str, provider: &Provider) -> Option<&str> {
         let stem = variable_stem(name);
         let variables = [format!("{stem}_BASE_URL"), format!("{stem}_API_BASE")];
         let configured = self.settings_of(name).and_then(|settings| settings.base_url.as_deref());
         let set = || variables.iter().chain(&provider.base_url_variables).find_map(|name| self.environment.get(name));
-        let Some(text) = configured.or_else(set).or(provider.base_url.as_deref()) else {
+        configured.or_else(set)
+    }
+
+    /// The base URL: the one that is set, else that of the table.
+    fn base_url(&self, name: &str, provider: &Provider) -> Result<Url, String> {
+        let variable = format!("{}_BASE_URL", variable_stem(name));
+        let Some(text) = provider.base_url.as_deref() else {
             return Err(format!(
-                "provider `{name}` has no address of its own: set {} in the environment, or base_url under \
-                 [providers.{name}] in genmill.toml",
-                variables[0]
+                "provider `{name}` has no address of its own: set {variable} in the environment, or base_url under \
+                 [providers.{name}] in genmill.toml"
             ));
         };
         let url = Url::parse(text.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
         url.ok_or_else(|| {
             format!(
-                "the base URL of provider `{name}` is not of the form https://host/path: correct {}, or base_url under \
-                 [providers.{name}] in genmill.toml",
-                variables[0]
+                "the base URL of provider `{name}` is not of the form https://host/path: correct {variable}, or base_url under \
+                 [providers.{name}] in genmill.toml"
             )
         })
     }
@@ -289,6 +328,14 @@ mod tests {
     }
 
     #[test]
+    fn an_address_may_have_parts() {
+        let url = |variables: &[(&str, &str)]| endpoint("azure/gpt-4o", "", variables).0;
+        let key = ("AZURE_API_KEY", "k");
+        assert_eq!(url(&[key, ("AZURE_RESOURCE", "mine")]), "https://mine.openai.azure.com/openai/v1");
+        assert_eq!(url(&[key, ("AZURE_API_BASE", "https://x.example/openai/v1")]), "https://x.example/openai/v1");
+    }
+
+    #[test]
     fn a_server_of_ones_own_needs_no_key() {
         assert_eq!(endpoint("ollama/llama3", "", &[]), ("http://localhost:11434/".to_owned(), None));
         let vllm = [("HOSTED_VLLM_API_BASE", "http://gpu:8000/v1")];
@@ -302,7 +349,8 @@ mod tests {
             assert!(reason.contains(says), "{reason}");
         };
         check("togetherai/x", &[], "did you mean `together_ai`?");
-        check("anthropic/claude", &[("ANTHROPIC_API_KEY", "k")], "speaks `anthropic`");
+        check("sagemaker/x", &[("AWS_ACCESS_KEY_ID", "k")], "speaks `sagemaker-sigv4`");
+        check("azure/x", &[("AZURE_API_KEY", "k")], "set AZURE_RESOURCE");
         check("hosted_vllm/x", &[], "set HOSTED_VLLM_BASE_URL");
         check("gpt-4", &[("OPENAI_API_KEY", "k"), ("OPENAI_BASE_URL", "localhost:80")], "not of the form");
     }

@@ -1,6 +1,6 @@
 //! Values that several tests start from.
 
-use genmill_core::controls::Controls;
+use genmill_core::controls::{Controls, ReasoningEffort, StructuredOutput, Tool, ToolCall, ToolChoice};
 use genmill_core::job::JobSpec;
 use genmill_core::model::ModelName;
 use genmill_core::names::Tenant;
@@ -39,4 +39,49 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
 pub(crate) fn messages(messages: &[(Role, &str)]) -> Input {
     let message = |(role, content): &(Role, &str)| ChatMessage::new(*role, *content);
     Input::Messages(messages.iter().map(message).collect())
+}
+
+/// A job with everything that a remote model may be asked for, also what does not go together.
+pub(crate) fn rich() -> JobSpec {
+    let mut spec = spec("litellm_groq/the-model", "");
+    let call = |id: &str, city: &str| ToolCall {
+        id: id.to_owned(),
+        name: "get_weather".to_owned(),
+        arguments: format!("{{\"city\":\"{city}\"}}"),
+    };
+    let answer = |id: &str, text: &str| ChatMessage { tool_call_id: id.to_owned(), ..ChatMessage::new(Role::Tool, text) };
+    spec.input = Input::Messages(vec![
+        ChatMessage::new(Role::System, "Be brief."),
+        ChatMessage::new(Role::User, "Weather in Paris and Rome?"),
+        ChatMessage {
+            tool_calls: vec![call("c1", "Paris"), call("c2", "Rome")],
+            ..ChatMessage::new(Role::Assistant, "Let me look.")
+        },
+        answer("c1", "{\"sky\":\"clear\"}"),
+        answer("c2", "rain"),
+        ChatMessage::new(Role::User, "And \"now\"?"),
+    ]);
+    let tool = |name: &str, description: &str, parameters: &str| Tool {
+        name: name.to_owned(),
+        description: description.to_owned(),
+        parameters: parameters.to_owned(),
+    };
+    spec.sampling.max_tokens = 5_000;
+    spec.sampling.top_k = Some(40);
+    spec.sampling.stop = ["a", "b", "c", "d", "e", "f"].map(str::to_owned).to_vec();
+    spec.sampling.controls = Controls {
+        frequency_penalty: Some(0.5),
+        presence_penalty: Some(-0.5),
+        repetition_penalty: Some(1.1),
+        logprobs: Some(2),
+        structured_output: Some(StructuredOutput::JsonSchema(r#"{"type":"object"}"#.to_owned())),
+        tools: vec![
+            tool("get_weather", "The weather of a city.", r#"{"type":"object","properties":{"city":{"type":"string"}}}"#),
+            tool("now", "", ""),
+        ],
+        tool_choice: Some(ToolChoice::Tool("get_weather".to_owned())),
+        reasoning_effort: Some(ReasoningEffort::Medium),
+        ..Controls::default()
+    };
+    spec
 }

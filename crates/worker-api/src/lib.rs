@@ -9,6 +9,7 @@ pub mod classify;
 pub mod collect;
 pub mod dialect;
 pub mod http;
+pub mod inspect;
 pub mod perform;
 pub mod prices;
 pub mod providers;

@@ -8,6 +8,7 @@ use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
 use genmill_worker_api::catalog::Catalog;
 use genmill_worker_api::http::Http;
+use genmill_worker_api::inspect;
 use genmill_worker_api::perform::{Limits, Performer, Unsupported};
 use genmill_worker_api::prices::Prices;
 use genmill_worker_api::providers::Table;
@@ -26,15 +27,27 @@ use std::time::Duration;
 struct Args {
     #[command(flatten)]
     common: CommonArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Tell what is known of providers, and whether they can be reached
+    Providers(inspect::Args),
 }
 
 fn main() -> ExitCode {
-    daemon(&Args::parse().common, check, run)
+    let args = Args::parse();
+    match args.command {
+        None => daemon(&args.common, check, run),
+        Some(Command::Providers(command)) => inspect::run(&command, args.common.config.as_deref()),
+    }
 }
 
 /// What is made of the listed models: where each would be called, and what is missing.
 fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
-    let table = Table::embedded().context("cannot read the table of providers")?;
+    let table = Table::read(&loaded.config.models.dir)?;
     let catalog = Catalog::new(&loaded.models, &table, &loaded.config.providers, &loaded.environment)?;
     Ok(catalog.models.iter().map(|model| catalog.describe(model)).collect())
 }
@@ -46,7 +59,7 @@ async fn run(context: Context) -> anyhow::Result<()> {
 }
 
 fn performer(context: &Context) -> anyhow::Result<Performer> {
-    let table = Table::embedded().context("cannot read the table of providers")?;
+    let table = Table::read(&context.config.models.dir)?;
     let catalog = Catalog::new(&context.models, &table, &context.config.providers, &context.environment)?;
     for model in catalog.models.iter().filter(|model| model.availability != Availability::Ready) {
         tracing::warn!(model = %model.name, missing = ?model.availability, "listed, but cannot be served");

@@ -195,14 +195,7 @@ impl Call<'_> {
         for (name, value) in encoded.headers {
             request = request.header(name, value);
         }
-        if let Some(key) = &endpoint.key {
-            let at = endpoint.dialect.key_header();
-            request = match &endpoint.provider.key_header {
-                Some(header) => request.header(header, key.reveal()),
-                None => request.header(at.name, format!("{}{}", at.scheme, key.reveal())),
-            };
-        }
-        request.send().await
+        endpoint.with_key(request).send().await
     }
 
     fn failure(&self, class: FailureClass, what: &str) -> Failure {

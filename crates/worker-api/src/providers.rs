@@ -3,6 +3,7 @@
 
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 /// A provider, as one row of the table.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -24,7 +25,9 @@ pub struct Provider {
     pub path: Option<String>,
     /// Where its key goes, when not where the dialect has it: a header that has the key alone.
     pub key_header: Option<String>,
-    /// Names in braces within `base_url`, `headers` and `body`, and the variables that may hold what stands for them.
+    /// A path below the base URL that only a good key may read, where the dialect's list of models is open to all.
+    pub check_path: Option<String>,
+    /// Names in braces within `base_url`, `path`, `headers` and `body`, and the variables that may hold what stands for them.
     #[serde(default)]
     pub parts: BTreeMap<String, Vec<String>>,
     /// Its name for `model`.
@@ -109,6 +112,13 @@ impl Provider {
         of_model.or(self.max_tokens_field.as_deref())
     }
 
+    /// The first name in braces that nothing stands for yet.
+    #[must_use]
+    pub fn missing_part(&self) -> Option<&str> {
+        let texts = || self.base_url.iter().chain(&self.path).chain(self.headers.values()).chain(self.body.values());
+        self.parts.keys().find(|part| texts().any(|text| text.contains(&format!("{{{part}}}")))).map(String::as_str)
+    }
+
     /// How `model` is told how long to think.
     #[must_use]
     pub fn thinking(&self, model: &str) -> Thinking {
@@ -138,6 +148,32 @@ impl Provider {
 #[derive(Clone, Debug)]
 pub struct Table(BTreeMap<String, Provider>);
 
+/// The file with a user's own rows, in the folder of the model lists.
+pub const OWN_FILE: &str = "providers.toml";
+
+/// Why there is no table.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// The user's file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is malformed.
+    #[error("{place} is no table of providers")]
+    Malformed {
+        /// The file.
+        place: String,
+        /// Where, and what is wrong.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
 impl Table {
     /// The table that this worker was built with.
     ///
@@ -145,6 +181,34 @@ impl Table {
     /// When the file is malformed, which a test rules out.
     pub fn embedded() -> Result<Self, toml::de::Error> {
         toml::from_str(include_str!("providers.toml")).map(Self)
+    }
+
+    /// The table that this worker was built with, changed by the rows of `folder`'s [`OWN_FILE`] when there is one.
+    ///
+    /// # Errors
+    /// [`TableError`] when that file cannot be read, or is malformed.
+    pub fn read(folder: &Path) -> Result<Self, TableError> {
+        let path = folder.join(OWN_FILE);
+        let own = match std::fs::read_to_string(&path) {
+            Ok(own) => own,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(source) => return Err(TableError::Unreadable { path, source }),
+        };
+        Self::with_own(&own)
+            .map_err(|source| TableError::Malformed { place: path.display().to_string(), source: Box::new(source) })
+    }
+
+    /// The embedded table, changed by other rows: a new name adds a provider, a known one changes what it sets.
+    fn with_own(own: &str) -> Result<Self, toml::de::Error> {
+        let mut table: toml::Table = toml::from_str(include_str!("providers.toml"))?;
+        // Read by themselves first, so that an error tells a line of the user's file.
+        for (name, row) in toml::from_str::<toml::Table>(own)? {
+            match (table.get_mut(&name).and_then(toml::Value::as_table_mut), row) {
+                (Some(known), toml::Value::Table(row)) => known.extend(row),
+                (_, row) => drop(table.insert(name, row)),
+            }
+        }
+        table.try_into().map(Self)
     }
 
     /// The row of a provider.
@@ -183,7 +247,7 @@ mod tests {
         for (name, row) in &table.0 {
             assert!(!row.keys.is_empty(), "{name} names no key");
             if let Some(url) = &row.base_url {
-                let url = reqwest::Url::parse(url).unwrap();
+                let url = reqwest::Url::parse(&url.replace(['{', '}'], "")).unwrap();
                 assert!(url.scheme() == "https" || row.key_need == KeyNeed::Optional, "{name}: {url}");
             }
             for header in row.headers.keys() {
@@ -192,6 +256,31 @@ mod tests {
         }
         let spoken = table.0.values().filter(|row| row.base_url.is_some() && dialect::find(&row.dialect).is_some());
         assert!(spoken.count() >= 116);
+    }
+
+    #[test]
+    fn a_users_own_rows_add_providers_and_change_known_ones() {
+        let own = "[mine]\nbase_url = 'https://llm.example/v1'\nkeys = ['MINE_KEY']\ndialect = 'openai'\n\
+                   [groq]\nbase_url = 'https://groq.example/v1'";
+        let table = Table::with_own(own).unwrap();
+        assert_eq!(table.find("mine").unwrap().base_url.as_deref(), Some("https://llm.example/v1"));
+        let groq = table.find("groq").unwrap();
+        assert_eq!((groq.base_url.as_deref(), &*groq.keys[0]), (Some("https://groq.example/v1"), "GROQ_API_KEY"));
+        assert!(Table::with_own("[mine]\ndialect = 'openai'").is_err());
+        assert!(Table::with_own("[groq]\nbase_uri = 'x'").unwrap_err().to_string().contains("base_uri"));
+        assert!(Table::with_own("groq = 1").is_err());
+    }
+
+    #[test]
+    fn every_part_has_variables() {
+        let table = Table::embedded().unwrap();
+        for (name, row) in &table.0 {
+            let filled = row.parts.iter().fold(row.clone(), |row, (part, variables)| {
+                assert!(!variables.is_empty(), "{name}: {part}");
+                row.with_part(part, "x")
+            });
+            assert!(filled.base_url.is_none_or(|url| !url.contains('{')), "{name}");
+        }
     }
 
     #[test]

@@ -13,9 +13,6 @@ use serde_json::{Value, json};
 /// The path below the base URL.
 const PATH: &str = "/v1/messages";
 
-/// The version of the API that is spoken.
-const VERSION: (&str, &str) = ("anthropic-version", "2023-06-01");
-
 /// The least tokens of thought that may be asked for.
 const BUDGET_MIN: u32 = 1_024;
 
@@ -38,9 +35,12 @@ impl Dialect for Anthropic {
         KeyHeader { name: "x-api-key", scheme: "" }
     }
 
+    fn models_path(&self) -> &'static str {
+        "/v1/models"
+    }
+
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let mut headers = parameters::headers(provider);
-        headers.push((VERSION.0.to_owned(), VERSION.1.to_owned()));
+        let headers = parameters::headers(provider);
         let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
         let mut body = json!({"model": model, "messages": messages(&spec.input)});
         let system = system(&spec.input);
@@ -296,4 +296,53 @@ impl Decoder {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use crate::fixture::spec;
+    use crate::providers::Table;
+
+    fn body(model: &str, change: impl FnOnce(&mut JobSpec)) -> (Value, Vec<&'static str>) {
+        let mut spec = spec("litellm_claude-x", "hi");
+        change(&mut spec);
+        let encoded = Anthropic.encode(&spec, model, Table::embedded().unwrap().find("anthropic").unwrap(), Streaming::Off);
+        (serde_json::from_str(&encoded.body).unwrap(), encoded.left_out)
+    }
+
+    fn effort(model: &str, effort: ReasoningEffort, max_tokens: u32) -> (Value, Vec<&'static str>) {
+        body(model, |spec| {
+            spec.sampling.max_tokens = max_tokens;
+            spec.sampling.controls.reasoning_effort = Some(effort);
+        })
+    }
+
+    #[test]
+    fn thoughts_are_part_of_the_tokens_that_an_answer_may_have() {
+        let (body, left_out) = effort("claude-sonnet-4-5", ReasoningEffort::High, 4_000);
+        assert_eq!(body["thinking"], json!({"type": "enabled", "budget_tokens": 3_999}));
+        assert_eq!((&body["temperature"], left_out), (&Value::Null, vec!["temperature", "seed"]));
+        let (body, left_out) = effort("claude-sonnet-4-5", ReasoningEffort::High, 1_000);
+        assert_eq!((&body["thinking"], left_out), (&Value::Null, vec!["seed", "reasoning_effort"]));
+    }
+
+    #[test]
+    fn newer_models_are_told_by_a_word() {
+        let (body, _) = effort("claude-opus-4-7", ReasoningEffort::Low, 100);
+        assert_eq!(body["thinking"], json!({"type": "adaptive"}));
+        assert_eq!(body["output_config"], json!({"effort": "low"}));
+        let (body, _) = effort("claude-opus-4-7", ReasoningEffort::None, 100);
+        assert_eq!((&body["thinking"], &body["output_config"]), (&json!({"type": "disabled"}), &Value::Null));
+    }
+
+    #[test]
+    fn temperature_and_top_p_do_not_go_together() {
+        let (body, left_out) = body("claude-x", |spec| spec.sampling.top_p = Some(0.9));
+        assert_eq!((&body["temperature"], &body["top_p"]), (&Value::Null, &json!(0.9)));
+        assert_eq!(left_out, ["temperature", "seed"]);
+    }
+
+    #[test]
+    fn stop_strings_of_white_space_are_kept_by_the_worker() {
+        let (body, left_out) = body("claude-x", |spec| spec.sampling.stop = vec!["\n".to_owned(), "END".to_owned()]);
+        assert_eq!((&body["stop_sequences"], left_out), (&json!(["END"]), vec!["seed"]));
+    }
+}

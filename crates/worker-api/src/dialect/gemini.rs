@@ -319,4 +319,32 @@ fn seconds(text: &str) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    fn check(body: &str, status: Option<u16>, code: &str, retry_after_ms: Option<u64>) {
+        let error = Gemini.decode_error(body.as_bytes());
+        assert_eq!((error.status, error.code.as_str(), error.retry_after_ms), (status, code, retry_after_ms), "{body}");
+    }
+
+    #[test]
+    fn refusals_tell_what_their_details_say() {
+        let of = |code: u16, status: &str, details: &str| {
+            format!(r#"{{"error":{{"code":{code},"message":"no","status":"{status}","details":[{details}]}}}}"#)
+        };
+        check(&of(400, "INVALID_ARGUMENT", ""), Some(400), "INVALID_ARGUMENT", None);
+        check(&of(400, "INVALID_ARGUMENT", r#"{"reason":"API_KEY_INVALID"}"#), Some(401), "INVALID_ARGUMENT", None);
+        let minute = r#"{"violations":[{"quotaId":"RequestsPerMinute"}]},{"retryDelay":"22.5s"}"#;
+        check(&of(429, "RESOURCE_EXHAUSTED", minute), Some(429), "RESOURCE_EXHAUSTED", Some(22_500));
+        let day = r#"{"violations":[{"quotaId":"RequestsPerDayPerProject"}]}"#;
+        check(&of(429, "RESOURCE_EXHAUSTED", day), Some(429), "insufficient_quota", None);
+        check(&of(429, "RESOURCE_EXHAUSTED", r#"{"retryDelay":"soon"}"#), Some(429), "RESOURCE_EXHAUSTED", None);
+        check("oops", None, "", None);
+    }
+
+    #[test]
+    fn what_was_blocked_is_filtered() {
+        let reply = Gemini.decode(br#"{"promptFeedback":{"blockReason":"PROHIBITED_CONTENT"}}"#).unwrap();
+        assert_eq!(reply.finish_reason, Some(FinishReason::ContentFilter));
+    }
+}

@@ -3,6 +3,8 @@
 //! A dialect is values in, values out. Never here: I/O, clocks, keys, retries, prices.
 
 mod anthropic;
+#[cfg(test)]
+mod conformance;
 mod errors;
 mod gemini;
 mod openai;
@@ -166,6 +168,11 @@ pub enum StreamEvent {
 pub trait Dialect: Sync {
     /// Where the key goes.
     fn key_header(&self) -> KeyHeader;
+
+    /// Where the list of models is, below the base URL.
+    fn models_path(&self) -> &'static str {
+        "/models"
+    }
 
     /// The request for `spec` to `model`, as the provider names it.
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded;

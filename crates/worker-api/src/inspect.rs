@@ -1,0 +1,209 @@
+//! `genmill providers`: what is known of providers, and whether they answer. Never here: generating anything.
+
+use crate::catalog::{Endpoint, Sources};
+use crate::http::{Http, cause};
+use crate::providers::{KeyNeed, OWN_FILE, Table};
+use anyhow::Context as _;
+use genmill_core::registration::Availability;
+use genmill_daemon::run::load;
+use serde_json::Value;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::time::{Instant, timeout};
+
+/// How long a provider may take to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The longest list of models that is read, in bytes.
+const LIST_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// What is asked of the table.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// List all providers: name, dialect, address, and whether they can be called
+    List {
+        /// Only those that can be called with the keys and addresses that are set
+        #[arg(long)]
+        ready: bool,
+    },
+    /// Show a provider's row, where its calls go, and which variables may hold its key
+    Show {
+        /// The provider, as in litellm_NAME/model
+        name: String,
+    },
+    /// Ask a provider for its list of models: is it there, does it take the key, how long does it take
+    Test {
+        /// The provider, as in litellm_NAME/model
+        name: String,
+        /// Fail when it does not list this model
+        #[arg(long, value_name = "NAME")]
+        model: Option<String>,
+    },
+}
+
+/// Runs a command. The exit code is 1 when a provider cannot be called, 2 when the configuration is wrong.
+#[must_use]
+pub fn run(args: &Args, config: Option<&Path>) -> ExitCode {
+    match told(args, config) {
+        Ok((lines, code)) => {
+            let printed = writeln!(std::io::stdout().lock(), "{}", lines.join("\n"));
+            if printed.is_ok() { code } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            drop(writeln!(std::io::stderr().lock(), "error: {error:#}"));
+            ExitCode::from(genmill_daemon::run::EXIT_WRONG_CONFIG)
+        }
+    }
+}
+
+fn told(args: &Args, config: Option<&Path>) -> anyhow::Result<(Vec<String>, ExitCode)> {
+    let loaded = load(config)?;
+    let folder = &loaded.config.models.dir;
+    let table = Table::read(folder)?;
+    let sources = Sources { table: &table, settings: &loaded.config.providers, environment: &loaded.environment };
+    match &args.command {
+        Command::List { ready } => Ok((list(&sources, *ready), ExitCode::SUCCESS)),
+        Command::Show { name } => Ok((show(&sources, name, folder)?, ExitCode::SUCCESS)),
+        Command::Test { name, model } => {
+            genmill_daemon::tls::install();
+            let http = Http::new(Duration::from_millis(loaded.config.api.connect_timeout_ms))?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let tested = runtime.block_on(test(&sources, name, model.as_deref(), &http));
+            Ok(match tested {
+                Ok(line) => (vec![format!("{name}: {line}")], ExitCode::SUCCESS),
+                Err(problem) => (vec![format!("{name}: FAILED: {problem}")], ExitCode::FAILURE),
+            })
+        }
+    }
+}
+
+/// What keeps a provider from being called, or that nothing does.
+fn state(endpoint: &Result<Endpoint, Availability>) -> String {
+    match endpoint {
+        Ok(endpoint) if endpoint.key.is_none() => "ready, without a key".to_owned(),
+        Ok(_) | Err(Availability::Ready) => "ready".to_owned(),
+        Err(Availability::KeyMissing { variable }) => format!("set {variable}"),
+        Err(Availability::Unavailable { reason }) => reason.clone(),
+    }
+}
+
+fn list(sources: &Sources<'_>, only_ready: bool) -> Vec<String> {
+    let row = |name: &str| {
+        let provider = sources.table.find(name)?;
+        let endpoint = sources.endpoint(name);
+        if only_ready && endpoint.is_err() {
+            return None;
+        }
+        let address = endpoint.as_ref().ok().map(|endpoint| endpoint.base_url.to_string());
+        let address = address.or_else(|| provider.base_url.clone()).unwrap_or_else(|| "-".to_owned());
+        Some(format!("{name:<22} {:<22} {address:<62} {}", provider.dialect, short(&state(&endpoint))))
+    };
+    let head = format!("{:<22} {:<22} {:<62} STATE", "NAME", "DIALECT", "ADDRESS");
+    std::iter::once(head).chain(sources.table.names().filter_map(row)).collect()
+}
+
+/// The first clause of a reason.
+fn short(reason: &str) -> &str {
+    reason.split([':', ',']).next().unwrap_or(reason)
+}
+
+fn show(sources: &Sources<'_>, name: &str, folder: &Path) -> anyhow::Result<Vec<String>> {
+    let endpoint = sources.endpoint(name);
+    let row = sources.table.find(name).with_context(|| state(&endpoint))?;
+    let set = row.keys.iter().find(|variable| sources.environment.get(variable).is_some());
+    let key = match (set, row.key_need) {
+        (Some(variable), _) => format!("from {variable}"),
+        (None, _) if endpoint.as_ref().is_ok_and(|endpoint| endpoint.key.is_some()) => "from genmill.toml".to_owned(),
+        (None, KeyNeed::Optional) => "none, and none is needed".to_owned(),
+        (None, KeyNeed::Required) => "none".to_owned(),
+    };
+    let mut lines = vec![
+        format!("{:<14} {name}", "name"),
+        format!("{:<14} {}", "dialect", row.dialect),
+        format!("{:<14} {}", "state", state(&endpoint)),
+        format!("{:<14} {key}", "key"),
+        format!("{:<14} {}", "key variables", row.keys.join(" ")),
+    ];
+    if let Ok(endpoint) = &endpoint {
+        lines.push(format!("{:<14} {}", "address", endpoint.base_url));
+    }
+    for (part, variables) in &row.parts {
+        lines.push(format!("{:<14} {part} from {}", "part", variables.join(" ")));
+    }
+    if !row.drop.is_empty() {
+        lines.push(format!("{:<14} {}", "does not take", row.drop.join(" ")));
+    }
+    lines.push(format!("{:<14} a row [{name}] in {}", "to change it", folder.join(OWN_FILE).display()));
+    Ok(lines)
+}
+
+async fn test(sources: &Sources<'_>, name: &str, model: Option<&str>, http: &Http) -> Result<String, String> {
+    let endpoint = sources.endpoint(name).map_err(|missing| state(&Err(missing)))?;
+    let begun = Instant::now();
+    if let Some(path) = &endpoint.provider.check_path {
+        get(&endpoint, path, http).await?;
+    }
+    let list = get(&endpoint, endpoint.dialect.models_path(), http).await?;
+    let took_ms = begun.elapsed().as_millis();
+    let models = names(&list);
+    match model {
+        Some(model) if !models.contains(&model) => Err(format!("it lists {} models, but not {model}", models.len())),
+        Some(_) | None => Ok(format!("ok, {} models, {took_ms} ms, at {}", models.len(), endpoint.base_url)),
+    }
+}
+
+/// The names of models in any of the forms of their list.
+fn names(list: &Value) -> Vec<&str> {
+    let rows = [list, &list["data"], &list["models"]].into_iter().find_map(Value::as_array);
+    let named = rows.into_iter().flatten().filter_map(|row| row["id"].as_str().or_else(|| row["name"].as_str()));
+    named.map(|name| name.strip_prefix("models/").unwrap_or(name)).collect()
+}
+
+async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, String> {
+    let url = format!("{}{path}", endpoint.base_url.as_str().trim_end_matches('/'));
+    let mut request = http.client(&endpoint.base_url).get(url);
+    for (header, value) in &endpoint.provider.headers {
+        request = request.header(header, value);
+    }
+    let asked = async {
+        let mut response = endpoint.with_key(request).send().await.map_err(|error| cause(&error))?;
+        let status = response.status();
+        let mut body = Vec::new();
+        while let Some(bytes) = response.chunk().await.map_err(|error| cause(&error))? {
+            body.extend_from_slice(&bytes);
+            if body.len() > LIST_BYTES_MAX {
+                return Err("its list of models is longer than 16 MiB".to_owned());
+            }
+        }
+        if !status.is_success() {
+            let error = endpoint.dialect.decode_error(&body);
+            let key = endpoint.key.as_ref().map(|key| key.reveal());
+            let told = crate::classify::redact(error, key.into_iter());
+            return Err(crate::classify::classify(&endpoint.name, status.as_u16(), &told).message);
+        }
+        serde_json::from_slice(&body).map_err(|_| "its list of models is no JSON".to_owned())
+    };
+    timeout(PATIENCE, asked).await.unwrap_or_else(|_| Err(format!("no answer in {} s", PATIENCE.as_secs())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn models_are_found_in_every_form_of_their_list() {
+        assert_eq!(names(&json!({"data": [{"id": "a"}, {"id": "b"}]})), ["a", "b"]);
+        assert_eq!(names(&json!({"models": [{"name": "models/gemini-x"}]})), ["gemini-x"]);
+        assert_eq!(names(&json!([{"id": "a"}])), ["a"]);
+        assert_eq!(names(&json!({"data": 1})), [""; 0]);
+    }
+}
