@@ -49,7 +49,8 @@ pub(crate) fn rich() -> JobSpec {
         name: "get_weather".to_owned(),
         arguments: format!("{{\"city\":\"{city}\"}}"),
     };
-    let answer = |id: &str, text: &str| ChatMessage { tool_call_id: id.to_owned(), ..ChatMessage::new(Role::Tool, text) };
+    let answer =
+        |id: &str, text: &str| ChatMessage { tool_call_id: id.to_owned(), ..ChatMessage::new(Role::Tool, text) };
     spec.input = Input::Messages(vec![
         ChatMessage::new(Role::System, "Be brief."),
         ChatMessage::new(Role::User, "Weather in Paris and Rome?"),
@@ -76,7 +77,11 @@ pub(crate) fn rich() -> JobSpec {
         logprobs: Some(2),
         structured_output: Some(StructuredOutput::JsonSchema(r#"{"type":"object"}"#.to_owned())),
         tools: vec![
-            tool("get_weather", "The weather of a city.", r#"{"type":"object","properties":{"city":{"type":"string"}}}"#),
+            tool(
+                "get_weather",
+                "The weather of a city.",
+                r#"{"type":"object","properties":{"city":{"type":"string"}}}"#,
+            ),
             tool("now", "", ""),
         ],
         tool_choice: Some(ToolChoice::Tool("get_weather".to_owned())),

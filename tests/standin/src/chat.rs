@@ -5,9 +5,10 @@ use crate::BAD_KEY;
 use crate::answer::{Answer, Request, answer};
 use crate::bill::{Bill, Books, Entry, Received};
 use crate::script::{Break, Fault, Script};
+use crate::shape::{Anthropic, Gemini, OpenAi, Shape, Told};
 use axum::Json;
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
@@ -33,7 +34,7 @@ pub(crate) async fn bill(State(provider): State<Arc<Provider>>) -> Json<Bill> {
 /// `GET /v1/models`.
 pub(crate) async fn models(State(provider): State<Arc<Provider>>, headers: HeaderMap) -> Response {
     if let Some(refusal) = refuse_key(&headers) {
-        return refusal;
+        return refusal.respond(&OpenAi);
     }
     let row = |id: &String| json!({"id": id, "object": "model", "created": 1_700_000_000, "owned_by": "standin"});
     let data: Vec<Value> = provider.models.iter().map(row).collect();
@@ -41,12 +42,38 @@ pub(crate) async fn models(State(provider): State<Arc<Provider>>, headers: Heade
 }
 
 /// `POST /v1/chat/completions`.
-pub(crate) async fn complete(State(provider): State<Arc<Provider>>, headers: HeaderMap, body: Bytes) -> Response {
-    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+pub(crate) async fn complete(provider: State<Arc<Provider>>, headers: HeaderMap, body: Bytes) -> Response {
+    answered(&OpenAi, "", provider, headers, body).await
+}
+
+/// `POST /v1/messages`.
+pub(crate) async fn messages(provider: State<Arc<Provider>>, headers: HeaderMap, body: Bytes) -> Response {
+    answered(&Anthropic, "", provider, headers, body).await
+}
+
+/// `POST /v1beta/models/{model}:{method}`.
+pub(crate) async fn content(
+    provider: State<Arc<Provider>>,
+    Path(path): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    answered(&Gemini, &path, provider, headers, body).await
+}
+
+async fn answered(
+    shape: &'static dyn Shape,
+    path: &str,
+    State(provider): State<Arc<Provider>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let received: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let body = shape.request(path, received.clone());
     let request = Request::new(&body);
     let message = request.last_user_text();
     let content = format!("{}: {}", request.model(), message.as_deref().unwrap_or_default());
-    let received = Received { headers: readable(&headers), body: body.clone() };
+    let received = Received { headers: readable(&headers), body: received };
     let (nth, entry) = provider.books.call(&content, key_of(&headers), received);
     let script = Script::parse(request.model(), message.as_deref().unwrap_or_default());
     let fault = script.fault_of_call(nth);
@@ -55,10 +82,10 @@ pub(crate) async fn complete(State(provider): State<Arc<Provider>>, headers: Hea
         .or_else(|| refuse_request(&request, message.is_some()))
         .or_else(|| fault.status.map(|status| failed(status, &fault)));
     if let Some(refusal) = refusal {
-        entry.refused(refusal.status().as_u16());
-        return refusal;
+        entry.refused(refusal.status);
+        return refusal.respond(shape);
     }
-    let reply = Reply::new(&request, &script, fault);
+    let reply = Reply::new(shape, &request, &script, fault);
     if reply.fault.html {
         entry.refused(200);
         return ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], "<html><body>hello</body></html>")
@@ -71,86 +98,97 @@ fn readable(headers: &HeaderMap) -> Vec<(String, String)> {
     headers.iter().map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into())).collect()
 }
 
+/// The key, in whichever header it comes.
 fn key_of(headers: &HeaderMap) -> &str {
-    let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    value.strip_prefix("Bearer ").unwrap_or_default()
+    let names = ["authorization", "x-api-key", "x-goog-api-key", "api-key"];
+    let value = names.iter().find_map(|name| headers.get(*name)?.to_str().ok()).unwrap_or_default();
+    value.strip_prefix("Bearer ").unwrap_or(value)
 }
 
-fn refuse_key(headers: &HeaderMap) -> Option<Response> {
-    let key = key_of(headers);
-    (key.is_empty() || key == BAD_KEY).then(|| error(401, "invalid_api_key", "Incorrect API key provided."))
+/// A refusal, in no form yet.
+#[derive(Debug)]
+struct Refusal {
+    status: u16,
+    code: String,
+    message: &'static str,
+    headers: Vec<(&'static str, String)>,
 }
 
-fn refuse_request(request: &Request<'_>, has_message: bool) -> Option<Response> {
-    if request.model().starts_with("missing") {
-        return Some(error(404, "model_not_found", "The model does not exist."));
+impl Refusal {
+    fn new(status: u16, code: &str, message: &'static str) -> Self {
+        Self { status, code: code.to_owned(), message, headers: Vec::new() }
     }
-    (!has_message).then(|| error(400, "invalid_request_error", "messages: a message of the user is needed."))
+
+    fn respond(self, shape: &dyn Shape) -> Response {
+        let object = shape.error(self.status, &self.code, self.message);
+        // The status that an error names itself is the one it comes with, as with Gemini's refusal of a key.
+        let status = object["error"]["code"].as_u64().and_then(|code| u16::try_from(code).ok()).unwrap_or(self.status);
+        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = (status, Json(object)).into_response();
+        for (name, value) in self.headers {
+            if let Ok(value) = value.parse() {
+                response.headers_mut().insert(name, value);
+            }
+        }
+        response
+    }
 }
 
-fn failed(status: u16, fault: &Fault) -> Response {
+fn refuse_key(headers: &HeaderMap) -> Option<Refusal> {
+    let key = key_of(headers);
+    (key.is_empty() || key == BAD_KEY).then(|| Refusal::new(401, "invalid_api_key", "Incorrect API key provided."))
+}
+
+fn refuse_request(request: &Request<'_>, has_message: bool) -> Option<Refusal> {
+    if request.model().starts_with("missing") {
+        return Some(Refusal::new(404, "model_not_found", "The model does not exist."));
+    }
+    let message = "messages: a message of the user is needed.";
+    (!has_message).then(|| Refusal::new(400, "invalid_request_error", message))
+}
+
+fn failed(status: u16, fault: &Fault) -> Refusal {
     let code = fault.code.as_deref().unwrap_or(match status {
         429 => "rate_limit_exceeded",
         500.. => "server_error",
         _ => "invalid_request_error",
     });
-    let mut response = error(status, code, "The stand-in was told to fail.");
-    for (name, value) in [("retry-after", &fault.retry_after), ("retry-after-ms", &fault.retry_after_ms)] {
-        if let Some(value) = value.as_ref().and_then(|value| value.parse().ok()) {
-            response.headers_mut().insert(name, value);
-        }
-    }
-    response
-}
-
-fn error(status: u16, code: &str, message: &str) -> Response {
-    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    (status, Json(error_object(code, message))).into_response()
-}
-
-fn error_object(code: &str, message: &str) -> Value {
-    json!({"error": {"message": message, "type": code, "param": null, "code": code}})
+    let headers = [("retry-after", &fault.retry_after), ("retry-after-ms", &fault.retry_after_ms)];
+    let headers = headers.into_iter().filter_map(|(name, value)| Some((name, value.clone()?))).collect();
+    Refusal { headers, ..Refusal::new(status, code, "The stand-in was told to fail.") }
 }
 
 /// An answer with how it goes wrong.
 #[derive(Debug)]
 struct Reply {
+    shape: &'static dyn Shape,
     model: String,
     answer: Answer,
-    cost: Option<String>,
+    text: String,
+    cost: Option<Value>,
     fault: Fault,
 }
 
 impl Reply {
-    fn new(request: &Request<'_>, script: &Script, fault: Fault) -> Self {
+    fn new(shape: &'static dyn Shape, request: &Request<'_>, script: &Script, fault: Fault) -> Self {
         let answer = answer(request, script);
-        Self { model: request.model().to_owned(), answer, cost: script.cost.clone(), fault }
+        let cost = script.cost.as_deref().and_then(|cost| serde_json::from_str(cost).ok());
+        Self { shape, model: request.model().to_owned(), text: answer.pieces.concat(), answer, cost, fault }
     }
 
-    fn usage(&self) -> Value {
-        let (prompt, completion) = (self.answer.prompt_tokens, self.answer.pieces.len());
-        let mut usage =
-            json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion});
-        if let Some(cost) = self.cost.as_deref().and_then(|cost| serde_json::from_str::<Value>(cost).ok()) {
-            usage["cost"] = cost;
+    fn told(&self, wants_usage: bool) -> Told<'_> {
+        let tells = wants_usage && !self.fault.no_usage;
+        Told {
+            model: &self.model,
+            text: &self.text,
+            finish_reason: self.answer.finish_reason,
+            usage: tells.then(|| (self.answer.prompt_tokens, self.answer.pieces.len())),
+            cost: self.cost.as_ref(),
         }
-        usage
-    }
-
-    /// A chat completion, or with `chat.completion.chunk` a chunk of one.
-    fn object(&self, object: &str, choices: Value) -> Value {
-        let created = 1_700_000_000;
-        json!({"id": "chatcmpl-standin", "object": object, "created": created, "model": self.model, "choices": choices})
     }
 
     fn into_whole(self, entry: &Entry) -> Response {
-        let message = json!({"role": "assistant", "content": self.answer.pieces.concat()});
-        let choices = json!([{"index": 0, "message": message, "finish_reason": self.answer.finish_reason}]);
-        let mut object = self.object("chat.completion", choices);
-        if !self.fault.no_usage {
-            object["usage"] = self.usage();
-        }
-        let mut body = object.to_string();
+        let mut body = self.shape.whole(&self.told(true)).to_string();
         entry.charge(self.answer.prompt_tokens, self.answer.pieces.len());
         match self.fault.break_after {
             Some((_, Break::Garbage | Break::Error)) => body.truncate(body.len() / 2),
@@ -171,37 +209,31 @@ impl Reply {
         ([(header::CONTENT_TYPE, "text/event-stream; charset=utf-8")], body).into_response()
     }
 
-    /// Everything a stream sends, in order. The first frame tells the role, then comes one for each piece of text.
+    /// Everything a stream sends, in order: what opens it, a frame for each piece of text, what closes it.
     fn frames(&self, wants_usage: bool) -> Vec<Frame> {
-        let choice = |delta: Value, reason: Value| json!([{"index": 0, "delta": delta, "finish_reason": reason}]);
-        let chunk = |choices: Value| self.object("chat.completion.chunk", choices);
-        let mut frames = vec![self.frame(&chunk(choice(json!({"role": "assistant", "content": ""}), Value::Null)))];
+        let told = self.told(wants_usage);
+        let mut frames: Vec<Frame> = self.shape.opening(&told).iter().map(|object| self.frame(object)).collect();
         for (at, piece) in self.answer.pieces.iter().enumerate() {
             if let Some(broken) = self.break_at(at) {
                 return frames.into_iter().chain([broken]).collect();
             }
-            let mut frame = self.frame(&chunk(choice(json!({"content": piece}), Value::Null)));
-            frame.tokens = 1;
-            frames.push(frame);
+            frames.push(Frame { tokens: 1, ..self.frame(&self.shape.piece(&self.model, piece)) });
         }
         if let Some(broken) = self.break_at(self.answer.pieces.len()) {
             return frames.into_iter().chain([broken]).collect();
         }
-        frames.push(self.frame(&chunk(choice(json!({}), json!(self.answer.finish_reason)))));
-        if wants_usage && !self.fault.no_usage {
-            let mut last = chunk(json!([]));
-            last["usage"] = self.usage();
-            frames.push(Frame { tells_usage: true, ..self.frame(&last) });
-        }
-        if !self.fault.no_done {
-            frames.push(Frame { bytes: "data: [DONE]\n\n".into(), ..Frame::default() });
-        }
+        let closing = self.shape.closing(&told);
+        frames.extend(
+            closing.iter().map(|(object, tells_usage)| Frame { tells_usage: *tells_usage, ..self.frame(object) }),
+        );
+        let done = self.shape.done().filter(|_| !self.fault.no_done);
+        frames.extend(done.map(|done| Frame { bytes: done.into(), ..Frame::default() }));
         frames
     }
 
     fn frame(&self, object: &Value) -> Frame {
         let comment = if self.fault.comments { ": STANDIN PROCESSING\n\n" } else { "" };
-        Frame { bytes: format!("{comment}data: {object}\n\n").into(), ..Frame::default() }
+        Frame { bytes: format!("{comment}{}", self.shape.event(object)).into(), ..Frame::default() }
     }
 
     fn break_at(&self, piece: usize) -> Option<Frame> {
@@ -211,7 +243,7 @@ impl Reply {
         }
         let bytes: Bytes = match kind {
             Break::Cut | Break::Stall => Bytes::new(),
-            Break::Error => format!("data: {}\n\n", error_object("server_error", "It broke.")).into(),
+            Break::Error => self.shape.event(&self.shape.error(500, "server_error", "It broke.")).into(),
             Break::Garbage => "data: {\"choices\":[{\"delta\":{\"con\n\n".into(),
         };
         Some(Frame { bytes, broken: Some(kind), ..Frame::default() })

@@ -1,4 +1,5 @@
-//! A provider stand-in: an HTTP server that speaks OpenAI chat completions and misbehaves on demand.
+//! A provider stand-in: an HTTP server that speaks OpenAI chat completions, Anthropic messages and Gemini content,
+//! and misbehaves on demand.
 //!
 //! What it does with a call stands in the call itself, in the last user message or in the model name (see [`script`]),
 //! so that real daemons can be steered from outside. It keeps a [`bill`], so that a test can tell how often it was
@@ -8,6 +9,7 @@ mod answer;
 pub mod bill;
 mod chat;
 pub mod script;
+mod shape;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -82,6 +84,12 @@ impl Standin {
         format!("http://{}/v1", self.address)
     }
 
+    /// The root of its addresses, as Anthropic's client takes it; Gemini's is `/v1beta` below it.
+    #[must_use]
+    pub fn origin(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
     /// What it was asked, and what it billed for it.
     #[must_use]
     pub fn bill(&self) -> Bill {
@@ -104,6 +112,9 @@ impl Standin {
 fn router(provider: Arc<chat::Provider>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::complete))
+        .route("/v1/messages", post(chat::messages))
+        .route("/v1beta/models/{call}", post(chat::content))
+        .route("/v1beta/models", get(chat::models))
         .route("/v1/models", get(chat::models))
         .route("/bill", get(chat::bill))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))

@@ -304,7 +304,8 @@ mod tests {
     fn body(model: &str, change: impl FnOnce(&mut JobSpec)) -> (Value, Vec<&'static str>) {
         let mut spec = spec("litellm_claude-x", "hi");
         change(&mut spec);
-        let encoded = Anthropic.encode(&spec, model, Table::embedded().unwrap().find("anthropic").unwrap(), Streaming::Off);
+        let encoded =
+            Anthropic.encode(&spec, model, Table::embedded().unwrap().find("anthropic").unwrap(), Streaming::Off);
         (serde_json::from_str(&encoded.body).unwrap(), encoded.left_out)
     }
 

@@ -151,9 +151,9 @@ fn contents(input: &Input, thinking: Thinking) -> Vec<Value> {
         Input::Messages(messages) => messages,
     };
     let mut out: Vec<Value> = Vec::new();
-    for message in messages.iter().filter(|message| message.role != Role::System) {
+    for (at, message) in messages.iter().enumerate().filter(|(_, message)| message.role != Role::System) {
         let role = if message.role == Role::Assistant { "model" } else { "user" };
-        let parts = parts(message, messages, thinking);
+        let parts = parts(message, &messages[..at], thinking);
         match out.last_mut().filter(|last| last["role"] == role).and_then(|last| last["parts"].as_array_mut()) {
             Some(last) => last.extend(parts),
             None => out.push(json!({"role": role, "parts": parts})),
@@ -162,10 +162,10 @@ fn contents(input: &Input, thinking: Thinking) -> Vec<Value> {
     out
 }
 
-fn parts(message: &ChatMessage, messages: &[ChatMessage], thinking: Thinking) -> Vec<Value> {
+fn parts(message: &ChatMessage, before: &[ChatMessage], thinking: Thinking) -> Vec<Value> {
     if message.role == Role::Tool {
-        // An answer names the function; messages name only the call.
-        let mut calls = messages.iter().flat_map(|message| &message.tool_calls);
+        // An answer names the function; messages name only the call, and a later call may have the id of an earlier one.
+        let mut calls = before.iter().rev().flat_map(|message| &message.tool_calls);
         let call = calls.find(|call| call.id == message.tool_call_id);
         let name = call.map(|call| call.name.as_str()).unwrap_or_default();
         let answer = serde_json::from_str(&message.content).ok().filter(Value::is_object);

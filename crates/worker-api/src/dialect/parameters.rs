@@ -9,9 +9,12 @@ use serde_json::{Value, json};
 /// A parameter as Genmill names it, the place in the body that has it (fields parted by `.`), its value when it is set.
 pub(super) type Row<'a> = (&'static str, &'a str, Option<Value>);
 
+/// Whether a request sets a parameter.
+type Asks = fn(&Sampling) -> bool;
+
 /// Every parameter that can go missing, and whether a request sets it to anything that makes a difference. Not among
 /// them: stop strings, which the worker keeps itself.
-const ASKED: &[(&str, fn(&Sampling) -> bool)] = &[
+const ASKED: &[(&str, Asks)] = &[
     ("max_tokens", |_| true),
     ("temperature", |_| true),
     ("seed", |_| true),

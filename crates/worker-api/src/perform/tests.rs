@@ -34,10 +34,15 @@ impl Bench {
 }
 
 fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Performer {
+    performer_of("gpt-4o-mini", &format!("openai = {{ base_url = '{base_url}', api_key = '{key}' }}"), LIMITS, change)
+}
+
+/// A performer of one model, with these settings of providers.
+fn performer_of(name: &str, settings: &str, limits: Limits, change: impl Fn(&mut Endpoint)) -> Performer {
     genmill_daemon::tls::install();
     let model = ListedModel {
         prefix: "litellm",
-        name: "gpt-4o-mini".to_owned(),
+        name: name.to_owned(),
         path: None,
         tokenizer: None,
         description: String::new(),
@@ -45,12 +50,12 @@ fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Perfo
         threads: None,
         file: PathBuf::new(),
     };
-    let settings = toml::from_str(&format!("openai = {{ base_url = '{base_url}', api_key = '{key}' }}")).unwrap();
+    let settings = toml::from_str(settings).unwrap();
     let table = Table::embedded().unwrap();
     let mut catalog = Catalog::new(&[model], &table, &settings, &Environment::default()).unwrap();
     catalog.endpoints.values_mut().for_each(change);
     let http = Http::new(Duration::from_secs(5)).unwrap();
-    Performer::new(catalog, Prices::embedded().unwrap(), http, LIMITS)
+    Performer::new(catalog, Prices::embedded().unwrap(), http, limits)
 }
 
 /// Performs one job and returns what came of it, and the text that was reported.
@@ -241,4 +246,83 @@ async fn only_lanes_with_a_key_are_offered() {
     assert_eq!((offers[0].lane.to_string().as_str(), offers[0].capacity), ("litellm:openai", 4));
     let bare = performer(&bench.standin.base_url(), "", |_| ());
     assert_eq!((bare.offers().len(), bare.models().len()), (0, 1));
+}
+
+/// A model of each dialect that the stand-in speaks, and the settings by which it is reached there.
+fn spoken(standin: &Standin, key: &str) -> [(&'static str, String); 3] {
+    let origin = standin.origin();
+    let at = |provider: &str, path: &str| format!("{provider} = {{ base_url = '{origin}{path}', api_key = '{key}' }}");
+    [
+        ("gpt-4o-mini", at("openai", "/v1")),
+        ("claude-haiku-4-5", at("anthropic", "")),
+        ("gemini-2.5-flash", at("gemini", "/v1beta")),
+    ]
+}
+
+/// What becomes of a prompt in each dialect.
+async fn in_every_dialect(key: &str, prompt: &str, check: impl Fn(&str, Performed, String)) {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    for (name, settings) in spoken(&standin, key) {
+        for streaming in [true, false] {
+            let set = |endpoint: &mut Endpoint| endpoint.provider.streaming = streaming;
+            let performer = performer_of(name, &settings, LIMITS, set);
+            let job = spec(&format!("litellm_{name}"), prompt);
+            let (performed, reported) = perform(&performer, job, CancellationToken::new()).await;
+            check(&format!("{name}, streaming: {streaming}"), performed, reported);
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_dialect_answers_counts_and_prices() {
+    in_every_dialect("sk-a", "!split-utf8 !comments !echo=grüße 世界 🦀", |case, performed, reported| {
+        assert!(performed.cost.is_some_and(|cost| cost > Picodollars(0)), "{case}: {performed:?}");
+        let generation = generation(performed);
+        assert_eq!((generation.text.as_str(), reported.as_str()), ("grüße 世界 🦀", "grüße 世界 🦀"), "{case}");
+        assert_eq!(generation.finish_reason, FinishReason::Stop, "{case}");
+        assert_eq!(generation.usage.map(|usage| usage.completion_tokens), Some(3), "{case}");
+        let left_out: &[&str] = if case.starts_with("claude") { &["seed"] } else { &[] };
+        assert_eq!(generation.left_out, left_out, "{case}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn every_dialect_tells_what_went_wrong() {
+    let class = |prompt: &'static str, key: &'static str, expect: FailureClass| {
+        in_every_dialect(key, prompt, move |case, performed, _| {
+            let Outcome::Failed(failure) = performed.outcome else { panic!("{case}, {prompt}: {performed:?}") };
+            assert_eq!(failure.class, expect, "{case}, {prompt}: {failure:?}");
+            assert!(!failure.message.contains(BAD_KEY), "{case}: {failure:?}");
+        })
+    };
+    class("hi", BAD_KEY, FailureClass::Auth).await;
+    class("!status=429 retry-after=1", "sk-a", FailureClass::Throttled).await;
+    class("!status=500", "sk-a", FailureClass::Transient).await;
+    class("!status=529", "sk-a", FailureClass::Throttled).await;
+    class("!status=400", "sk-a", FailureClass::Invalid).await;
+    class("!cut-after=1 a b c", "sk-a", FailureClass::Transient).await;
+    class("!error-after=1 a b c", "sk-a", FailureClass::Transient).await;
+    class("!garbage", "sk-a", FailureClass::Transient).await;
+}
+
+#[tokio::test]
+async fn a_parameter_that_a_provider_does_not_take_fails_the_job_or_is_left_out() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let [_, (name, settings), _] = spoken(&standin, "sk-a");
+    let job = || {
+        let mut job = spec("litellm_claude-haiku-4-5", "hi");
+        job.sampling.controls.frequency_penalty = Some(0.5);
+        job
+    };
+    let refusing = performer_of(name, &settings, LIMITS, |_| ());
+    let (performed, _) = perform(&refusing, job(), CancellationToken::new()).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!() };
+    assert_eq!((failure.class, performed.cost), (FailureClass::Invalid, Some(Picodollars(0))));
+    assert!(failure.message.contains("does not take frequency_penalty for claude-haiku-4-5"), "{failure:?}");
+    assert_eq!(standin.bill().calls, 0);
+    let leaving_out = Limits { unsupported: Unsupported::LeaveOut, ..LIMITS };
+    let performer = performer_of(name, &settings, leaving_out, |_| ());
+    let (performed, _) = perform(&performer, job(), CancellationToken::new()).await;
+    assert_eq!(generation(performed).left_out, ["seed", "frequency_penalty"]);
 }
