@@ -21,7 +21,8 @@ use std::time::Duration;
 #[command(
     version,
     about,
-    after_help = "Keys come from the environment or .env, such as OPENAI_API_KEY. Everything \
+    after_help = "Keys come from the environment or .env (here or beside the lists of models), such as OPENAI_API_KEY; \
+    rows of providers.toml beside the lists add providers or change known ones. Everything \
     else is set in genmill.toml or by GENMILL__SECTION__KEY variables. --check-config shows what is in effect."
 )]
 struct Args {

@@ -102,7 +102,8 @@ impl Perform for Performer {
 
 impl Performer {
     fn performed(&self, endpoint: &Endpoint, spec: &JobSpec, ended: Ended, collected: Collected) -> Performed {
-        let rates = self.prices.rates(&endpoint.name, spec.model.backend_name());
+        let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
+        let rates = self.prices.rates(priced_as, spec.model.backend_name());
         let cost = collected.cost(rates.as_ref());
         match ended {
             Ended::Refused(failure) => Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) },

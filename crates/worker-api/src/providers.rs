@@ -50,6 +50,8 @@ pub struct Provider {
     pub max_tokens_field: Option<String>,
     /// Its name for `seed`.
     pub seed_field: Option<String>,
+    /// The provider whose prices it has.
+    pub priced_as: Option<String>,
     /// Parameters it refuses.
     #[serde(default)]
     pub drop: Vec<String>,

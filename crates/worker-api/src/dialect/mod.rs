@@ -3,12 +3,15 @@
 //! A dialect is values in, values out. Never here: I/O, clocks, keys, retries, prices.
 
 mod anthropic;
+mod cohere;
 #[cfg(test)]
 mod conformance;
 mod errors;
 mod gemini;
+mod ollama;
 mod openai;
 mod parameters;
+mod responses;
 mod sse;
 
 use crate::providers::Provider;
@@ -20,8 +23,14 @@ use genmill_core::money::Picodollars;
 pub(crate) use parameters::FILLED_IN;
 
 /// Every dialect that is spoken, by the name that `providers.toml` uses.
-pub const DIALECTS: &[(&str, &dyn Dialect)] =
-    &[("openai", &openai::OpenAi), ("anthropic", &anthropic::Anthropic), ("gemini", &gemini::Gemini)];
+pub const DIALECTS: &[(&str, &dyn Dialect)] = &[
+    ("openai", &openai::OpenAi),
+    ("anthropic", &anthropic::Anthropic),
+    ("gemini", &gemini::Gemini),
+    ("cohere-v2", &cohere::Cohere),
+    ("ollama", &ollama::Ollama),
+    ("openai-responses", &responses::Responses),
+];
 
 /// The dialect of a name.
 #[must_use]

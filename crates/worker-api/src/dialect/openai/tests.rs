@@ -48,7 +48,7 @@ fn bodies() {
 
 #[test]
 fn a_provider_may_have_its_own_path_and_headers() {
-    let local = encoded("ollama", &spec("litellm_ollama/llama3", "hi"), Streaming::On);
+    let local = encoded("docker_model_runner", &spec("litellm_docker_model_runner/x", "hi"), Streaming::On);
     assert_eq!(local.path, "/v1/chat/completions");
     let headers = encoded("openrouter", &spec("openrouter_x/y", "hi"), Streaming::On).headers;
     assert!(headers.contains(&("X-Title".to_owned(), "Genmill".to_owned())));

@@ -1,0 +1,212 @@
+//! Cohere's chat, version 2.
+
+use super::parameters::{self, arguments_schema};
+use super::sse::Events;
+use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use crate::providers::Provider;
+use genmill_core::attempt::{FinishReason, Usage};
+use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
+use genmill_core::job::JobSpec;
+use genmill_core::request::{ChatMessage, Input, Role};
+use serde_json::{Value, json};
+
+/// The path below the base URL.
+const PATH: &str = "/v2/chat";
+
+/// How many stop strings are taken. The worker cuts at the others itself.
+const STOPS_MAX: usize = 5;
+
+/// What `finish_reason` may say. Anything else is unknown, which is no error.
+const FINISH_REASONS: &[(&str, FinishReason)] = &[
+    ("COMPLETE", FinishReason::Stop),
+    ("STOP_SEQUENCE", FinishReason::Stop),
+    ("MAX_TOKENS", FinishReason::Length),
+    ("TOOL_CALL", FinishReason::ToolCalls),
+    ("ERROR_TOXIC", FinishReason::ContentFilter),
+];
+
+/// Values of `finish_reason` that say the provider failed while it answered.
+const FINISHED_BY_ERROR: &[&str] = &["ERROR", "TIMEOUT"];
+
+/// The dialect.
+#[derive(Debug)]
+pub(super) struct Cohere;
+
+impl Dialect for Cohere {
+    fn key_header(&self) -> KeyHeader {
+        KeyHeader { name: "authorization", scheme: "Bearer " }
+    }
+
+    fn models_path(&self) -> &'static str {
+        "/v1/models"
+    }
+
+    fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
+        let messages = match &spec.input {
+            Input::Prompt(prompt) => json!([{"role": "user", "content": prompt}]),
+            Input::Messages(messages) => messages.iter().map(message).collect(),
+        };
+        let mut body = json!({"model": model, "messages": messages, "stream": streaming == Streaming::On});
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
+        let path = provider.path.as_deref().unwrap_or(PATH).to_owned();
+        Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
+    }
+
+    fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
+        let Ok(answer) = serde_json::from_slice::<Value>(body) else {
+            return Err(ProviderError::saying("the answer is not a chat response"));
+        };
+        let message = &answer["message"];
+        let parts = message["content"].as_array().into_iter().flatten().filter_map(part);
+        let calls = message["tool_calls"].as_array().into_iter().flatten().enumerate();
+        let calls = calls.map(|(index, call)| StreamEvent::ToolCall { index, part: tool_call(call) });
+        let mut events: Vec<StreamEvent> = parts.chain(calls).collect();
+        events.extend(finished(&answer["finish_reason"]));
+        events.extend(usage(&answer["usage"]));
+        Reply::of(events)
+    }
+
+    fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
+        Box::new(Decoder::default())
+    }
+}
+
+fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
+    let sampling = &spec.sampling;
+    let controls = &sampling.controls;
+    let number = |number: Option<f64>| number.map(|number| json!(number));
+    let stops = parameters::list(sampling.stop.iter().take(STOPS_MAX));
+    let format = parameters::schema(controls).map(|schema| json!({"type": "json_object", "json_schema": schema}));
+    vec![
+        ("max_tokens", "max_tokens", Some(json!(sampling.max_tokens))),
+        ("temperature", "temperature", Some(json!(sampling.temperature))),
+        ("top_p", "p", number(sampling.top_p)),
+        ("top_k", "k", sampling.top_k.map(|top_k| json!(top_k))),
+        ("seed", "seed", Some(json!(parameters::seed(sampling.seed)))),
+        ("stop", "stop_sequences", stops),
+        ("frequency_penalty", "frequency_penalty", number(controls.frequency_penalty)),
+        ("presence_penalty", "presence_penalty", number(controls.presence_penalty)),
+        ("structured_output", "response_format", format),
+        ("tools", "tools", parameters::tools(controls, tool)),
+        ("tool_choice", "tool_choice", controls.tool_choice.as_ref().and_then(tool_choice)),
+        ("reasoning_effort", "thinking", controls.reasoning_effort.map(thinking)),
+    ]
+}
+
+/// Thinking is on or off; how long is not told.
+fn thinking(effort: ReasoningEffort) -> Value {
+    json!({"type": if effort == ReasoningEffort::None { "disabled" } else { "enabled" }})
+}
+
+/// A tool cannot be chosen by its name.
+fn tool_choice(choice: &ToolChoice) -> Option<Value> {
+    match choice {
+        ToolChoice::None => Some(json!("NONE")),
+        ToolChoice::Required => Some(json!("REQUIRED")),
+        ToolChoice::Auto | ToolChoice::Tool(_) => None,
+    }
+}
+
+fn tool(tool: &Tool) -> Value {
+    let mut function = json!({"name": tool.name, "parameters": arguments_schema(tool)});
+    if !tool.description.is_empty() {
+        function["description"] = json!(tool.description);
+    }
+    json!({"type": "function", "function": function})
+}
+
+fn message(message: &ChatMessage) -> Value {
+    let mut out = json!({"role": message.role.name(), "content": message.content});
+    let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
+    if !message.tool_calls.is_empty() {
+        out["tool_calls"] = message.tool_calls.iter().map(call).collect();
+        // What is said beside calls is their plan.
+        if let Some(out) = out.as_object_mut() {
+            let said = out.remove("content");
+            out.extend(said.filter(|said| *said != "").map(|said| ("tool_plan".to_owned(), said)));
+        }
+    }
+    if message.role == Role::Tool {
+        out["tool_call_id"] = json!(message.tool_call_id);
+    }
+    out
+}
+
+/// A part of a content: text or thought.
+fn part(part: &Value) -> Option<StreamEvent> {
+    let text = |field: &str| part[field].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+    text("text").map(StreamEvent::Text).or_else(|| text("thinking").map(StreamEvent::Reasoning))
+}
+
+fn tool_call(call: &Value) -> ToolCall {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let function = &call["function"];
+    ToolCall { id: text(&call["id"]), name: text(&function["name"]), arguments: text(&function["arguments"]) }
+}
+
+fn finished(reason: &Value) -> Option<StreamEvent> {
+    let reason = reason.as_str()?;
+    if FINISHED_BY_ERROR.contains(&reason) {
+        return Some(StreamEvent::Error(ProviderError::saying("the provider failed while it answered")));
+    }
+    let known = FINISH_REASONS.iter().find(|(name, _)| *name == reason);
+    Some(StreamEvent::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
+}
+
+/// The tokens that are billed, which are fewer than those that are read: Cohere adds to prompts at its own cost.
+fn usage(usage: &Value) -> Option<StreamEvent> {
+    // Counts are written as decimal numbers, such as 12.0.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count, which f64 holds exactly")]
+    let count = |value: &Value| value.as_f64().filter(|count| *count >= 0.0).map(|count| count as u64);
+    let of = |field: &str| count(&usage["billed_units"][field]).or_else(|| count(&usage["tokens"][field]));
+    let (prompt_tokens, completion_tokens) = (of("input_tokens")?, of("output_tokens")?);
+    let cached_prompt_tokens = count(&usage["cached_tokens"]).unwrap_or(0).min(prompt_tokens);
+    Some(StreamEvent::Usage(Usage { prompt_tokens, cached_prompt_tokens, completion_tokens }))
+}
+
+/// Reads a stream of typed events.
+#[derive(Debug, Default)]
+struct Decoder {
+    events: Events,
+}
+
+impl StreamDecoder for Decoder {
+    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
+        match self.events.push(bytes) {
+            Ok(data) => data.iter().flat_map(|data| events(data)).collect(),
+            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
+        }
+    }
+
+    fn end(&mut self) -> Vec<StreamEvent> {
+        self.events.end().map(|data| events(&data)).unwrap_or_default()
+    }
+}
+
+fn events(data: &str) -> Vec<StreamEvent> {
+    if data.trim() == "[DONE]" {
+        return vec![StreamEvent::Done];
+    }
+    let Ok(event) = serde_json::from_str::<Value>(data) else {
+        return vec![StreamEvent::Error(ProviderError::saying("the stream is not one of a chat"))];
+    };
+    let delta = &event["delta"];
+    let index = || event["index"].as_u64().and_then(|index| usize::try_from(index).ok()).unwrap_or(0);
+    match event["type"].as_str().unwrap_or_default() {
+        "content-start" | "content-delta" => part(&delta["message"]["content"]).into_iter().collect(),
+        "tool-plan-delta" => {
+            let plan = delta["message"]["tool_plan"].as_str().unwrap_or_default();
+            vec![StreamEvent::Reasoning(plan.to_owned())]
+        }
+        "tool-call-start" | "tool-call-delta" => {
+            vec![StreamEvent::ToolCall { index: index(), part: tool_call(&delta["message"]["tool_calls"]) }]
+        }
+        "message-end" => {
+            let failed = delta["error"].as_str().map(|error| StreamEvent::Error(ProviderError::saying(error)));
+            let ended = finished(&delta["finish_reason"]).into_iter().chain(usage(&delta["usage"]));
+            failed.into_iter().chain(ended).chain([StreamEvent::Done]).collect()
+        }
+        "" if !event["message"].is_null() => vec![StreamEvent::Error(errors::of_value(&event))],
+        _ => Vec::new(),
+    }
+}

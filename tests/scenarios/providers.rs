@@ -1,0 +1,132 @@
+//! The API worker as a process, with providers of several dialects, keys in files and a provider of the user's own.
+
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
+use genmill_client::{Client, Request, v1};
+use genmill_tests::daemons::{Daemon, Start};
+use genmill_tests::place::{Place, client};
+use genmill_tests::redis_server::RedisServer;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// How long anything may take that has to happen. Generous: test machines are shared.
+const WITHIN: Duration = Duration::from_secs(60);
+
+const MODELS: [&str; 4] =
+    ["litellm_gpt-4o-mini", "litellm_claude-haiku-4-5", "litellm_gemini-2.5-flash", "litellm_mine/some-model"];
+
+/// A scheduler and an API worker, without the rest of a mill.
+struct Mill {
+    // Processes end before the Redis and the folder they work with.
+    scheduler: Daemon,
+    _worker: Daemon,
+    redis: RedisServer,
+    place: Place,
+}
+
+impl Mill {
+    async fn new() -> Self {
+        let place = Place::new().await;
+        let (configs, provider) = (place.path().join("configs"), &place.provider);
+        let listed = "models: [gpt-4o-mini, claude-haiku-4-5, gemini-2.5-flash, mine/some-model, xai/grok-4]";
+        std::fs::write(configs.join("litellm_models.yaml"), listed).unwrap();
+        let own = format!("[mine]\nbase_url = '{}'\nkeys = ['MINE_KEY']\ndialect = 'openai'\n", provider.base_url());
+        std::fs::write(configs.join("providers.toml"), own).unwrap();
+        std::fs::write(configs.join(".env"), "MINE_KEY=sk-mine\nANTHROPIC_API_KEY=sk-far\n").unwrap();
+        std::fs::write(place.path().join(".env"), "ANTHROPIC_API_KEY=sk-near\nGOOGLE_API_KEY=sk-google\n").unwrap();
+        let redis = RedisServer::start().unwrap();
+        let scheduler = start(&place, &redis, "genmill-scheduler").until_ready().unwrap();
+        let worker = start(&place, &redis, "genmill-worker-api").until_ready().unwrap();
+        Self { scheduler, _worker: worker, redis, place }
+    }
+
+    /// A client, once all models can be asked for.
+    async fn client(&self) -> Client {
+        let client = client(&self.scheduler).await;
+        for model in MODELS {
+            let served = async { while !client.is_available(model).await.unwrap() {} };
+            timeout(WITHIN, served).await.expect(model);
+        }
+        client
+    }
+
+    fn providers(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = start(&self.place, &self.redis, "genmill").args(&["providers"]).args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout) + &text(output.stderr))
+    }
+}
+
+fn start(place: &Place, redis: &RedisServer, binary: &str) -> Start {
+    let origin = place.provider.origin();
+    place
+        .start(binary)
+        .env("GENMILL__REDIS__URL", &redis.url())
+        .env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0")
+        .env("ANTHROPIC_API_BASE", &origin)
+        .env("GEMINI_API_BASE", &format!("{origin}/v1beta"))
+}
+
+async fn finished(client: &Client, model: &str, prompt: &str) -> v1::Job {
+    let id = client.submit(Request::new(model).prompt(prompt)).await.unwrap().job.id;
+    let ending = async {
+        loop {
+            let job = client.get(&id).await.unwrap();
+            if job.finished_at.is_some() {
+                return job;
+            }
+        }
+    };
+    timeout(WITHIN, ending).await.expect("the job does not end")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_provider_answers_through_the_queue_each_in_its_dialect() {
+    let mill = Mill::new().await;
+    let client = mill.client().await;
+    for model in MODELS {
+        // The first call fails, so that the job is tried again.
+        let job = finished(&client, model, "!status=529 times=1 !split-utf8 !echo=grüße 世界 🦀").await;
+        assert_eq!(job.state(), v1::JobState::Succeeded, "{model}: {:?}", job.error);
+        assert_eq!(job.attempt_history.len(), 2, "{model}");
+        let result = job.result.unwrap();
+        assert_eq!(result.text, "grüße 世界 🦀", "{model}");
+        assert_eq!(result.usage.unwrap().completion_tokens, 3, "{model}");
+        assert_eq!(job.cost.is_some(), model != "litellm_mine/some-model", "{model}: what has a price is priced");
+        let left_out: &[&str] = if model.contains("claude") { &["seed"] } else { &[] };
+        assert_eq!(result.left_out_parameters, left_out, "{model}");
+    }
+    let mut keys: Vec<String> = mill.place.provider.calls().into_iter().map(|call| call.key).collect();
+    keys.dedup();
+    assert_eq!(keys, ["sk-test", "sk-near", "sk-google", "sk-mine"]);
+    let refused = finished(&client, MODELS[1], "!status=400").await;
+    assert_eq!(refused.error.unwrap().error_class(), v1::ErrorClass::Invalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn providers_are_listed_shown_and_tested() {
+    let mill = Mill::new().await;
+    let (code, out) = mill.providers(&["list", "--ready"]);
+    assert_eq!(code, Some(0), "{out}");
+    for name in ["anthropic", "gemini", "mine", "openai"] {
+        assert!(
+            out.lines().any(|line| line.starts_with(&format!("{name} ")) && line.ends_with("ready")),
+            "{name}: {out}"
+        );
+    }
+    assert!(!out.contains("\nxai "), "{out}");
+    let (code, out) = mill.providers(&["list"]);
+    assert!(code == Some(0) && out.lines().any(|line| line.starts_with("xai ") && line.ends_with("set XAI_API_KEY")));
+    let (code, out) = mill.providers(&["show", "mine"]);
+    assert!(code == Some(0) && out.contains("from MINE_KEY") && !out.contains("sk-mine"), "{out}");
+    let (code, out) = mill.providers(&["show", "antropic"]);
+    assert!(code == Some(2) && out.contains("did you mean `anthropic`?"), "{out}");
+    for name in ["anthropic", "gemini", "mine"] {
+        let (code, out) = mill.providers(&["test", name]);
+        assert!(code == Some(0) && out.starts_with(&format!("{name}: ok, 2 models, ")), "{out}");
+    }
+    let (code, out) = mill.providers(&["test", "mine", "--model", "nope"]);
+    assert!(code == Some(1) && out.contains("lists 2 models, but not nope"), "{out}");
+    let (code, out) = mill.providers(&["test", "xai"]);
+    assert!(code == Some(1) && out.contains("set XAI_API_KEY"), "{out}");
+}
