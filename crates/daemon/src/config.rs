@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 /// The file that is read when none is named and it exists.
 pub const DEFAULT_FILE: &str = "genmill.toml";
 
+/// The shortest bound of a step.
+const STEP_TIMEOUT_MS_MIN: u64 = 100;
+
 /// Variables that users of this field set already, and the keys they stand for.
 pub const ALIASES: &[(&str, &str)] = &[
     ("MAX_TOKENS", "scheduler.max_tokens"),
@@ -177,13 +180,26 @@ pub struct Gpu {
     pub step_tokens: usize,
     /// Tokens that the KV cache of each model holds.
     pub kv_tokens: usize,
+    /// How long one step of an engine may take, in milliseconds. After that the worker writes down what the engine was
+    /// at, and ends, so that its jobs go to others.
+    pub step_timeout_ms: u64,
+    /// The folder for what is written down then. Made when it is needed.
+    pub reports_dir: PathBuf,
     /// What an hour of an engine costs in dollars, as a decimal number. Unset: unknown, and so is the cost of its jobs.
     pub dollars_per_hour: Option<String>,
 }
 
 impl Default for Gpu {
     fn default() -> Self {
-        Self { threads: 0, sequences_max: 32, step_tokens: 512, kv_tokens: 65_536, dollars_per_hour: None }
+        Self {
+            threads: 0,
+            sequences_max: 32,
+            step_tokens: 512,
+            kv_tokens: 65_536,
+            step_timeout_ms: 120_000,
+            reports_dir: PathBuf::from("reports"),
+            dollars_per_hour: None,
+        }
     }
 }
 
@@ -363,6 +379,12 @@ fn check(config: &Config) -> Result<(), ConfigError> {
     if config.api.calls_max == 0 || config.gpu.sequences_max == 0 || config.gpu.step_tokens == 0 {
         return wrong("api.calls_max, gpu.sequences_max, gpu.step_tokens", "must be at least 1");
     }
+    if config.gpu.step_timeout_ms < STEP_TIMEOUT_MS_MIN {
+        return wrong(
+            "gpu.step_timeout_ms",
+            "must be at least 100: steps that are well take as long on a busy machine",
+        );
+    }
     if config.redis.namespace.is_empty() || config.redis.namespace.contains(['{', '}', '*', '?', '[']) {
         return wrong("redis.namespace", "must not be empty nor contain any of {}*?[");
     }
@@ -461,6 +483,7 @@ mod tests {
         refused("[scheduler", &[], "genmill.toml");
         refused("", &[("TEMPERATURE", "9")], "TEMPERATURE");
         refused("[worker]\nheartbeat_ms = 10000", &[], "worker.heartbeat_ms");
+        refused("[gpu]\nstep_timeout_ms = 0", &[], "gpu.step_timeout_ms");
         refused("[scheduler]\nlisten = \"nonsense\"", &[], "HOST:PORT");
         refused("[scheduler]\nlisten = \"a:99999\"", &[], "HOST:PORT");
         refused("[redis]\nurl = \"nonsense\"", &[], "redis.url");

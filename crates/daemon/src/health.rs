@@ -1,11 +1,14 @@
-//! /healthz (the process answers) and /readyz (it can do its work), for people and for Kubernetes.
+//! /healthz (the process answers) and /readyz (it can do its work), for people and for Kubernetes; /metrics for Prometheus,
+//! where a daemon measures something.
 
 use crate::shutdown::Shutdown;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -55,14 +58,37 @@ pub async fn bind(listen: &str) -> Result<(TcpListener, SocketAddr), CannotListe
     Ok((listener, address))
 }
 
+/// Tells what was measured, in the text format of Prometheus (version 0.0.4).
+pub type Metrics = Arc<dyn Fn() -> String + Send + Sync>;
+
 /// Serves both endpoints on `listen` until shutdown; returns the address that was bound.
 ///
 /// # Errors
 /// [`CannotListen`] when the address is taken or none.
 pub async fn serve(listen: &str, readiness: Readiness, shutdown: &Shutdown) -> Result<SocketAddr, CannotListen> {
+    serve_routes(listen, routes(readiness), shutdown).await
+}
+
+/// Serves these endpoints and /metrics.
+///
+/// # Errors
+/// [`CannotListen`] when the address is taken or none.
+pub async fn serve_with_metrics(
+    listen: &str,
+    readiness: Readiness,
+    metrics: Metrics,
+    shutdown: &Shutdown,
+) -> Result<SocketAddr, CannotListen> {
+    let told = async move || ([(CONTENT_TYPE, "text/plain; version=0.0.4")], metrics());
+    serve_routes(listen, routes(readiness).route("/metrics", get(told)), shutdown).await
+}
+
+fn routes(readiness: Readiness) -> Router {
+    Router::new().route("/healthz", get(async || "ok\n")).route("/readyz", get(readyz)).with_state(readiness)
+}
+
+async fn serve_routes(listen: &str, routes: Router, shutdown: &Shutdown) -> Result<SocketAddr, CannotListen> {
     let (listener, address) = bind(listen).await?;
-    let routes =
-        Router::new().route("/healthz", get(async || "ok\n")).route("/readyz", get(readyz)).with_state(readiness);
     let token = shutdown.token();
     shutdown.spawn(async move {
         let server = axum::serve(listener, routes).with_graceful_shutdown(token.cancelled_owned());

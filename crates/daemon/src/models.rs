@@ -36,6 +36,8 @@ pub struct ListedModel {
     pub context_tokens: Option<u64>,
     /// Compute threads, when the configuration gives it a number of its own.
     pub threads: Option<usize>,
+    /// The device that it runs on, when the configuration names one: `simulated:h200`.
+    pub device: Option<String>,
     /// The file that lists it.
     pub file: PathBuf,
 }
@@ -104,12 +106,13 @@ struct Fields {
     description: Option<String>,
     context: Option<u64>,
     threads: Option<usize>,
+    device: Option<String>,
 }
 
 fn allowed(prefix: &str) -> &'static [&'static str] {
     match prefix {
-        "vllm" | "hf" => &["name", "model_path", "tokenizer_path", "description"],
-        "llamacpp" => &["name", "model_path", "description", "context", "threads", "gpu_layers"],
+        "vllm" | "hf" => &["name", "model_path", "tokenizer_path", "description", "device"],
+        "llamacpp" => &["name", "model_path", "description", "device", "context", "threads", "gpu_layers"],
         _ => &["name", "description"],
     }
 }
@@ -247,6 +250,7 @@ fn listed_model(prefix: &'static str, fields: Fields, file: &Path, root: Option<
         description: fields.description.unwrap_or_default(),
         context_tokens: fields.context,
         threads: fields.threads,
+        device: fields.device,
         file: file.to_owned(),
     }
 }

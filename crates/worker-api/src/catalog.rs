@@ -263,6 +263,7 @@ mod tests {
             description: String::new(),
             context_tokens: None,
             threads: None,
+            device: None,
             file: PathBuf::from("litellm_models.yaml"),
         }
     }

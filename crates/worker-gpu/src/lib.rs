@@ -6,3 +6,5 @@ pub mod hub;
 pub mod load;
 mod mailbox;
 pub mod perform;
+mod report;
+pub mod watchdog;

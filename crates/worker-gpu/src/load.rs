@@ -9,6 +9,7 @@ use genmill_core::money::Picodollars;
 use genmill_core::registration::{Availability, ServedModel};
 use genmill_daemon::config::Gpu;
 use genmill_daemon::models::{ListedModel, ModelPath};
+use genmill_engine::sim::Device;
 use genmill_engine::{Engine, EngineOptions, Event, LoadOptions, Model, ModelPaths, Prompt, Request};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -113,13 +114,23 @@ fn start(listed: &ListedModel, hub: &Hub, settings: &Settings) -> anyhow::Result
     let tokenizer_path = listed.tokenizer.as_ref().map(|path| present(path).with_context(|| path.missing()));
     let paths = ModelPaths { model_path, tokenizer_path: tokenizer_path.transpose()? };
     let options = LoadOptions { threads: listed.threads.unwrap_or(settings.load.threads) };
-    let mut model =
-        Model::load(&paths, &options).with_context(|| format!("cannot load {}", paths.model_path.display()))?;
+    let loaded = match &listed.device {
+        None => Model::load(&paths, &options),
+        Some(device) => Model::simulated(&paths, &Device::parse(device)?),
+    };
+    let mut model = loaded.with_context(|| format!("cannot load {}", paths.model_path.display()))?;
     if let Some(tokens) = listed.context_tokens {
         model = model.with_context_limit(usize::try_from(tokens).unwrap_or(usize::MAX));
     }
-    let engine = Engine::start(model, settings.engine)?;
-    warm_up(&engine, settings.engine.max_sequences);
+    let mut size = settings.engine;
+    if let Some(most) = model.kv_tokens_max().filter(|most| *most < size.kv_tokens) {
+        tracing::warn!(model = listed.name, kv_tokens = most, "the device has no room for gpu.kv_tokens: taking fewer");
+        size.kv_tokens = most;
+    }
+    let engine = Engine::start(model, size)?;
+    if listed.device.is_none() {
+        warm_up(&engine, size.max_sequences);
+    }
     Ok(engine)
 }
 

@@ -4,12 +4,16 @@ use anyhow::Context as _;
 use clap::Parser;
 use genmill_core::model::PREFIXES;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
+use genmill_engine::bandwidth::read_bytes_per_s;
 use genmill_worker::{Kind, serve};
 use genmill_worker_gpu::hub::Hub;
 use genmill_worker_gpu::load;
 use genmill_worker_gpu::perform::Performer;
+use genmill_worker_gpu::watchdog::Watchdog;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::Duration;
 
 /// Runs local models (vllm_models.yaml, hf_models.yaml, llamacpp_models.yaml) with continuous batching, on the CPU
 /// unless built for CUDA.
@@ -47,5 +51,28 @@ async fn run(context: Context) -> anyhow::Result<()> {
     };
     let prefixes = PREFIXES.iter().filter(|prefix| !prefix.is_remote()).map(|prefix| prefix.name.to_owned());
     let kind = Kind { name: "gpu", prefixes: prefixes.collect() };
-    serve(context, kind, Arc::new(Performer::new(models))).await
+    let performer = Arc::new(Performer::new(models));
+    let gpu = &context.config.gpu;
+    let watchdog = Watchdog::start(&performer, Duration::from_millis(gpu.step_timeout_ms), gpu.reports_dir.clone())?;
+    measure_memory(&performer)?;
+    let served = serve(context, kind, performer.clone()).await;
+    for line in performer.summary() {
+        tracing::info!("{line}");
+    }
+    // Engines wait for their last step, over which the watchdog watches.
+    drop(performer);
+    drop(watchdog);
+    served
+}
+
+/// How long memory is read to see how fast it is.
+const MEASURE: Duration = Duration::from_millis(100);
+
+/// Measures how fast this machine reads memory, on a thread of its own.
+fn measure_memory(performer: &Arc<Performer>) -> anyhow::Result<()> {
+    let performer = performer.clone();
+    let cores = available_parallelism().map_or(1, std::num::NonZero::get);
+    let measuring = std::thread::Builder::new().name("genmill-memory".to_owned());
+    measuring.spawn(move || performer.set_memory_bytes_per_s(read_bytes_per_s(cores, MEASURE)))?;
+    Ok(())
 }

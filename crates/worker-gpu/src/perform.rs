@@ -2,11 +2,13 @@
 
 use crate::load::LocalModel;
 use crate::mailbox::{Ended, Mailbox};
+use crate::report;
 use genmill_core::attempt::{
     Determinism, Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Sample, TokenLogprob, Usage,
 };
 use genmill_core::controls::{StructuredOutput, ToolCall};
 use genmill_core::ids::JobId;
+use genmill_core::model::ModelName;
 use genmill_core::money::{Picodollars, price_of_engine_time};
 use genmill_core::registration::ServedModel;
 use genmill_core::request::{ChatMessage, Input, Priority};
@@ -15,7 +17,7 @@ use genmill_engine::{
 };
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::error::Error;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -27,13 +29,42 @@ const TEXT_EVERY: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Performer {
     models: Vec<LocalModel>,
+    /// Bytes that this machine reads from memory in a second, once that was measured.
+    memory_bytes_per_s: OnceLock<f64>,
 }
 
 impl Performer {
     /// Serves `models`.
     #[must_use]
     pub fn new(models: Vec<LocalModel>) -> Self {
-        Self { models }
+        Self { models, memory_bytes_per_s: OnceLock::new() }
+    }
+
+    /// The engines that run now, with the names of their models.
+    pub(crate) fn engines(&self) -> impl Iterator<Item = (&ModelName, &Arc<Engine>)> {
+        self.models.iter().filter_map(|model| Some((&model.served.name, model.engine.as_ref()?)))
+    }
+
+    /// Notes how fast this machine reads memory, against which its engines are compared.
+    pub fn set_memory_bytes_per_s(&self, bytes: f64) {
+        // The first figure stands.
+        self.memory_bytes_per_s.get_or_init(|| bytes);
+    }
+
+    fn figures(&self) -> Vec<report::Figures> {
+        let of = |(name, engine): (&ModelName, &Arc<Engine>)| report::Figures {
+            model: name.to_string(),
+            totals: engine.totals(),
+            places: engine.options().max_sequences,
+            bytes_per_s_most: engine.device_bytes_per_s().or_else(|| self.memory_bytes_per_s.get().copied()),
+        };
+        self.engines().map(of).collect()
+    }
+
+    /// A line for each engine that has computed something.
+    #[must_use]
+    pub fn summary(&self) -> Vec<String> {
+        self.figures().iter().filter(|figures| figures.totals.steps > 0).map(report::Figures::line).collect()
     }
 }
 
@@ -61,6 +92,10 @@ impl Perform for Performer {
 
     fn models(&self) -> Vec<ServedModel> {
         self.models.iter().map(|model| model.served.clone()).collect()
+    }
+
+    fn metrics(&self) -> String {
+        report::metrics(&self.figures())
     }
 
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {

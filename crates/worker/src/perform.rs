@@ -43,6 +43,11 @@ pub trait Perform: Send + Sync + 'static {
     /// Every model in its configuration, and whether it can run it now. Asked at every registration.
     fn models(&self) -> Vec<ServedModel>;
 
+    /// What it has measured of itself, in the text format of Prometheus. Asked whenever somebody reads /metrics.
+    fn metrics(&self) -> String {
+        String::new()
+    }
+
     /// Performs one job. Reports text as it comes. When `stop` is cancelled (the job was cancelled, timed out, lost its
     /// lease, or the worker drains) it ends its work at once and returns with what was spent; the outcome is then
     /// ignored unless it is a finished generation. When the future is dropped, the work ends as well.

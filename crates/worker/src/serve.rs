@@ -34,7 +34,10 @@ pub async fn serve<P: Perform>(context: Context, kind: Kind, performer: Arc<P>) 
     let at = genmill_queue::Options { url: redis.url_or_default().to_owned(), namespace: redis.namespace.clone() };
     let queue = Queue::connect(&at).await.context("cannot use redis (set redis.url)")?;
     let readiness = Readiness::default();
-    let http = health::serve(&config.worker.http_listen, readiness.clone(), &shutdown).await?;
+    let measured = performer.clone();
+    let metrics = Arc::new(move || measured.metrics());
+    let listen = &config.worker.http_listen;
+    let http = health::serve_with_metrics(listen, readiness.clone(), metrics, &shutdown).await?;
     let options = Options {
         worker: WorkerId::new(kind.name, &host_name(), random_u64()?),
         started_at: UnixMs(now_unix_ms()),

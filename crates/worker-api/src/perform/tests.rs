@@ -48,6 +48,7 @@ fn performer_of(name: &str, settings: &str, limits: Limits, change: impl Fn(&mut
         description: String::new(),
         context_tokens: None,
         threads: None,
+        device: None,
         file: PathBuf::new(),
     };
     let settings = toml::from_str(settings).unwrap();
