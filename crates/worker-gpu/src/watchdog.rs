@@ -111,6 +111,6 @@ fn end(what: &str, folder: &Path) {
         Ok(()) => tracing::error!(%file, "ending this worker, so that its jobs go to others: {report}"),
         Err(error) => tracing::error!(%file, %error, "ending this worker; cannot write to the file: {report}"),
     }
-    #[expect(clippy::exit, reason = "the thread that hangs cannot be waited for")]
+    #[expect(clippy::exit, clippy::disallowed_methods, reason = "the thread that hangs cannot be waited for")]
     std::process::exit(EXIT_STALLED);
 }

@@ -182,7 +182,7 @@ impl Reply {
             model: &self.model,
             text: &self.text,
             finish_reason: self.answer.finish_reason,
-            usage: tells.then(|| (self.answer.prompt_tokens, self.answer.pieces.len())),
+            usage: tells.then_some((self.answer.prompt_tokens, self.answer.pieces.len())),
             cost: self.cost.as_ref(),
         }
     }
