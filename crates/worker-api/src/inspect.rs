@@ -151,7 +151,9 @@ async fn test(sources: &Sources<'_>, name: &str, model: Option<&str>, http: &Htt
     if let Some(path) = &endpoint.provider.check_path {
         get(&endpoint, path, http).await?;
     }
-    let list = get(&endpoint, endpoint.dialect.models_path(), http).await?;
+    let path =
+        endpoint.dialect.models_path().ok_or("it has no list of models at its address, so only a job can tell")?;
+    let list = get(&endpoint, path, http).await?;
     let took_ms = begun.elapsed().as_millis();
     let models = names(&list);
     match model {

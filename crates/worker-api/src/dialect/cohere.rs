@@ -37,8 +37,8 @@ impl Dialect for Cohere {
         KeyHeader { name: "authorization", scheme: "Bearer " }
     }
 
-    fn models_path(&self) -> &'static str {
-        "/v1/models"
+    fn models_path(&self) -> Option<&'static str> {
+        Some("/v1/models")
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {

@@ -3,6 +3,7 @@
 //! A dialect is values in, values out. Never here: I/O, clocks, keys, retries, prices.
 
 mod anthropic;
+mod bedrock;
 mod cohere;
 #[cfg(test)]
 mod conformance;
@@ -29,6 +30,7 @@ pub const DIALECTS: &[(&str, &dyn Dialect)] = &[
     ("gemini", &gemini::Gemini),
     ("cohere-v2", &cohere::Cohere),
     ("ollama", &ollama::Ollama),
+    ("bedrock-converse", &bedrock::Bedrock),
     ("openai-responses", &responses::Responses),
 ];
 
@@ -178,9 +180,9 @@ pub trait Dialect: Sync {
     /// Where the key goes.
     fn key_header(&self) -> KeyHeader;
 
-    /// Where the list of models is, below the base URL.
-    fn models_path(&self) -> &'static str {
-        "/models"
+    /// Where the list of models is, below the base URL; `None` when there is none.
+    fn models_path(&self) -> Option<&'static str> {
+        Some("/models")
     }
 
     /// The request for `spec` to `model`, as the provider names it.

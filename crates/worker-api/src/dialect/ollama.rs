@@ -24,8 +24,8 @@ impl Dialect for Ollama {
         KeyHeader { name: "authorization", scheme: "Bearer " }
     }
 
-    fn models_path(&self) -> &'static str {
-        "/api/tags"
+    fn models_path(&self) -> Option<&'static str> {
+        Some("/api/tags")
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {

@@ -1,0 +1,270 @@
+//! Converse, as Bedrock speaks it to all its models. Streams are binary frames.
+
+mod frames;
+
+use super::parameters::{self, arguments_schema};
+use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use crate::providers::Provider;
+use frames::{Frame, Frames};
+use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
+use genmill_core::controls::{Tool, ToolCall, ToolChoice};
+use genmill_core::job::JobSpec;
+use genmill_core::request::{ChatMessage, Input, Role};
+use serde_json::{Value, json};
+
+/// How many stop strings are taken of every model. The worker cuts at the others itself.
+const STOPS_MAX: usize = 4;
+
+/// What `stopReason` may say. Anything else is unknown, which is no error.
+const STOP_REASONS: &[(&str, FinishReason)] = &[
+    ("end_turn", FinishReason::Stop),
+    ("stop_sequence", FinishReason::Stop),
+    ("max_tokens", FinishReason::Length),
+    ("model_context_window_exceeded", FinishReason::Length),
+    ("tool_use", FinishReason::ToolCalls),
+    ("guardrail_intervened", FinishReason::ContentFilter),
+    ("content_filtered", FinishReason::ContentFilter),
+];
+
+/// The statuses that stand for exceptions within a stream.
+const EXCEPTIONS: &[(&str, u16)] = &[
+    ("throttlingException", 429),
+    ("validationException", 400),
+    ("modelStreamErrorException", 424),
+    ("internalServerException", 500),
+    ("serviceUnavailableException", 503),
+];
+
+/// The dialect.
+#[derive(Debug)]
+pub(super) struct Bedrock;
+
+impl Dialect for Bedrock {
+    fn key_header(&self) -> KeyHeader {
+        KeyHeader { name: "authorization", scheme: "Bearer " }
+    }
+
+    /// The list is at another host.
+    fn models_path(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
+        let method = match streaming {
+            Streaming::On => "converse-stream",
+            Streaming::Off => "converse",
+        };
+        let mut body = json!({"messages": messages(&spec.input)});
+        let system = system(&spec.input);
+        if !system.is_empty() {
+            body["system"] = json!(system);
+        }
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
+        let path = format!("/model/{}/{method}", percent_encoded(model));
+        Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
+    }
+
+    fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
+        let Ok(answer) = serde_json::from_slice::<Value>(body) else {
+            return Err(ProviderError::saying("the answer is not that of a conversation"));
+        };
+        let blocks = answer["output"]["message"]["content"].as_array().into_iter().flatten();
+        let mut calls = 0;
+        let mut events: Vec<StreamEvent> = blocks.filter_map(|block| of_block(block, &mut calls)).collect();
+        events.extend(stop_reason(&answer["stopReason"]));
+        events.extend(usage(&answer["usage"]).into_iter().flatten());
+        Reply::of(events)
+    }
+
+    fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
+        Box::new(Decoder::default())
+    }
+}
+
+fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
+    let sampling = &spec.sampling;
+    let controls = &sampling.controls;
+    let stops = parameters::list(sampling.stop.iter().take(STOPS_MAX));
+    vec![
+        ("max_tokens", "inferenceConfig.maxTokens", Some(json!(sampling.max_tokens))),
+        ("temperature", "inferenceConfig.temperature", Some(json!(sampling.temperature))),
+        ("top_p", "inferenceConfig.topP", sampling.top_p.map(|top_p| json!(top_p))),
+        ("stop", "inferenceConfig.stopSequences", stops),
+        ("tools", "toolConfig.tools", parameters::tools(controls, tool)),
+        ("tool_choice", "toolConfig.toolChoice", controls.tool_choice.as_ref().and_then(tool_choice)),
+    ]
+}
+
+fn tool(tool: &Tool) -> Value {
+    let mut out = json!({"name": tool.name, "inputSchema": {"json": arguments_schema(tool)}});
+    if !tool.description.is_empty() {
+        out["description"] = json!(tool.description);
+    }
+    json!({"toolSpec": out})
+}
+
+/// That no tool is called cannot be told.
+fn tool_choice(choice: &ToolChoice) -> Option<Value> {
+    match choice {
+        ToolChoice::Auto => Some(json!({"auto": {}})),
+        ToolChoice::None => None,
+        ToolChoice::Required => Some(json!({"any": {}})),
+        ToolChoice::Tool(name) => Some(json!({"tool": {"name": name}})),
+    }
+}
+
+fn system(input: &Input) -> Vec<Value> {
+    let Input::Messages(messages) = input else { return Vec::new() };
+    let system = messages.iter().filter(|message| message.role == Role::System);
+    system.map(|message| json!({"text": message.content})).collect()
+}
+
+/// The conversation without its system messages. Answers of tools are the user's; those that follow each other are one
+/// message, as the calls were.
+fn messages(input: &Input) -> Vec<Value> {
+    let messages = match input {
+        Input::Prompt(prompt) => return vec![json!({"role": "user", "content": [{"text": prompt}]})],
+        Input::Messages(messages) => messages,
+    };
+    let mut out: Vec<Value> = Vec::new();
+    for message in messages.iter().filter(|message| message.role != Role::System) {
+        let role = if message.role == Role::Assistant { "assistant" } else { "user" };
+        let blocks = blocks(message);
+        match out.last_mut().filter(|last| last["role"] == role).and_then(|last| last["content"].as_array_mut()) {
+            Some(content) => content.extend(blocks),
+            None => out.push(json!({"role": role, "content": blocks})),
+        }
+    }
+    out
+}
+
+fn blocks(message: &ChatMessage) -> Vec<Value> {
+    if message.role == Role::Tool {
+        let (id, text) = (&message.tool_call_id, &message.content);
+        return vec![json!({"toolResult": {"toolUseId": id, "content": [{"text": text}]}})];
+    }
+    let text = (!message.content.is_empty()).then(|| json!({"text": message.content}));
+    let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"toolUse": {"toolUseId": id, "name": name, "input": parameters::object(arguments)}});
+    text.into_iter().chain(message.tool_calls.iter().map(call)).collect()
+}
+
+/// A model's name as one segment of a path.
+fn percent_encoded(model: &str) -> String {
+    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    model.bytes().map(|byte| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
+/// What a whole block says.
+fn of_block(block: &Value, calls: &mut usize) -> Option<StreamEvent> {
+    let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+    if let Some(call) = block.get("toolUse") {
+        let part = ToolCall { arguments: call["input"].to_string(), ..begun(call) };
+        *calls += 1;
+        return Some(StreamEvent::ToolCall { index: *calls - 1, part });
+    }
+    let thought = text(&block["reasoningContent"]["reasoningText"]["text"]).map(StreamEvent::Reasoning);
+    thought.or_else(|| text(&block["text"]).map(StreamEvent::Text))
+}
+
+/// A call without its arguments.
+fn begun(call: &Value) -> ToolCall {
+    let text = |field: &str| call[field].as_str().unwrap_or_default().to_owned();
+    ToolCall { id: text("toolUseId"), name: text("name"), arguments: String::new() }
+}
+
+fn stop_reason(reason: &Value) -> Option<StreamEvent> {
+    let reason = reason.as_str()?;
+    let known = STOP_REASONS.iter().find(|(name, _)| *name == reason);
+    Some(StreamEvent::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
+}
+
+/// The tokens of a call. What was read from a cache and written to it is counted apart from the rest of the input.
+fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
+    let count = |field: &str| usage[field].as_u64();
+    let (input, completion_tokens) = (count("inputTokens")?, count("outputTokens")?);
+    let cached_prompt_tokens = count("cacheReadInputTokens").unwrap_or(0);
+    let cache_write_tokens = count("cacheWriteInputTokens").unwrap_or(0);
+    let prompt_tokens = input.saturating_add(cached_prompt_tokens).saturating_add(cache_write_tokens);
+    Some([
+        StreamEvent::Usage(Usage { prompt_tokens, cached_prompt_tokens, completion_tokens }),
+        StreamEvent::UsageDetails(UsageDetails { cache_write_tokens, reasoning_tokens: 0 }),
+    ])
+}
+
+/// Reads a stream.
+#[derive(Debug, Default)]
+struct Decoder {
+    frames: Frames,
+    /// The blocks that are calls, by their index in the message.
+    calls: Vec<u64>,
+}
+
+impl StreamDecoder for Decoder {
+    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
+        let (frames, broken) = self.frames.push(bytes);
+        let broken = broken.map(|broken| StreamEvent::Error(ProviderError::saying(&broken.to_string())));
+        frames.iter().flat_map(|frame| self.take(frame)).chain(broken).collect()
+    }
+
+    fn end(&mut self) -> Vec<StreamEvent> {
+        Vec::new()
+    }
+}
+
+impl Decoder {
+    fn take(&mut self, frame: &Frame) -> Vec<StreamEvent> {
+        let payload: Value = serde_json::from_slice(&frame.payload).unwrap_or_default();
+        let Some(event) = &frame.event else {
+            let exception = frame.exception.as_deref().unwrap_or_default();
+            let status = EXCEPTIONS.iter().find(|(name, _)| *name == exception).map(|(_, status)| *status);
+            let code = exception.to_owned();
+            return vec![StreamEvent::Error(ProviderError { status, code, ..errors::of_value(&payload) })];
+        };
+        match event.as_str() {
+            "contentBlockStart" => self.begin(&payload).into_iter().collect(),
+            "contentBlockDelta" => self.more(&payload).into_iter().collect(),
+            "messageStop" => stop_reason(&payload["stopReason"]).into_iter().collect(),
+            "metadata" => usage(&payload["usage"]).into_iter().flatten().chain([StreamEvent::Done]).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn begin(&mut self, payload: &Value) -> Option<StreamEvent> {
+        let call = payload["start"].get("toolUse")?;
+        self.calls.push(payload["contentBlockIndex"].as_u64()?);
+        Some(StreamEvent::ToolCall { index: self.calls.len() - 1, part: begun(call) })
+    }
+
+    fn more(&self, payload: &Value) -> Option<StreamEvent> {
+        let delta = &payload["delta"];
+        let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        if let Some(arguments) = text(&delta["toolUse"]["input"]) {
+            let place = payload["contentBlockIndex"].as_u64()?;
+            let index = self.calls.iter().position(|call| *call == place)?;
+            let part = ToolCall { id: String::new(), name: String::new(), arguments };
+            return Some(StreamEvent::ToolCall { index, part });
+        }
+        let thought = text(&delta["reasoningContent"]["text"]).map(StreamEvent::Reasoning);
+        thought.or_else(|| text(&delta["text"]).map(StreamEvent::Text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_one_segment() {
+        assert_eq!(percent_encoded("anthropic.claude-3-5-v1:0"), "anthropic.claude-3-5-v1%3A0");
+        assert_eq!(percent_encoded("arn:x/é"), "arn%3Ax%2F%C3%A9");
+    }
+
+    #[test]
+    fn an_exception_in_a_stream_has_the_status_of_its_name() {
+        let payload = br#"{"message":"slow down"}"#.to_vec();
+        let frame = Frame { event: None, exception: Some("throttlingException".to_owned()), payload };
+        let told = Decoder::default().take(&frame);
+        let [StreamEvent::Error(error)] = &told[..] else { unreachable!("{told:?}") };
+        assert_eq!((error.status, error.message.as_str()), (Some(429), "slow down"));
+    }
+}
