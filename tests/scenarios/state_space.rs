@@ -116,7 +116,7 @@ enum Step {
     Reclaim(usize),
     Cancel(usize),
     Claim(usize, usize),
-    End(usize, Outcome),
+    End(usize, Box<Outcome>),
     Finish(Call),
     /// The answer gets lost.
     FinishUnheard(Call),
@@ -254,8 +254,8 @@ impl Mill {
                 None => steps.extend(self.delivered().map(|job| Step::Claim(number, job))),
                 Some(run) if self.finishes(number, run) => {}
                 Some(run) => {
-                    steps.push(Step::End(number, generated()));
-                    steps.extend(self.told_to_stop(number, run).map(|outcome| Step::End(number, outcome)));
+                    steps.push(Step::End(number, Box::new(generated())));
+                    steps.extend(self.told_to_stop(number, run).map(|outcome| Step::End(number, Box::new(outcome))));
                 }
             }
         }
@@ -272,7 +272,7 @@ impl Mill {
             mishaps.push(Step::Forget(number));
             if !self.finishes(number, run) {
                 let failed = Outcome::Failed(Failure::new(FailureClass::Transient, ""));
-                mishaps.extend([failed, Outcome::HandedBack].map(|outcome| Step::End(number, outcome)));
+                mishaps.extend([failed, Outcome::HandedBack].map(|outcome| Step::End(number, Box::new(outcome))));
             }
         }
         mishaps.extend(self.calls.iter().copied().map(Step::FinishUnheard));
@@ -322,7 +322,7 @@ impl Mill {
             }
             Step::End(worker, outcome) => {
                 let run = self.workers[worker].run.unwrap();
-                let verdict = judge(outcome, run.failures, &POLICY, 0);
+                let verdict = judge(*outcome, run.failures, &POLICY, 0);
                 let to = transition(State::Running, verdict.event()).unwrap();
                 self.calls.insert(Call { worker, run, to, failed: verdict.failure().is_some() });
             }
