@@ -108,7 +108,6 @@ struct Mill {
 }
 
 /// What may happen, to which job or worker.
-#[expect(clippy::large_enum_variant, reason = "a model that is explored in a second")]
 #[derive(Clone, Debug, PartialEq)]
 enum Step {
     Feed(usize),
