@@ -5,6 +5,7 @@
 
 mod bench;
 mod chaos;
+mod cuda;
 mod demo;
 mod redis;
 mod tests;
@@ -48,6 +49,14 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Fetch the pinned CUDA compiler into target/ and print the environment of a build, see docs/cuda.md
+    CudaToolchain,
+    /// Build genmill-worker-gpu with CUDA; needs no GPU
+    BuildCuda {
+        /// The compute capability that it is built for: 80 (A100), 90 (H100, H200), 100 (B200)
+        #[arg(long, default_value = "90")]
+        capability: String,
+    },
     /// What CI runs: formatting, lints with warnings as errors, all tests
     Ci,
 }
@@ -58,6 +67,8 @@ fn main() -> ExitCode {
         Command::Test { rest } => tests::test(&rest),
         Command::Chaos { minutes, seed } => chaos::run_chaos(minutes, seed),
         Command::Bench { what, rest } => bench::run_bench(what, &rest),
+        Command::CudaToolchain => cuda::print_toolchain(),
+        Command::BuildCuda { capability } => cuda::build(&capability),
         Command::Ci => tests::ci(),
     };
     match done {

@@ -1,0 +1,136 @@
+//! `cargo xtask cuda-toolchain | build-cuda`: the CUDA build on a machine without a GPU, see docs/cuda.md.
+//!
+//! Never here: anything that needs a driver. The compiler comes from the package registry as wheels with pinned
+//! versions; they have no libraries to link against, so empty ones are made with the right names.
+
+use crate::tool::{cargo, root, run, say};
+use anyhow::{Context as _, bail};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The compiler and the run-time's static part. Version 13.0, since a driver refuses the PTX of later ones.
+const WHEELS: &[&str] = &[
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+    "nvidia-cuda-nvrtc==13.0.88",
+];
+
+/// The libraries that cudarc links by name: its module, and the name that the loader looks for.
+const LIBRARIES: &[(&str, &str, &str)] = &[
+    ("cuda", "driver", "libcuda.so.1"),
+    ("cublas", "cublas", "libcublas.so.13"),
+    ("cublasLt", "cublaslt", "libcublasLt.so.13"),
+    ("curand", "curand", "libcurand.so.10"),
+    ("nvrtc", "nvrtc", "libnvrtc.so.13"),
+];
+
+/// What a build needs, and where it is.
+struct Toolchain {
+    /// The wheels' own folder.
+    home: PathBuf,
+    /// Libraries to link against.
+    link: PathBuf,
+}
+
+/// Fetches the toolchain if it is not there, and prints the environment of a build by hand.
+pub(crate) fn print_toolchain() -> anyhow::Result<()> {
+    let toolchain = Toolchain::fetch()?;
+    for (name, value) in toolchain.environment("90")? {
+        say(&format!("export {name}={value}"));
+    }
+    Ok(())
+}
+
+/// Builds the worker for one generation of GPUs, such as "90" for Hopper.
+pub(crate) fn build(capability: &str) -> anyhow::Result<()> {
+    let toolchain = Toolchain::fetch()?;
+    let mut build = cargo();
+    build.envs(toolchain.environment(capability)?);
+    // Its own folder: other features would build everything else anew, each time.
+    let target = folder().join(format!("build-{capability}"));
+    build.arg("build").args(["--release", "--package", "genmill-worker-gpu", "--features", "cuda", "--target-dir"]);
+    run(build.arg(&target))?;
+    say(&format!("built {}", target.join("release/genmill-worker-gpu").display()));
+    Ok(())
+}
+
+fn folder() -> PathBuf {
+    root().join("target/cuda")
+}
+
+impl Toolchain {
+    fn fetch() -> anyhow::Result<Self> {
+        let folder = folder();
+        let (wheels, link) = (folder.join("toolkit"), folder.join("link"));
+        let found = Self { home: wheels.join("nvidia/cu13"), link };
+        // Written last, so that a download that broke off is begun again.
+        let (done, pins) = (folder.join("pins"), WHEELS.join("\n"));
+        if fs::read_to_string(&done).is_ok_and(|text| text == pins) {
+            return Ok(found);
+        }
+        fs::create_dir_all(&found.link).with_context(|| format!("cannot make {}", found.link.display()))?;
+        drop(fs::remove_dir_all(&wheels));
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]);
+        run(pip.arg(&wheels).args(WHEELS))?;
+        let static_runtime = found.home.join("lib/libcudart_static.a");
+        fs::copy(static_runtime, found.link.join("libcudart.a")).context("the wheels have no static run-time")?;
+        let cudarc = cudarc_source()?;
+        for (library, module, soname) in LIBRARIES {
+            let bindings = cudarc.join("src").join(module).join("sys/mod.rs");
+            let text = fs::read_to_string(&bindings).with_context(|| format!("cannot read {}", bindings.display()))?;
+            stub(&found.link, library, soname, &functions(&text))?;
+        }
+        fs::write(&done, pins).with_context(|| format!("cannot write {}", done.display()))?;
+        Ok(found)
+    }
+
+    fn environment(&self, capability: &str) -> anyhow::Result<Vec<(&'static str, String)>> {
+        let path = std::env::var_os("PATH").context("PATH is not set")?;
+        Ok(vec![
+            ("CUDA_HOME", self.home.display().to_string()),
+            ("PATH", format!("{}:{}", self.home.join("bin").display(), path.display())),
+            ("CUDA_COMPUTE_CAP", capability.to_owned()),
+            ("CUDAFORGE_THREADS", "1".to_owned()),
+            ("CUDARC_CUDA_VERSION", "13000".to_owned()),
+            ("LIBRARY_PATH", self.link.display().to_string()),
+        ])
+    }
+}
+
+/// Where cargo keeps the sources of cudarc.
+fn cudarc_source() -> anyhow::Result<PathBuf> {
+    run(cargo().args(["fetch", "--locked"]))?;
+    let output = cargo().args(["metadata", "--all-features", "--format-version", "1", "--locked"]).output()?;
+    let text = String::from_utf8(output.stdout).context("cargo metadata is no text")?;
+    let paths = text.split("\"manifest_path\":\"").skip(1).filter_map(|rest| rest.split('"').next());
+    let mut found = paths
+        .filter_map(|path| Path::new(path).parent())
+        .filter(|folder| folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cudarc-")));
+    found.next().map(Path::to_owned).context("cargo metadata tells of no cudarc")
+}
+
+/// The names of the functions that bindings declare: of each `extern "C"` block the word after `fn`.
+fn functions(bindings: &str) -> BTreeSet<&str> {
+    let blocks = bindings.split("extern \"C\" {").skip(1);
+    blocks.filter_map(|block| block.split_once("fn ")?.1.split_once('(')).map(|(name, _)| name.trim()).collect()
+}
+
+/// Makes an empty shared library that has these functions and the name of the real one.
+fn stub(folder: &Path, library: &str, soname: &str, functions: &BTreeSet<&str>) -> anyhow::Result<()> {
+    if functions.is_empty() {
+        bail!("cudarc declares no functions of {library}");
+    }
+    let source = folder.join(format!("{library}.c"));
+    let text: Vec<String> = functions.iter().map(|name| format!("void {name}(void){{}}")).collect();
+    fs::write(&source, text.join("\n")).with_context(|| format!("cannot write {}", source.display()))?;
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-nostdlib", "-O0", &format!("-Wl,-soname,{soname}"), "-o"]);
+    run(compiler.arg(folder.join(format!("lib{library}.so"))).arg(&source))?;
+    fs::remove_file(&source).with_context(|| format!("cannot remove {}", source.display()))
+}
