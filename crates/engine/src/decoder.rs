@@ -7,7 +7,7 @@
 mod experts;
 mod layer;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::decoder::layer::{Layer, NormWeights, heads};
 use crate::error::LoadError;
 use crate::kv::BLOCK_TOKENS;
 use crate::linear::Linear;
-use crate::measure::{Cost, Widths};
+use crate::measure::Cost;
 use crate::rope::Rope;
 use crate::weights::Weights;
 
@@ -186,8 +186,10 @@ impl<B: Backend> Decoder<B> {
     /// Loads all weights that the architecture names.
     pub(crate) fn load(backend: B, config: Config, weights: &mut Weights) -> Result<Self, LoadError> {
         let body = Body::load(&backend, config, weights)?;
-        let widths = Widths { weights: Some(weights.bytes()), kv_value: 4 };
-        let cost = Cost::of(&body.config, widths);
+        if let Some(message) = backend.fault() {
+            return Err(LoadError::Device { message });
+        }
+        let cost = Cost::of(&body.config, backend.widths(weights.bytes()));
         Ok(Self { backend, body, cost, angles: Vec::new(), lanes: Vec::new() })
     }
 
@@ -317,6 +319,7 @@ impl<B: Backend> Body<B> {
         (batch, angles): (&Batch, &[Angles<B::Buffer>]),
         room: &'a mut Buffers<B>,
     ) -> &'a [f32] {
+        backend.begin(batch);
         self.embedding.embed(backend, &batch.ids, &mut room.hidden, Write::Set);
         if let Some(positions) = &self.positions {
             positions.embed(backend, &batch.positions, &mut room.hidden, Write::Add);
@@ -337,7 +340,7 @@ impl<B: Backend> Body<B> {
         if let Some(cap) = self.config.logit_cap {
             backend.cap(&mut room.logits, length, cap);
         }
-        backend.read(&room.logits, length)
+        backend.read(&mut room.logits, length)
     }
 }
 
@@ -358,8 +361,8 @@ impl<B: Backend> Buffers<B> {
             mlp_in: zeros(config.mlp_in(inner).iter().sum()),
             inner: zeros(inner),
             added: zeros(config.hidden),
-            routing: zeros(experts.map_or(0, |experts| experts.count)),
-            logits: backend.zeros(room.outputs * config.vocabulary),
+            routing: backend.readable(rows * experts.map_or(0, |experts| experts.count)),
+            logits: backend.readable(room.outputs * config.vocabulary),
         }
     }
 }

@@ -124,6 +124,12 @@ pub enum LoadError {
         #[source]
         source: minijinja::Error,
     },
+    /// A device is not there, or failed while weights were brought to it.
+    #[error("{message}")]
+    Device {
+        /// What was being done, and what the device said.
+        message: String,
+    },
     /// The worker threads could not be started.
     #[error("cannot start {threads} compute threads")]
     Threads {

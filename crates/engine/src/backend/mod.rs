@@ -15,6 +15,7 @@ use std::sync::Arc;
 use rayon::ThreadPool;
 
 use crate::config::Activation;
+use crate::measure::Widths;
 use crate::quantized::Quantized;
 
 /// Row-major values on their way to a backend.
@@ -176,6 +177,21 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// The instruction set or device in use, for people.
     fn instructions(&self) -> String;
 
+    /// The width of numbers in memory, for weights that have so many bytes as they were loaded.
+    fn widths(&self, loaded_bytes: u64) -> Widths {
+        Widths { weights: Some(loaded_bytes), kv_value: 4 }
+    }
+
+    /// Bytes that are free for a cache, where the backend has a memory of its own.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// What the device could not do, once it could not do something.
+    fn fault(&self) -> Option<String> {
+        None
+    }
+
     /// Takes weights over.
     fn matrix(&self, dense: Dense) -> Self::Matrix;
 
@@ -191,8 +207,18 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// A buffer of zeros.
     fn zeros(&self, length: usize) -> Self::Buffer;
 
+    /// A buffer of zeros for what a product makes and the host reads: float32, whatever other buffers hold.
+    fn readable(&self, length: usize) -> Self::Buffer {
+        self.zeros(length)
+    }
+
     /// The first `length` values of a buffer.
-    fn read<'a>(&'a self, buffer: &'a Self::Buffer, length: usize) -> &'a [f32];
+    fn read<'a>(&'a self, buffer: &'a mut Self::Buffer, length: usize) -> &'a [f32];
+
+    /// Called with the rows of each step before its kernels.
+    fn begin(&self, batch: &Batch) {
+        let _ = batch;
+    }
 
     /// An empty cache of so many blocks.
     fn cache(&self, layers: usize, blocks: usize, heads: &Heads) -> Self::Cache;
@@ -261,6 +287,24 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Writes the keys and values of a fused buffer to their places in the cache.
     fn store(&self, cache: &mut Self::Cache, layer: usize, qkv: &Self::Buffer, rows: (&Batch, &Heads));
+
+    /// The norms of queries and keys, their rotation, and the write to the cache, in this order. What is none is left out.
+    fn norm_rotate_store(
+        &self,
+        (cache, layer): (&mut Self::Cache, usize),
+        qkv: &mut Self::Buffer,
+        (batch, heads): (&Batch, &Heads),
+        norms: Option<(&Self::Buffer, &Self::Buffer, f32)>,
+        angles: Option<&Angles<Self::Buffer>>,
+    ) {
+        if let Some((queries, keys, epsilon)) = norms {
+            self.norm_heads((qkv, batch.rows()), heads, (queries, keys), epsilon);
+        }
+        if let Some(angles) = angles {
+            self.rotate(qkv, batch, heads, angles);
+        }
+        self.store(cache, layer, qkv, (batch, heads));
+    }
 
     /// Causal attention of each row's queries over its sequence's keys and values, as far back as
     /// the heads' window.

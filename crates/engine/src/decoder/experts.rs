@@ -55,7 +55,7 @@ impl<B: Backend> Experts<B> {
     pub(super) fn forward(&self, backend: &B, rows: usize, room: &mut Buffers<B>) {
         let count = self.list.len();
         self.router.forward(backend, (&room.normed, rows), &mut room.routing, Write::Set);
-        let scores = backend.read(&room.routing, rows * count);
+        let scores = backend.read(&mut room.routing, rows * count);
         let groups = groups(scores, count, |scores| choose(scores, self.chosen, self.normalised));
         for (expert, rows) in self.list.iter().zip(groups).filter(|(_, rows)| !rows.is_empty()) {
             let picked: Vec<u32> = rows.iter().map(|(row, _)| *row).collect();

@@ -126,14 +126,8 @@ impl<B: Backend> Layer<B> {
         let (rows, heads) = (batch.rows(), &self.heads);
         self.attention_norm.forward(backend, (&room.hidden, rows), &mut room.normed, Write::Set);
         self.qkv.forward(backend, (&room.normed, rows), &mut room.qkv, Write::Set);
-        if let Some((queries, keys)) = &self.head_norms {
-            let weights = (&queries.weight, &keys.weight);
-            backend.norm_heads((&mut room.qkv, rows), heads, weights, queries.epsilon);
-        }
-        if let Some(angles) = angles {
-            backend.rotate(&mut room.qkv, batch, heads, angles);
-        }
-        backend.store(&mut room.cache, index, &room.qkv, (batch, heads));
+        let norms = self.head_norms.as_ref().map(|(queries, keys)| (&queries.weight, &keys.weight, queries.epsilon));
+        backend.norm_rotate_store((&mut room.cache, index), &mut room.qkv, (batch, heads), norms, angles);
         backend.attend((&room.cache, index), &room.qkv, (batch, heads), &mut room.attended);
         let x = (&room.attended, rows);
         match &self.attention_post_norm {

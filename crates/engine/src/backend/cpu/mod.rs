@@ -137,7 +137,7 @@ impl Backend for Cpu {
         vec![0.0; length]
     }
 
-    fn read<'a>(&'a self, buffer: &'a Vec<f32>, length: usize) -> &'a [f32] {
+    fn read<'a>(&'a self, buffer: &'a mut Vec<f32>, length: usize) -> &'a [f32] {
         &buffer[..length]
     }
 
