@@ -17,6 +17,8 @@ mod decoder;
 pub mod engine;
 mod error;
 mod gguf;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod kv;
 mod linear;
 mod math;

@@ -12,6 +12,8 @@ use serde_json::Value;
 use crate::architectures::Architecture;
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{Cuda, device::Dtype, driver::Driver};
 use crate::chat::{ChatMessage, ChatTemplate};
 use crate::config::{Config, Fields};
 use crate::decoder::{Decoder, Forward};
@@ -142,6 +144,26 @@ impl Model {
     /// # Errors
     /// Whatever is missing, malformed or unsupported, naming file and tensor or field.
     pub fn load(paths: &ModelPaths, options: &LoadOptions) -> Result<Self, LoadError> {
+        Self::on(paths, "float32", || Cpu::new(options.threads))
+    }
+
+    /// Loads a model onto the GPU of that number, in bfloat16.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and when there is no such GPU or it fails.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpu(paths: &ModelPaths, ordinal: usize) -> Result<Self, LoadError> {
+        Self::on(paths, "bfloat16", || {
+            let driver = Driver::open(ordinal).map_err(|error| LoadError::Device { message: error.to_string() })?;
+            Ok(Cuda::new(driver, Dtype::Bf16))
+        })
+    }
+
+    fn on<B: Backend>(
+        paths: &ModelPaths,
+        dtype: &'static str,
+        backend: impl FnOnce() -> Result<B, LoadError>,
+    ) -> Result<Self, LoadError> {
         let (config, mut weights) = match Gguf::find(&paths.model_path) {
             Some(path) => {
                 let gguf = Gguf::open(&path)?;
@@ -159,17 +181,22 @@ impl Model {
             }
         };
         let front = Front::read(paths, config.architecture, &mut weights)?;
-        let decoder = Decoder::load(Cpu::new(options.threads)?, config.clone(), &mut weights)?;
+        let decoder = Decoder::load(backend()?, config.clone(), &mut weights)?;
         let fingerprint = Fingerprint {
             model: weights.finish(),
-            dtype: "float32",
+            dtype,
             backend: decoder.backend().name(),
             level: decoder.backend().level(),
             version: env!("CARGO_PKG_VERSION"),
         };
         let instructions = decoder.backend().instructions();
+        let kv_tokens_max = decoder.backend().free_bytes().map(|free| {
+            // A tenth is left for a step's buffers.
+            let tokens = free / 10 * 9 / decoder.cost().kv_bytes.max(1);
+            usize::try_from(tokens).unwrap_or(usize::MAX)
+        });
         let card = front.card(config, fingerprint, instructions);
-        Ok(Self { card: Arc::new(card), forward: Box::new(decoder), kv_tokens_max: None })
+        Ok(Self { card: Arc::new(card), forward: Box::new(decoder), kv_tokens_max })
     }
 
     /// The shape and the words of a model on a simulated device: its weights are neither needed nor read.

@@ -8,6 +8,8 @@
 //! never through them.
 
 pub mod cpu;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod cuda;
 
 use std::ops::Range;
 use std::sync::Arc;
