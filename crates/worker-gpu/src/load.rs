@@ -10,7 +10,7 @@ use genmill_core::registration::{Availability, ServedModel};
 use genmill_daemon::config::Gpu;
 use genmill_daemon::models::{ListedModel, ModelPath};
 use genmill_engine::sim::Device;
-use genmill_engine::{Engine, EngineOptions, Event, LoadOptions, Model, ModelPaths, Prompt, Request};
+use genmill_engine::{Engine, EngineOptions, Event, LoadError, LoadOptions, Model, ModelPaths, Prompt, Request};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -116,6 +116,7 @@ fn start(listed: &ListedModel, hub: &Hub, settings: &Settings) -> anyhow::Result
     let options = LoadOptions { threads: listed.threads.unwrap_or(settings.load.threads) };
     let loaded = match &listed.device {
         None => Model::load(&paths, &options),
+        Some(device) if device.starts_with("cuda") => on_gpu(&paths, device)?,
         Some(device) => Model::simulated(&paths, &Device::parse(device)?),
     };
     let mut model = loaded.with_context(|| format!("cannot load {}", paths.model_path.display()))?;
@@ -128,10 +129,27 @@ fn start(listed: &ListedModel, hub: &Hub, settings: &Settings) -> anyhow::Result
         size.kv_tokens = most;
     }
     let engine = Engine::start(model, size)?;
-    if listed.device.is_none() {
+    let is_simulated = listed.device.as_ref().is_some_and(|device| !device.starts_with("cuda"));
+    if !is_simulated {
         warm_up(&engine, size.max_sequences);
     }
     Ok(engine)
+}
+
+/// Loads a model onto `cuda`, the first GPU, or `cuda:1` and so on. GPUs are counted as `CUDA_VISIBLE_DEVICES` has them.
+#[cfg(feature = "cuda")]
+fn on_gpu(paths: &ModelPaths, device: &str) -> anyhow::Result<Result<Model, LoadError>> {
+    let number = device.strip_prefix("cuda").and_then(|rest| match rest {
+        "" => Some(0),
+        _ => rest.strip_prefix(':')?.parse().ok(),
+    });
+    let number = number.with_context(|| format!("device {device} is neither `cuda` nor `cuda:NUMBER`"))?;
+    Ok(Model::on_gpu(paths, number))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_gpu(_: &ModelPaths, device: &str) -> anyhow::Result<Result<Model, LoadError>> {
+    anyhow::bail!("device {device}: this worker was built without CUDA, see docs/cuda.md")
 }
 
 /// How long an engine is warmed up at most.
