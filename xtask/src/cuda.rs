@@ -1,4 +1,4 @@
-//! `cargo xtask cuda-toolchain | build-cuda`: the CUDA build on a machine without a GPU, see docs/cuda.md.
+//! `cargo xtask cuda-toolchain | build-cuda | gpu-check | gpu-bench`: the CUDA build on a machine without a GPU, see docs/cuda.md.
 //!
 //! Never here: anything that needs a driver. The compiler comes from the package registry as wheels with pinned
 //! versions; they have no libraries to link against, so empty ones are made with the right names.
@@ -47,16 +47,74 @@ pub(crate) fn print_toolchain() -> anyhow::Result<()> {
 }
 
 /// Builds the worker for one generation of GPUs, such as "90" for Hopper.
-pub(crate) fn build(capability: &str) -> anyhow::Result<()> {
+pub(crate) fn build_worker(capability: &str) -> anyhow::Result<()> {
+    let built = build(capability, &["--package", "genmill-worker-gpu", "--features", "cuda"])?;
+    say(&format!("built {}", built.join("genmill-worker-gpu").display()));
+    Ok(())
+}
+
+/// Builds a check or benchmark of GPUs and runs it, or puts it into a folder to be carried to a machine that has one.
+pub(crate) fn gpu(example: &str, capability: &str, pack: Option<&Path>) -> anyhow::Result<()> {
+    let built = build(capability, &["--package", "genmill-engine", "--features", "cuda", "--example", example])?;
+    let (program, fixtures) = (built.join("examples").join(example), root().join("crates/engine/tests/fixtures"));
+    let needs_fixtures = example == "gpu_check";
+    match pack {
+        None => {
+            let place = if needs_fixtures { fixtures } else { folder() };
+            run(Command::new(program).arg(place).env("LD_LIBRARY_PATH", libraries()))
+        }
+        Some(folder) => {
+            fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+            fs::copy(&program, folder.join(example)).context("cannot copy the program")?;
+            run(Command::new("strip").arg(folder.join(example)))?;
+            if needs_fixtures {
+                run(Command::new("cp").arg("-r").arg(&fixtures).arg(folder))?;
+            }
+            let script = folder.join(format!("{example}.sh"));
+            fs::write(
+                &script,
+                SCRIPT.replace("EXAMPLE", example).replace("PLACE", if needs_fixtures { "fixtures" } else { "." }),
+            )
+            .context("cannot write the script")?;
+            say(&format!("on the machine with the GPU: bash {}", script.display()));
+            Ok(())
+        }
+    }
+}
+
+/// Finds the libraries of PyTorch's wheels and runs what lies beside it.
+const SCRIPT: &str = r#"#!/usr/bin/env bash
+# Needs an NVIDIA driver of CUDA 13, and cuBLAS and cuRAND of CUDA 13, such as PyTorch's wheels bring.
+set -euo pipefail
+cd "$(dirname "$0")"
+purelib=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' || true)
+export LD_LIBRARY_PATH="$purelib/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+exec ./EXAMPLE PLACE "$@"
+"#;
+
+/// Where the loader looks for cuBLAS: among PyTorch's wheels first.
+fn libraries() -> std::ffi::OsString {
+    let purelib = Command::new("python3")
+        .args(["-c", "import sysconfig; print(sysconfig.get_paths()['purelib'], end='')"])
+        .output()
+        .map_or_else(|_| String::new(), |output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let mut paths = std::ffi::OsString::from(format!("{purelib}/nvidia/cu13/lib"));
+    if let Some(before) = std::env::var_os("LD_LIBRARY_PATH") {
+        paths.push(":");
+        paths.push(before);
+    }
+    paths
+}
+
+/// Builds something in release; where it is then.
+fn build(capability: &str, what: &[&str]) -> anyhow::Result<PathBuf> {
     let toolchain = Toolchain::fetch()?;
     let mut build = cargo();
     build.envs(toolchain.environment(capability)?);
     // Its own folder: other features would build everything else anew, each time.
     let target = folder().join(format!("build-{capability}"));
-    build.arg("build").args(["--release", "--package", "genmill-worker-gpu", "--features", "cuda", "--target-dir"]);
-    run(build.arg(&target))?;
-    say(&format!("built {}", target.join("release/genmill-worker-gpu").display()));
-    Ok(())
+    run(build.args(["build", "--release"]).args(what).arg("--target-dir").arg(&target))?;
+    Ok(target.join("release"))
 }
 
 fn folder() -> PathBuf {

@@ -57,6 +57,24 @@ enum Command {
         #[arg(long, default_value = "90")]
         capability: String,
     },
+    /// Compare every kernel and the tests' models on a GPU with the CPU's
+    GpuCheck {
+        /// As of build-cuda
+        #[arg(long, default_value = "90")]
+        capability: String,
+        /// Do not run it: put all that it needs into this folder, for a machine that has a GPU
+        #[arg(long)]
+        pack: Option<std::path::PathBuf>,
+    },
+    /// Measure decode on a GPU, with made-up weights of known models
+    GpuBench {
+        /// As of build-cuda
+        #[arg(long, default_value = "90")]
+        capability: String,
+        /// As of gpu-check
+        #[arg(long)]
+        pack: Option<std::path::PathBuf>,
+    },
     /// What CI runs: formatting, lints with warnings as errors, all tests
     Ci,
 }
@@ -68,7 +86,9 @@ fn main() -> ExitCode {
         Command::Chaos { minutes, seed } => chaos::run_chaos(minutes, seed),
         Command::Bench { what, rest } => bench::run_bench(what, &rest),
         Command::CudaToolchain => cuda::print_toolchain(),
-        Command::BuildCuda { capability } => cuda::build(&capability),
+        Command::BuildCuda { capability } => cuda::build_worker(&capability),
+        Command::GpuCheck { capability, pack } => cuda::gpu("gpu_check", &capability, pack.as_deref()),
+        Command::GpuBench { capability, pack } => cuda::gpu("gpu_bench", &capability, pack.as_deref()),
         Command::Ci => tests::ci(),
     };
     match done {
