@@ -49,6 +49,11 @@ pub(crate) trait Forward: Send {
         None
     }
 
+    /// What the device could not do, once it could not do something: nothing that it gives is to be used any more.
+    fn fault(&self) -> Option<String> {
+        None
+    }
+
     /// Forgets all copies of these blocks.
     fn forget(&mut self, blocks: &[u32]) {
         let _ = blocks;
@@ -217,6 +222,10 @@ impl<B: Backend> Forward for Decoder<B> {
 
     fn cost(&self) -> Cost {
         self.cost
+    }
+
+    fn fault(&self) -> Option<String> {
+        self.backend.fault()
     }
 
     fn forget(&mut self, blocks: &[u32]) {

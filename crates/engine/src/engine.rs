@@ -72,6 +72,12 @@ pub enum StartError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The device has no room for steps and cache of that size, or failed.
+    #[error("cannot make room: {message}")]
+    Device {
+        /// What it could not do.
+        message: String,
+    },
     /// The system refused the thread.
     #[error("cannot start the engine's thread")]
     Thread {
@@ -368,11 +374,14 @@ impl Engine {
     /// Takes a model over, makes room and starts the thread.
     ///
     /// # Errors
-    /// When an option makes no sense or the system refuses the thread.
+    /// When an option makes no sense, the device has no room, or the system refuses the thread.
     pub fn start(model: Model, options: EngineOptions) -> Result<Self, StartError> {
         let blocks = checked_blocks(&options)?;
         let (card, mut forward) = model.into_parts();
         forward.reserve(Room { rows: options.step_tokens, outputs: options.max_sequences, blocks: blocks as usize });
+        if let Some(message) = forward.fault() {
+            return Err(StartError::Device { message });
+        }
         // Every accepted request has a place in the channel, so `submit` never blocks; the same
         // room again is for cancellations, which may wait for a step to end.
         let (commands, receiver) = sync_channel(2 * options.places());

@@ -314,6 +314,12 @@ impl Runner {
         let computed = catch_unwind(AssertUnwindSafe(|| self.compute(step)));
         let time = self.forward.device_time().unwrap_or_else(|| begun.elapsed());
         self.gauge.end();
+        if let Some(fault) = self.forward.fault() {
+            // Nobody's request is at fault. They end as when the engine is told to stop, so that others do them.
+            tracing::error!(fault, "the device failed, and this engine ends");
+            self.stopping = true;
+            return;
+        }
         match computed {
             Ok(()) => self.record(step, time),
             Err(panic) => self.recover(step, time, &words(panic.as_ref())),

@@ -1,7 +1,7 @@
 //! What a sick model does to the engine: it harms the requests it touches and no others.
 
 use std::path::Path;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::*;
 use crate::backend::Batch;
@@ -12,12 +12,15 @@ use crate::model::{LoadOptions, ModelPaths};
 struct Sick {
     illness: Illness,
     logits: Vec<f32>,
+    fault: Option<String>,
 }
 
 #[derive(Clone, Copy)]
 enum Illness {
     Nan,
     Panic,
+    /// The device has failed, and whatever is read from it is no number.
+    Fault,
 }
 
 const VOCABULARY: usize = 640;
@@ -33,10 +36,18 @@ impl Forward for Sick {
                 match self.illness {
                     Illness::Nan => logits[333] = f32::NAN,
                     Illness::Panic => panic!("a kernel failed"),
+                    Illness::Fault => self.fault = Some("the device fell off the bus".to_owned()),
                 }
             }
         }
+        if self.fault.is_some() {
+            self.logits.fill(f32::NAN);
+        }
         &self.logits
+    }
+
+    fn fault(&self) -> Option<String> {
+        self.fault.clone()
     }
 
     fn vocabulary(&self) -> usize {
@@ -48,7 +59,7 @@ fn engine(illness: Illness) -> Engine {
     let model_path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpt2");
     let paths = ModelPaths { model_path, tokenizer_path: None };
     let model = Model::load(&paths, &LoadOptions { threads: 1 }).unwrap();
-    let sick = Box::new(Sick { illness, logits: Vec::new() });
+    let sick = Box::new(Sick { illness, logits: Vec::new(), fault: None });
     Engine::start(model.with_forward(sick), EngineOptions::default()).unwrap()
 }
 
@@ -101,12 +112,11 @@ fn a_panic_in_a_step_fails_the_sequence_that_causes_it_alone() {
     assert_eq!(engine.free().kv_tokens, EngineOptions::default().kv_tokens);
 }
 
-#[test]
-fn ill_and_well_sequences_of_one_step_are_told_apart() {
-    let engine = engine(Illness::Panic);
+/// A request in whose first event the engine waits until the sender is dropped, so that all that is submitted meanwhile
+/// comes into one step.
+fn held(engine: &Engine) -> (Sender<()>, Receiver<Event>) {
     let (hold, held) = channel::<()>();
     let (sender, first) = channel();
-    // The engine waits in the first event of this request, so that all others come into one step.
     let request = Request::greedy(Prompt::Text("O".to_owned()), 1);
     let mut held = Some(held);
     let sink = move |event| {
@@ -116,6 +126,33 @@ fn ill_and_well_sequences_of_one_step_are_told_apart() {
         drop(sender.send(event));
     };
     engine.submit(request, Box::new(sink)).unwrap();
+    (hold, first)
+}
+
+/// Nobody's request is at fault, so others may do them all; the engine ends, so that its worker does.
+#[test]
+fn a_device_that_fails_hands_every_request_back_and_ends_the_engine() {
+    let engine = engine(Illness::Fault);
+    let (hold, first) = held(&engine);
+    let all: Vec<_> = ["O", "O", "X", "O"].map(|prompt| submit(&engine, prompt)).into();
+    drop(hold);
+    assert!(matches!(last(&first), Event::Finished(_)));
+    for events in all {
+        assert!(matches!(last(&events), Event::Finished(done) if done.reason == FinishReason::Cancelled));
+    }
+    let ended = (0..1000).any(|_| {
+        std::thread::park_timeout(Duration::from_millis(5));
+        engine.has_ended()
+    });
+    assert!(ended);
+    let refused = engine.submit(Request::greedy(Prompt::Text("O".to_owned()), 1), Box::new(drop));
+    assert!(matches!(refused, Err(SubmitError::Stopped)));
+}
+
+#[test]
+fn ill_and_well_sequences_of_one_step_are_told_apart() {
+    let engine = engine(Illness::Panic);
+    let (hold, first) = held(&engine);
     let rest: Vec<_> = ["O", "X", "O", "X", "O"].map(|prompt| (prompt, submit(&engine, prompt))).into();
     drop(hold);
     assert!(matches!(last(&first), Event::Finished(_)));
