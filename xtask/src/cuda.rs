@@ -48,16 +48,15 @@ pub(crate) fn print_toolchain() -> anyhow::Result<()> {
 
 /// Builds the worker for one generation of GPUs, such as "90" for Hopper.
 pub(crate) fn build_worker(capability: &str) -> anyhow::Result<()> {
-    let built = build(capability, &["--package", "genmill-worker-gpu", "--features", "cuda"])?;
+    let built = build(capability, "genmill-worker-gpu")?;
     say(&format!("built {}", built.join("genmill-worker-gpu").display()));
     Ok(())
 }
 
 /// Builds a check or benchmark of GPUs and runs it, or puts it into a folder to be carried to a machine that has one.
-pub(crate) fn gpu(example: &str, capability: &str, pack: Option<&Path>) -> anyhow::Result<()> {
-    let built = build(capability, &["--package", "genmill-engine", "--features", "cuda", "--example", example])?;
-    let (program, fixtures) = (built.join("examples").join(example), root().join("crates/engine/tests/fixtures"));
-    let needs_fixtures = example == "gpu_check";
+pub(crate) fn gpu(name: &str, capability: &str, pack: Option<&Path>) -> anyhow::Result<()> {
+    let (program, fixtures) = (build(capability, name)?.join(name), root().join("crates/engine/tests/fixtures"));
+    let needs_fixtures = name == "gpu_check";
     match pack {
         None => {
             let place = if needs_fixtures { fixtures } else { folder() };
@@ -65,15 +64,15 @@ pub(crate) fn gpu(example: &str, capability: &str, pack: Option<&Path>) -> anyho
         }
         Some(folder) => {
             fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-            fs::copy(&program, folder.join(example)).context("cannot copy the program")?;
-            run(Command::new("strip").arg(folder.join(example)))?;
+            fs::copy(&program, folder.join(name)).context("cannot copy the program")?;
+            run(Command::new("strip").arg(folder.join(name)))?;
             if needs_fixtures {
                 run(Command::new("cp").arg("-r").arg(&fixtures).arg(folder))?;
             }
-            let script = folder.join(format!("{example}.sh"));
+            let script = folder.join(format!("{name}.sh"));
             fs::write(
                 &script,
-                SCRIPT.replace("EXAMPLE", example).replace("PLACE", if needs_fixtures { "fixtures" } else { "." }),
+                SCRIPT.replace("PROGRAM", name).replace("PLACE", if needs_fixtures { "fixtures" } else { "." }),
             )
             .context("cannot write the script")?;
             say(&format!("on the machine with the GPU: bash {}", script.display()));
@@ -89,7 +88,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 purelib=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' || true)
 export LD_LIBRARY_PATH="$purelib/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-exec ./EXAMPLE PLACE "$@"
+exec ./PROGRAM PLACE "$@"
 "#;
 
 /// Where the loader looks for cuBLAS: among PyTorch's wheels first.
@@ -106,13 +105,14 @@ fn libraries() -> std::ffi::OsString {
     paths
 }
 
-/// Builds something in release; where it is then.
-fn build(capability: &str, what: &[&str]) -> anyhow::Result<PathBuf> {
+/// Builds a program of the worker's package in release; the folder where it is then.
+fn build(capability: &str, program: &str) -> anyhow::Result<PathBuf> {
     let toolchain = Toolchain::fetch()?;
     let mut build = cargo();
     build.envs(toolchain.environment(capability)?);
     // Its own folder: other features would build everything else anew, each time.
     let target = folder().join(format!("build-{capability}"));
+    let what = ["--package", "genmill-worker-gpu", "--features", "cuda", "--bin", program];
     run(build.args(["build", "--release"]).args(what).arg("--target-dir").arg(&target))?;
     Ok(target.join("release"))
 }

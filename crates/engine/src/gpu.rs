@@ -21,6 +21,9 @@ use crate::weights::Weights;
 /// Seeds of each case.
 const SEEDS: u32 = 60;
 
+/// Random schedules of each model.
+const SCHEDULES: usize = 500;
+
 /// Compares every kernel with its twin on the CPU, and every model below `fixtures` with what transformers makes of it.
 /// A line for each goes to `out`. How many went wrong.
 ///
@@ -44,6 +47,12 @@ pub fn check(ordinal: usize, fixtures: &Path, out: &mut dyn Write) -> Result<usi
             }
         }
         for folder in folders(fixtures)? {
+            if dtype == Dtype::Bf16
+                && let Err(error) = check::schedules::schedules(&driver, &folder, SCHEDULES, &mut Dice::new(1))
+            {
+                wrong += 1;
+                writeln!(out, "{error}")?;
+            }
             let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match check::model::fixture(&driver, &folder, dtype) {
                 Ok(Some(apart)) => writeln!(out, "{:5} {name}: logits {apart:.4} apart", dtype.suffix())?,

@@ -159,7 +159,8 @@ impl Model {
         })
     }
 
-    fn on<B: Backend>(
+    /// A model on a backend, which does its arithmetic in `dtype`.
+    pub(crate) fn on<B: Backend>(
         paths: &ModelPaths,
         dtype: &'static str,
         backend: impl FnOnce() -> Result<B, LoadError>,

@@ -88,7 +88,7 @@ impl Drop for Memory {
         // A device that cannot give memory back has failed, and says so at the next call.
         if self.context.bind_to_thread().is_ok() {
             // SAFETY: the address came from `malloc_sync`, and nobody else gives it back.
-            drop(unsafe { result::free_sync(self.address) });
+            unsafe { result::free_sync(self.address) }.unwrap_or_default();
         }
     }
 }
@@ -219,6 +219,9 @@ impl Device for Driver {
 
     fn product(&self, product: &Product) -> Result<(), DeviceError> {
         self.bind("multiplying")?;
+        if product.bias != 0 && product.written == Written::Single {
+            return Err(failed("multiplying", "a bias has the type of the result, and there is none in float32"));
+        }
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
         let stream = self.stream.cu_stream().cast();
         products.run(product, stream).map_err(|error| failed(&format!("multiplying {product:?}"), error))
@@ -231,7 +234,7 @@ struct Layout(lt_sys::cublasLtMatrixLayout_t);
 impl Drop for Layout {
     fn drop(&mut self) {
         // SAFETY: made by `create_matrix_layout`, and given back once.
-        drop(unsafe { lt::destroy_matrix_layout(self.0) });
+        unsafe { lt::destroy_matrix_layout(self.0) }.unwrap_or_default();
     }
 }
 
@@ -241,7 +244,7 @@ struct Operation(lt_sys::cublasLtMatmulDesc_t);
 impl Drop for Operation {
     fn drop(&mut self) {
         // SAFETY: made by `create_matmul_desc`, and given back once.
-        drop(unsafe { lt::destroy_matmul_desc(self.0) });
+        unsafe { lt::destroy_matmul_desc(self.0) }.unwrap_or_default();
     }
 }
 
@@ -251,7 +254,7 @@ struct Preference(lt_sys::cublasLtMatmulPreference_t);
 impl Drop for Preference {
     fn drop(&mut self) {
         // SAFETY: made by `create_matmul_pref`, and given back once.
-        drop(unsafe { lt::destroy_matmul_pref(self.0) });
+        unsafe { lt::destroy_matmul_pref(self.0) }.unwrap_or_default();
     }
 }
 
@@ -369,6 +372,6 @@ impl Products {
 impl Drop for Products {
     fn drop(&mut self) {
         // SAFETY: made by `create_handle`, and given back once.
-        drop(unsafe { lt::destroy_handle(self.handle) });
+        unsafe { lt::destroy_handle(self.handle) }.unwrap_or_default();
     }
 }

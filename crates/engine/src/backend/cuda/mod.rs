@@ -23,6 +23,8 @@ pub(crate) mod work;
 
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use rayon::prelude::*;
+
 use crate::backend::cuda::device::{Address, Adds, Device, DeviceError, Dtype, Product, Written};
 use crate::backend::cuda::launch::{Attention, HEAD_WIDTHS, Kernels, Norm, Rope, RowArrays, block_values};
 use crate::backend::cuda::step::StepArrays;
@@ -225,7 +227,9 @@ impl<D: Device> Backend for Cuda<D> {
 
     fn matrix(&self, dense: Dense) -> Matrix<D> {
         let dtype = self.kernels.dtype;
-        let bytes: Vec<u8> = dense.values.iter().flat_map(|value| dtype.round(*value).to_le_bytes()).collect();
+        let mut bytes = vec![0; 2 * dense.values.len()];
+        let pairs = bytes.as_chunks_mut().0.par_iter_mut().zip(&dense.values);
+        pairs.with_min_len(1 << 14).for_each(|(bytes, value)| *bytes = dtype.round(*value).to_le_bytes());
         Matrix { memory: self.hold(&bytes), outputs: dense.outputs, inputs: dense.inputs }
     }
 

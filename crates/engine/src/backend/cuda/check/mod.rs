@@ -8,6 +8,7 @@ pub(crate) mod model;
 mod product;
 mod rows;
 mod sampler;
+pub(crate) mod schedules;
 
 use std::ops::Range;
 
