@@ -17,7 +17,7 @@ fn check_fixtures(dtype: Dtype) {
                 done += 1;
             }
             Ok(None) => println!("{}: heads of a width that there is no kernel for", folder.display()),
-            Err(wrong) => panic!("{wrong}"),
+            Err(wrong) => panic!("{}: {wrong}", folder.display()),
         }
     }
     assert!(done >= 15, "{done}");

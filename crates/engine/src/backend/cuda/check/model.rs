@@ -87,7 +87,7 @@ pub(crate) fn fixture<D: Device + Clone>(device: &D, folder: &Path, dtype: Dtype
     let mut weights = Weights::open(folder).map_err(|error| wrong(folder, error))?;
     let decoder = Decoder::load(Cuda::new(device.clone(), dtype), config, &mut weights);
     let mut decoder = decoder.map_err(|error| wrong(folder, error))?;
-    decoder.reserve(Room { rows: 128, outputs: 8, blocks: 40 });
+    decoder.reserve(Room { rows: 256, outputs: 8, blocks: 40 });
     let each: Vec<Vec<f32>> = cases.iter().map(|case| logits(&mut decoder, &case.ids, 128)).collect();
     let worst = each.iter().zip(&cases).map(|(found, case)| apart(found, &case.logits)).fold(0.0, f32::max);
     // A NaN is not within.
@@ -101,7 +101,7 @@ pub(crate) fn fixture<D: Device + Clone>(device: &D, folder: &Path, dtype: Dtype
     }
     // Tokens one by one are decode's, those of a chunk prefill's. The last case is the longest.
     let short = cases.iter().zip(&each).take(2).map(|case| (case, 1));
-    let long = cases.iter().zip(&each).last().into_iter().flat_map(|case| [(case, 6), (case, 17)]);
+    let long = cases.iter().zip(&each).next_back().into_iter().flat_map(|case| [(case, 6), (case, 17)]);
     for ((case, whole), chunk) in short.chain(long) {
         same("logits in chunks", &logits(&mut decoder, &case.ids, chunk), whole, (0.0, 0.0))?;
     }
