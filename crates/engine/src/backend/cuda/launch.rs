@@ -94,6 +94,8 @@ pub(crate) struct DecodeWork {
     pub(crate) rows: usize,
     /// Chunks of the longest of them.
     pub(crate) chunks: usize,
+    /// How many of them run side by side; the others take turns. It changes no bit.
+    pub(crate) at_once: usize,
     pub(crate) partials: Address,
     pub(crate) stats: Address,
 }
@@ -114,9 +116,6 @@ pub(crate) struct Sample {
     pub(crate) vocabulary: usize,
     pub(crate) top: usize,
 }
-
-/// Chunks of decode that run side by side at most; longer sequences take turns.
-const CHUNKS_AT_ONCE: usize = 64;
 
 impl<D: Device> Kernels<D> {
     pub(crate) fn norm(&self, norm: &Norm) -> Result<(), DeviceError> {
@@ -203,7 +202,7 @@ impl<D: Device> Kernels<D> {
         let parts = heads.keys * group.div_ceil(WARP_PAIRS);
         let shared = CHUNK_TILES * group.min(WARP_PAIRS) * heads.width * size_of::<f32>();
         let params = || attention.params(heads, work.work, [work.partials, work.stats]);
-        let grid = [work.rows, parts, work.chunks.min(CHUNKS_AT_ONCE)];
+        let grid = [work.rows, parts, work.chunks.min(work.at_once)];
         let threads = (DECODE_THREADS, shared);
         self.launch(&named("decode", heads), grid, threads, params())?;
         if work.chunks > 1 {

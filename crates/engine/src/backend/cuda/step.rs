@@ -14,6 +14,9 @@ const RING_WORDS: usize = 1 << 18;
 /// Bytes for partial results of decode. A step that needs more computes its rows in several goes.
 const PARTIAL_BYTES: usize = 1 << 26;
 
+/// Chunks of decode that run side by side at most.
+const CHUNKS_AT_ONCE: usize = 64;
+
 /// The arrays of the step on its way.
 #[derive(Debug)]
 pub(crate) struct StepArrays<D: Device> {
@@ -149,7 +152,7 @@ impl<D: Device> StepArrays<D> {
         let decode = groups.iter().map(|DecodeGroup { work, chunks, .. }| {
             let at = next;
             next += size_of_val(work.as_slice()) as Address;
-            DecodeWork { work: at, rows: work.len() / 2, chunks: *chunks, partials, stats }
+            DecodeWork { work: at, rows: work.len() / 2, chunks: *chunks, at_once: CHUNKS_AT_ONCE, partials, stats }
         });
         Ok(Plan { decode: decode.collect(), prefill: (at, tiles.len() / 3) })
     }

@@ -100,7 +100,7 @@ fn decode<D: Device>(
     (layer, batch): (&Layer<D>, &Batch),
     heads: &Heads,
     runs: &[Run],
-    partials_max: usize,
+    (partials_max, at_once): (usize, usize),
 ) -> Result<Vec<f32>, Wrong> {
     let width = heads.queries * heads.width;
     let out = bench.poisoned(2 * layer.attention.arrays.rows * width)?;
@@ -112,7 +112,7 @@ fn decode<D: Device>(
         let stats = bench.poisoned(8 * group.partials * heads.queries)?;
         let attention = Attention { out: out.at(), ..layer.attention };
         let (rows, chunks) = (group.work.len() / 2, group.chunks);
-        let work = DecodeWork { work: work.at(), rows, chunks, partials: partials.at(), stats: stats.at() };
+        let work = DecodeWork { work: work.at(), rows, chunks, at_once, partials: partials.at(), stats: stats.at() };
         bench.kernels.decode(&attention, heads, &work)?;
     }
     rows_of(&bench.read_halves(&out)?, runs, width)
@@ -137,7 +137,8 @@ pub(super) fn attention<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<
     let together = prefill(bench, &layer, &heads, &runs)?;
     // Weights and values are rounded before they are multiplied; values are up to 2.
     same("prefill", &together, &wanted, (bench.step(), 2.0 * bench.step()))?;
-    let apart = decode(bench, (&layer, &batch), &heads, &runs, dice.of(1..9))?;
+    let room = (dice.of(1..9), dice.one(&[1, 2, 64]));
+    let apart = decode(bench, (&layer, &batch), &heads, &runs, room)?;
     same("decode beside prefill", &apart, &together, (0.0, 0.0))?;
     // Other neighbours in the tile.
     let shorter: Vec<Run> =
