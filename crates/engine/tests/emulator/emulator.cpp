@@ -1,8 +1,8 @@
 // A device on the other end of a pipe: memory, launches of the kernels that are compiled in, and matrix products.
 //
 // Each allocation ends at a page that cannot be touched and is full of 0xff, which is no number in any type, as is
-// shared memory before each block. Threads of a block take turns at every meeting, forwards in one launch and backwards
-// in the next, so that a meeting that is missing shows. A thread that waits for others that never come ends the process.
+// shared memory before each block. A warp goes on until it has to wait for others, in one launch the first warp first, in
+// the next the last, so that a meeting that is missing shows. A thread that waits for others that never come ends the process.
 #include <sys/mman.h>
 
 #include <csetjmp>
@@ -116,9 +116,15 @@ static void run_block(size_t shared_size, bool backwards) {
   for (uint32_t i = 0; i < threads; i++) fibers[i].done = false;
   while (left > 0) {
     uint64_t before = progress;
-    for (uint32_t i = 0; i < threads; i++) {
-      uint32_t index = backwards ? threads - 1 - i : i;
-      if (!fibers[index].done) resume(index);
+    // A warp goes on for as long as it can, so that those that it should have waited for are behind.
+    for (uint32_t first = 0; first < threads; first += 32) {
+      for (uint64_t here = progress - 1; here != progress;) {
+        here = progress;
+        for (uint32_t i = first; i < first + 32 && i < threads; i++) {
+          uint32_t index = backwards ? threads - 1 - i : i;
+          if (!fibers[index].done) resume(index);
+        }
+      }
     }
     if (progress == before) fail("threads wait for others that have ended");
   }
