@@ -20,6 +20,12 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("MAX_TOKENS", "scheduler.max_tokens"),
     ("TEMPERATURE", "scheduler.temperature"),
     ("MODELS_DIR", "models.root"),
+    ("MODEL_CONTEXT_SIZE", "gpu.context_tokens"),
+    ("MODEL_N_THREADS", "gpu.threads"),
+    ("MODEL_GPU_LAYERS", "gpu.gpu_layers"),
+    ("MODEL_PRELOAD", "gpu.preload"),
+    ("GPU_MAX_MEMORY", "gpu.memory"),
+    ("GPU_TORCH_DTYPE", "gpu.dtype"),
     ("HF_ENDPOINT", "hub.endpoint"),
     ("HF_TOKEN", "hub.token"),
     ("HF_HOME", "hub.home"),
@@ -168,23 +174,42 @@ impl Default for Worker {
     }
 }
 
-/// The GPU worker's engine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The GPU worker's engines. An entry of a model file may have numbers of its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Gpu {
-    /// Threads of each engine on the CPU; 0: one for every core.
+    /// Threads of each engine on the CPU (also `MODEL_N_THREADS`); 0: one for every core.
     pub threads: usize,
-    /// How many sequences of a model run at once.
+    /// How many sequences of a model run at once (also `max_num_seqs`).
+    #[serde(alias = "max_num_seqs")]
     pub sequences_max: u32,
     /// How many tokens one step of an engine computes at most.
     pub step_tokens: usize,
-    /// Tokens that the KV cache of each model holds.
+    /// Tokens that the KV cache of each model holds at most; fewer where memory is short.
     pub kv_tokens: usize,
     /// How long one step of an engine may take, in milliseconds. After that the worker writes down what the engine was
     /// at, and ends, so that its jobs go to others.
     pub step_timeout_ms: u64,
     /// The folder for what is written down then. Made when it is needed.
     pub reports_dir: PathBuf,
+    /// Longest prompt plus output in tokens (also `max_model_len`, `MODEL_CONTEXT_SIZE`). Unset: what the model can.
+    #[serde(alias = "max_model_len")]
+    pub context_tokens: Option<u64>,
+    /// The memory of all models together, such as `24GiB` (also `GPU_MAX_MEMORY`). Unset: `memory_utilization` of what
+    /// is available when the worker starts.
+    pub memory: Option<String>,
+    /// The part of the available memory that the models may take together, above 0 and at most 1 (also
+    /// `gpu_memory_utilization`). Without effect where `memory` is set.
+    #[serde(alias = "gpu_memory_utilization")]
+    pub memory_utilization: f64,
+    /// The models to load before the worker is ready (also `MODEL_PRELOAD`): names with commas between, `none`, or
+    /// `all`, which loads as many as fit. The others are loaded when jobs come for them.
+    pub preload: String,
+    /// Layers to compute on a GPU (also `MODEL_GPU_LAYERS`); below 0: all. The CPU backend has none to give.
+    pub gpu_layers: Option<i64>,
+    /// The type to compute in (also `GPU_TORCH_DTYPE`): `auto`, `float32`, `bfloat16` or `float16`. The CPU backend
+    /// computes in float32.
+    pub dtype: String,
     /// What an hour of an engine costs in dollars, as a decimal number. Unset: unknown, and so is the cost of its jobs.
     pub dollars_per_hour: Option<String>,
 }
@@ -198,6 +223,12 @@ impl Default for Gpu {
             kv_tokens: 65_536,
             step_timeout_ms: 120_000,
             reports_dir: PathBuf::from("reports"),
+            context_tokens: None,
+            memory: None,
+            memory_utilization: 0.9,
+            preload: "all".to_owned(),
+            gpu_layers: None,
+            dtype: "auto".to_owned(),
             dollars_per_hour: None,
         }
     }
@@ -385,6 +416,12 @@ fn check(config: &Config) -> Result<(), ConfigError> {
             "must be at least 100: steps that are well take as long on a busy machine",
         );
     }
+    if !(config.gpu.memory_utilization > 0.0 && config.gpu.memory_utilization <= 1.0) {
+        return wrong("gpu.memory_utilization", "must be above 0 and at most 1");
+    }
+    if config.gpu.context_tokens == Some(0) {
+        return wrong("gpu.context_tokens (MODEL_CONTEXT_SIZE)", "must be at least 1");
+    }
     if config.redis.namespace.is_empty() || config.redis.namespace.contains(['{', '}', '*', '?', '[']) {
         return wrong("redis.namespace", "must not be empty nor contain any of {}*?[");
     }
@@ -441,6 +478,28 @@ mod tests {
         assert!(config.hub.offline && config.hub.endpoint == "http://127.0.0.1:9");
         assert!(!show(&config).unwrap().contains("hf_secret"));
         refused("", &[("HF_ENDPOINT", "huggingface.co")], "hub.endpoint (HF_ENDPOINT)");
+    }
+
+    #[test]
+    fn the_variables_and_names_of_other_engines_are_understood() {
+        let variables = [
+            ("MODEL_CONTEXT_SIZE", "2048"),
+            ("MODEL_N_THREADS", "3"),
+            ("MODEL_GPU_LAYERS", "-1"),
+            ("MODEL_PRELOAD", "vllm_a,hf_b"),
+            ("GPU_MAX_MEMORY", "8GiB"),
+            ("GPU_TORCH_DTYPE", "bfloat16"),
+        ];
+        let gpu = load_with("[gpu]\nmax_num_seqs = 5\ngpu_memory_utilization = 0.5", &variables).unwrap().gpu;
+        assert_eq!((gpu.context_tokens, gpu.threads, gpu.gpu_layers, gpu.sequences_max), (Some(2048), 3, Some(-1), 5));
+        assert_eq!(
+            (gpu.memory.as_deref(), gpu.preload.as_str(), gpu.dtype.as_str()),
+            (Some("8GiB"), "vllm_a,hf_b", "bfloat16")
+        );
+        assert!((gpu.memory_utilization - 0.5).abs() < 1e-9);
+        assert_eq!(load_with("[gpu]\nmax_model_len = 7", &[]).unwrap().gpu.context_tokens, Some(7));
+        refused("[gpu]\nmemory_utilization = 1.5", &[], "gpu.memory_utilization");
+        refused("", &[("MODEL_CONTEXT_SIZE", "0")], "MODEL_CONTEXT_SIZE");
     }
 
     #[test]

@@ -91,10 +91,10 @@ impl Catalog {
     pub fn describe(&self, model: &ServedModel) -> String {
         let name = &model.name;
         match (&model.availability, self.endpoints.get(&name.lane())) {
-            (Availability::Ready, Some(endpoint)) => format!("{name} is called at {}", endpoint.base_url),
             (Availability::KeyMissing { variable }, _) => format!("{name} cannot be called: set {variable}"),
             (Availability::Unavailable { reason }, _) => format!("{name} cannot be called: {reason}"),
-            (Availability::Ready, None) => format!("{name} has no endpoint"),
+            (_, Some(endpoint)) => format!("{name} is called at {}", endpoint.base_url),
+            (_, None) => format!("{name} has no endpoint"),
         }
     }
 
@@ -253,6 +253,7 @@ fn unspoken(name: &str, provider: &Provider) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use genmill_daemon::models::LocalSettings;
 
     fn listed(prefix: &'static str, name: &str) -> ListedModel {
         ListedModel {
@@ -264,6 +265,7 @@ mod tests {
             context_tokens: None,
             threads: None,
             device: None,
+            local: LocalSettings::default(),
             file: PathBuf::from("litellm_models.yaml"),
         }
     }

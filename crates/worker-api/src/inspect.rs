@@ -89,7 +89,7 @@ fn told(args: &Args, config: Option<&Path>) -> anyhow::Result<(Vec<String>, Exit
 fn state(endpoint: &Result<Endpoint, Availability>) -> String {
     match endpoint {
         Ok(endpoint) if endpoint.key.is_none() => "ready, without a key".to_owned(),
-        Ok(_) | Err(Availability::Ready) => "ready".to_owned(),
+        Ok(_) | Err(Availability::Ready | Availability::Loading | Availability::Available) => "ready".to_owned(),
         Err(Availability::KeyMissing { variable }) => format!("set {variable}"),
         Err(Availability::Unavailable { reason }) => reason.clone(),
     }

@@ -7,7 +7,7 @@ use genmill_core::attempt::{FinishReason, Generation, Usage};
 use genmill_core::ids::{Epoch, JobId, LaneNumber};
 use genmill_core::request::Role;
 use genmill_daemon::environment::Environment;
-use genmill_daemon::models::ListedModel;
+use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Options, Standin};
 use genmill_worker::perform::Started;
 use std::path::PathBuf;
@@ -49,6 +49,7 @@ fn performer_of(name: &str, settings: &str, limits: Limits, change: impl Fn(&mut
         context_tokens: None,
         threads: None,
         device: None,
+        local: LocalSettings::default(),
         file: PathBuf::new(),
     };
     let settings = toml::from_str(settings).unwrap();
