@@ -5,6 +5,7 @@
 //! request's own sink. A request that goes wrong fails alone.
 
 mod check;
+mod dry_run;
 mod gauge;
 mod group;
 mod guided;
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 use genmill_grammar::Form;
 
 use crate::chat::ChatMessage;
-use crate::decoder::Room;
+use crate::decoder::{Forward, Room};
 use crate::engine::gauge::Gauge;
 use crate::kv::BLOCK_TOKENS;
 use crate::measure::{Cost, Totals};
@@ -71,6 +72,12 @@ pub enum StartError {
         option: &'static str,
         /// What is wrong with it.
         reason: String,
+    },
+    /// The largest step cannot be computed.
+    #[error("the largest step cannot be computed: {message}")]
+    DryRun {
+        /// What went wrong.
+        message: String,
     },
     /// The system refused the thread.
     #[error("cannot start the engine's thread")]
@@ -370,6 +377,23 @@ impl Engine {
     /// # Errors
     /// When an option makes no sense or the system refuses the thread.
     pub fn start(model: Model, options: EngineOptions) -> Result<Self, StartError> {
+        Self::start_with(model, options, |_, _, _, _| Ok(()))
+    }
+
+    /// The same, once the largest step has been computed: whatever breaks there breaks here, and later steps find their
+    /// memory taken and their weights laid out.
+    ///
+    /// # Errors
+    /// As [`Self::start`], and when that step fails.
+    pub fn start_after_dry_run(model: Model, options: EngineOptions) -> Result<Self, StartError> {
+        Self::start_with(model, options, dry_run::dry_run)
+    }
+
+    fn start_with(
+        model: Model,
+        options: EngineOptions,
+        rehearse: impl FnOnce(&mut dyn Forward, &Limits, u32, usize) -> Result<(), String>,
+    ) -> Result<Self, StartError> {
         let blocks = checked_blocks(&options)?;
         let (card, mut forward) = model.into_parts();
         forward.reserve(Room { rows: options.step_tokens, outputs: options.max_sequences, blocks: blocks as usize });
@@ -378,6 +402,8 @@ impl Engine {
         let (commands, receiver) = sync_channel(2 * options.places());
         let load = Arc::new(Load::default());
         let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
+        rehearse(forward.as_mut(), &limits, blocks, card.context_tokens())
+            .map_err(|message| StartError::DryRun { message })?;
         // Keys that depend on how long their sequence gets are no beginning for another.
         let keeps_prefixes = options.prefix_cache && forward.restarts_after().is_none();
         let schedule = Schedule::new(blocks, keeps_prefixes);

@@ -16,6 +16,7 @@ pub mod config;
 mod decoder;
 pub mod engine;
 mod error;
+pub mod footprint;
 mod gguf;
 pub mod kv;
 mod linear;
@@ -38,6 +39,7 @@ pub use engine::{
     SequenceUnderway, Sink, StartError, SubmitError, Underway,
 };
 pub use error::LoadError;
+pub use footprint::Footprint;
 pub use genmill_grammar::Form;
 pub use model::{Fingerprint, LoadOptions, Model, ModelCard, ModelPaths, PromptError};
 pub use sampler::Scored;

@@ -142,22 +142,7 @@ impl Model {
     /// # Errors
     /// Whatever is missing, malformed or unsupported, naming file and tensor or field.
     pub fn load(paths: &ModelPaths, options: &LoadOptions) -> Result<Self, LoadError> {
-        let (config, mut weights) = match Gguf::find(&paths.model_path) {
-            Some(path) => {
-                let gguf = Gguf::open(&path)?;
-                let config = Config::of(&Fields::of(gguf.path(), gguf.config()), None)?;
-                let text = gguf.config().to_string();
-                let mut weights = Weights::of_gguf(gguf);
-                weights.hash_bytes(text.as_bytes());
-                (config, weights)
-            }
-            None => {
-                let config = Config::read(&paths.model_path)?;
-                let mut weights = Weights::open(&paths.model_path)?;
-                weights.hash_bytes(&read(&paths.model_path.join("config.json"))?);
-                (config, weights)
-            }
-        };
+        let (config, mut weights) = open(&paths.model_path)?;
         let front = Front::read(paths, config.architecture, &mut weights)?;
         let decoder = Decoder::load(Cpu::new(options.threads)?, config.clone(), &mut weights)?;
         let fingerprint = Fingerprint {
@@ -368,6 +353,26 @@ impl ModelCard {
     #[must_use]
     pub fn stream(&self) -> TokenStream {
         self.words.stream()
+    }
+}
+
+/// Reads what stands before the weights.
+pub(crate) fn open(path: &Path) -> Result<(Config, Weights), LoadError> {
+    match Gguf::find(path) {
+        Some(file) => {
+            let gguf = Gguf::open(&file)?;
+            let config = Config::of(&Fields::of(gguf.path(), gguf.config()), None)?;
+            let text = gguf.config().to_string();
+            let mut weights = Weights::of_gguf(gguf);
+            weights.hash_bytes(text.as_bytes());
+            Ok((config, weights))
+        }
+        None => {
+            let config = Config::read(path)?;
+            let mut weights = Weights::open(path)?;
+            weights.hash_bytes(&read(&path.join("config.json"))?);
+            Ok((config, weights))
+        }
     }
 }
 

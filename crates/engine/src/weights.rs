@@ -78,6 +78,17 @@ impl Weights {
         self.gguf.as_ref()
     }
 
+    /// How many values all tensors have, and the bytes that they take in memory.
+    pub(crate) fn size(&self) -> (u64, u64) {
+        if let Some(gguf) = &self.gguf {
+            return gguf.size();
+        }
+        let count =
+            |place: &TensorInfo| place.shape.iter().fold(1_u64, |count, size| count.saturating_mul(*size as u64));
+        let values = self.tensors.values().map(|(_, place)| count(place)).sum();
+        (values, 4 * values)
+    }
+
     /// Whether a tensor of that name exists.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.gguf.as_ref().map_or_else(|| self.tensors.contains_key(name), |gguf| gguf.has(name))
