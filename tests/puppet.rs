@@ -53,7 +53,10 @@ struct Performer {
 
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
-        self.models.iter().map(|model| Offer { lane: model.lane(), capacity: CAPACITY, tokens: None }).collect()
+        self.models
+            .iter()
+            .map(|model| Offer { lane: model.lane(), capacity: CAPACITY, tokens: None, changes: None })
+            .collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {

@@ -39,11 +39,6 @@ pub(crate) trait Forward: Send {
         Cost::default()
     }
 
-    /// Bytes that the device reads in a second, where its data sheet tells.
-    fn bytes_per_s(&self) -> Option<f64> {
-        None
-    }
-
     /// The time of the last step by the device's own clock, where that is not the time that passed.
     fn device_time(&mut self) -> Option<Duration> {
         None

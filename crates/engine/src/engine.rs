@@ -357,7 +357,6 @@ pub struct Engine {
     load: Arc<Load>,
     gauge: Arc<Gauge>,
     cost: Cost,
-    device_bytes_per_s: Option<f64>,
     next_id: AtomicU64,
     thread: Option<JoinHandle<()>>,
 }
@@ -407,7 +406,6 @@ impl Engine {
         // Keys that depend on how long their sequence gets are no beginning for another.
         let keeps_prefixes = options.prefix_cache && forward.restarts_after().is_none();
         let schedule = Schedule::new(blocks, keeps_prefixes);
-        let device_bytes_per_s = forward.bytes_per_s();
         let (gauge, cost) = (Arc::new(Gauge::default()), forward.cost());
         let runner = run::Runner::new(forward, schedule, limits, (Arc::clone(&load), Arc::clone(&gauge)), receiver);
         let thread = std::thread::Builder::new()
@@ -415,7 +413,7 @@ impl Engine {
             .spawn(move || runner.run())
             .map_err(|source| StartError::Thread { source })?;
         let next_id = AtomicU64::new(1);
-        Ok(Self { card, options, commands, load, gauge, cost, device_bytes_per_s, next_id, thread: Some(thread) })
+        Ok(Self { card, options, commands, load, gauge, cost, next_id, thread: Some(thread) })
     }
 
     /// What the model says of itself, and its words.
@@ -529,12 +527,6 @@ impl Engine {
     #[must_use]
     pub const fn cost(&self) -> &Cost {
         &self.cost
-    }
-
-    /// Bytes that its device reads in a second, where that is known without measuring.
-    #[must_use]
-    pub const fn device_bytes_per_s(&self) -> Option<f64> {
-        self.device_bytes_per_s
     }
 
     /// The options it was started with.

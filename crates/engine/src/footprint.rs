@@ -10,10 +10,11 @@ use crate::config::Config;
 use crate::engine::EngineOptions;
 use crate::error::LoadError;
 use crate::kv::BLOCK_TOKENS;
-use crate::model::{LoadOptions, open};
+use crate::model::{LoadOptions, open, shape};
+use crate::sim::Device;
 
-/// Bytes of a float32 value, which all that is computed is on this backend.
-const VALUE: u64 = 4;
+/// Bytes of a float32 value, which all that is computed is on the CPU.
+const FLOAT32: u64 = 4;
 
 /// The sizes that decide what a model takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,10 +44,25 @@ impl Footprint {
         let (config, weights) = open(path)?;
         let (values, weights_bytes) = weights.size();
         let lanes = Cpu::new(options.threads)?.lanes(usize::try_from(values).unwrap_or(usize::MAX));
-        Ok(Self::of(&config, weights_bytes, lanes))
+        Ok(Self::of(&config, weights_bytes, lanes, FLOAT32))
     }
 
-    fn of(config: &Config, weights_bytes: u64, lanes: usize) -> Self {
+    /// Reads the shape of a model that a simulated device shall hold.
+    ///
+    /// # Errors
+    /// Whatever is missing, malformed or unsupported in it, and weights that the device has no room for.
+    pub fn simulated(path: &Path, device: &Device) -> Result<Self, LoadError> {
+        let (config, _) = shape(path)?;
+        let (needed_bytes, memory_bytes) = (device.cost(&config).model_bytes(), device.gpu.memory_bytes);
+        if needed_bytes > memory_bytes {
+            let (path, device) = (path.to_owned(), device.gpu.name);
+            return Err(LoadError::TooLarge { path, device, needed_bytes, memory_bytes });
+        }
+        Ok(Self::of(&config, needed_bytes, 1, device.dtype.bytes()))
+    }
+
+    fn of(config: &Config, weights_bytes: u64, lanes: usize, value_bytes: u64) -> Self {
+        let bytes = |values: usize| value_bytes.saturating_mul(values as u64);
         let experts = config.experts.as_ref();
         let inner = config.inner.max(experts.map_or(0, |experts| experts.inner));
         let heads = config.heads * config.head_dim;
@@ -92,10 +108,6 @@ impl Footprint {
         let blocks = bytes.checked_div(self.kv_block_bytes).unwrap_or(0);
         usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(BLOCK_TOKENS)
     }
-}
-
-fn bytes(values: usize) -> u64 {
-    VALUE.saturating_mul(values as u64)
 }
 
 #[cfg(test)]

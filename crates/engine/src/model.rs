@@ -109,8 +109,6 @@ pub enum PromptError {
 pub struct Model {
     card: Arc<ModelCard>,
     forward: Box<dyn Forward>,
-    /// Tokens whose keys and values fit on the device beside the weights, where that is known.
-    kv_tokens_max: Option<usize>,
 }
 
 impl std::fmt::Debug for Model {
@@ -154,38 +152,17 @@ impl Model {
         };
         let instructions = decoder.backend().instructions();
         let card = front.card(config, fingerprint, instructions);
-        Ok(Self { card: Arc::new(card), forward: Box::new(decoder), kv_tokens_max: None })
+        Ok(Self { card: Arc::new(card), forward: Box::new(decoder) })
     }
 
     /// The shape and the words of a model on a simulated device: its weights are neither needed nor read.
     ///
     /// # Errors
-    /// Whatever of config and tokenizer is missing or malformed, and weights that the device has no room for.
+    /// Whatever of config and tokenizer is missing or malformed.
     pub fn simulated(paths: &ModelPaths, device: &Device) -> Result<Self, LoadError> {
-        let path = &paths.model_path;
-        let (config, mut weights) = match Gguf::find(path) {
-            Some(path) => {
-                let gguf = Gguf::open(&path)?;
-                (Config::of(&Fields::of(gguf.path(), gguf.config()), None)?, Weights::of_gguf(gguf))
-            }
-            None => {
-                let mut weights = Weights::empty(path);
-                weights.hash_bytes(&read(&path.join("config.json"))?);
-                (Config::read(path)?, weights)
-            }
-        };
+        let (config, mut weights) = shape(&paths.model_path)?;
         let front = Front::read(paths, config.architecture, &mut weights)?;
         let simulated = Simulated::new(&config, device);
-        let (needed_bytes, memory_bytes) = (simulated.cost().model_bytes(), device.gpu.memory_bytes);
-        if needed_bytes > memory_bytes {
-            return Err(LoadError::TooLarge {
-                path: path.clone(),
-                device: device.gpu.name,
-                needed_bytes,
-                memory_bytes,
-            });
-        }
-        let left = (memory_bytes - needed_bytes) / simulated.cost().kv_bytes.max(1);
         let fingerprint = Fingerprint {
             model: weights.finish(),
             dtype: device.dtype.name(),
@@ -194,14 +171,7 @@ impl Model {
             version: env!("CARGO_PKG_VERSION"),
         };
         let card = front.card(config, fingerprint, format!("simulated {}", device.gpu.name));
-        let kv_tokens_max = Some(usize::try_from(left).unwrap_or(usize::MAX));
-        Ok(Self { card: Arc::new(card), forward: Box::new(simulated), kv_tokens_max })
-    }
-
-    /// Tokens whose keys and values fit on the device beside the weights, where that is known.
-    #[must_use]
-    pub const fn kv_tokens_max(&self) -> Option<usize> {
-        self.kv_tokens_max
+        Ok(Self { card: Arc::new(card), forward: Box::new(simulated) })
     }
 
     /// What the model says of itself, and its words.
@@ -374,6 +344,17 @@ pub(crate) fn open(path: &Path) -> Result<(Config, Weights), LoadError> {
             Ok((config, weights))
         }
     }
+}
+
+/// The shape of a model, and no weights.
+pub(crate) fn shape(path: &Path) -> Result<(Config, Weights), LoadError> {
+    if let Some(file) = Gguf::find(path) {
+        let gguf = Gguf::open(&file)?;
+        return Ok((Config::of(&Fields::of(gguf.path(), gguf.config()), None)?, Weights::of_gguf(gguf)));
+    }
+    let mut weights = Weights::empty(path);
+    weights.hash_bytes(&read(&path.join("config.json"))?);
+    Ok((Config::read(path)?, weights))
 }
 
 /// The tokenizer's files.

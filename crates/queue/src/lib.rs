@@ -6,6 +6,7 @@
 mod cluster;
 mod connection;
 mod dead;
+mod demand;
 pub mod error;
 mod events;
 mod keys;
@@ -23,6 +24,7 @@ mod upkeep;
 mod work;
 
 pub use dead::{Purge, Redrive, Redriven};
+pub use demand::Demand;
 pub use error::QueueError;
 pub use events::{Event, Events, Hint, Hints};
 pub use keys::Which;

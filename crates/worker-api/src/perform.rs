@@ -73,7 +73,8 @@ impl Performer {
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
         let lanes = self.catalog.endpoints.keys();
-        lanes.map(|lane| Offer { lane: lane.clone(), capacity: self.limits.calls_max, tokens: None }).collect()
+        let capacity = self.limits.calls_max;
+        lanes.map(|lane| Offer { lane: lane.clone(), capacity, tokens: None, changes: None }).collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {

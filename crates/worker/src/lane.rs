@@ -3,12 +3,12 @@
 
 use crate::attempt::{Bench, Stop, attempt, finish};
 use crate::finisher::Finisher;
-use crate::perform::{Offer, Perform, Started};
+use crate::perform::{Offer, Perform, Places, Started};
 use crate::run::Options;
 use crate::text::{PIECES_MAX, pass_on};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::ids::LaneNumber;
-use genmill_queue::{Beat, Holding, Lease, Queue, Room, Slots};
+use genmill_queue::{Beat, Demand, Holding, Lease, Queue, Room, Slots};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -132,11 +132,44 @@ impl<P: Perform> LaneLoop<P> {
             let rested = self.last_beat + CANCELS_EVERY;
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = bell.work.notified() => self.hungry = true,
+                () = bell.work.notified() => {
+                    self.hungry = true;
+                    if self.offer.capacity == 0 {
+                        self.look().await;
+                    }
+                }
                 () = async { sleep_until(rested).await; bell.cancel.notified().await } => self.heartbeat().await,
-                _ = claim.tick() => self.hungry = true,
+                places = changed(&mut self.offer) => self.take_places(places).await,
+                _ = claim.tick() => {
+                    self.hungry = true;
+                    self.look().await;
+                }
                 _ = beat.tick() => self.heartbeat().await,
                 Some(ended) = self.attempts.join_next_with_id() => self.attempts_ended(ended),
+            }
+        }
+    }
+
+    /// Takes more or less from now on, and says so.
+    async fn take_places(&mut self, places: Places) {
+        (self.offer.capacity, self.offer.tokens) = (places.capacity, places.tokens);
+        self.hungry = true;
+        self.heartbeat().await;
+    }
+
+    /// Tells the performer what waits, where that decides what it takes.
+    async fn look(&mut self) {
+        if self.offer.changes.is_none() {
+            return;
+        }
+        match self.queue.demand(self.number).await {
+            Ok(Demand { waiting, capacity }) => {
+                let elsewhere = capacity > u64::from(self.offer.capacity);
+                self.bench.performer.waits(&self.offer.lane, waiting, elsewhere);
+            }
+            Err(error) => {
+                let lane = self.number.0;
+                tracing::warn!(error = error.in_full(), lane, "cannot look at what waits; trying again soon");
             }
         }
     }
@@ -278,6 +311,16 @@ impl<P: Perform> LaneLoop<P> {
             tracing::warn!(lane = self.number.0, "left without saying so; what it could run is forgotten by itself");
         }
     }
+}
+
+/// Completes when an offer has changed, with what it is now.
+async fn changed(offer: &mut Offer) -> Places {
+    if let Some(changes) = &mut offer.changes
+        && changes.changed().await.is_ok()
+    {
+        return *changes.borrow_and_update();
+    }
+    std::future::pending().await
 }
 
 /// What an attempt is told; nothing of handing back when its work began while the beat was on its way.

@@ -10,7 +10,7 @@ use genmill_queue::Held;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// A job in this worker's hands.
@@ -25,13 +25,24 @@ pub struct Task {
 }
 
 /// A lane that a worker serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Offer {
     /// The lane.
     pub lane: Lane,
     /// How many of its jobs run at once.
     pub capacity: u32,
     /// How many tokens, of prompts and bounds of output, it can hold at once; `None`: no bound.
+    pub tokens: Option<u64>,
+    /// Where both change while the worker runs: what holds from now on.
+    pub changes: Option<watch::Receiver<Places>>,
+}
+
+/// What a worker can take from a lane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Places {
+    /// How many of its jobs run at once; 0: it takes none now.
+    pub capacity: u32,
+    /// As in [`Offer`].
     pub tokens: Option<u64>,
 }
 
@@ -46,6 +57,17 @@ pub trait Perform: Send + Sync + 'static {
     /// What it has measured of itself, in the text format of Prometheus. Asked whenever somebody reads /metrics.
     fn metrics(&self) -> String {
         String::new()
+    }
+
+    /// Completes when what [`Perform::models`] answers has changed, so that it is registered at once.
+    fn changed(&self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
+
+    /// Told about every second what waits in a lane whose offer changes. The worker's own places are no part of what
+    /// others can run.
+    fn waits(&self, lane: &Lane, waiting: u64, elsewhere: bool) {
+        let _ = (lane, waiting, elsewhere);
     }
 
     /// Performs one job. Reports text as it comes. When `stop` is cancelled (the job was cancelled, timed out, lost its

@@ -57,7 +57,7 @@ pub(crate) fn generation() -> Generation {
 impl Perform for Noop {
     fn offers(&self) -> Vec<Offer> {
         let lane = served().map(|served| served.name.lane());
-        lane.map(|lane| Offer { lane, capacity: CAPACITY, tokens: None }).into_iter().collect()
+        lane.map(|lane| Offer { lane, capacity: CAPACITY, tokens: None, changes: None }).into_iter().collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {
