@@ -623,15 +623,19 @@ impl Sequence {
         self.scores.wanted_of_prompt.is_some() || self.scores.wanted.is_some() && self.guided.is_some()
     }
 
-    /// Scores the token at a position by the logits before it, when it is known already and that is wanted.
+    /// Scores the token at a position by the logits before it, when it is known already and that is wanted. A sequence that
+    /// is computed again from its beginning keeps the scores that it has.
     fn score_known(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<(), RequestError> {
         let Some(token) = self.ids.get(position) else { return Ok(()) };
-        let (wanted, scores) = if position < self.prompt_tokens {
-            (self.scores.wanted_of_prompt, &mut self.scores.prompt)
+        // Nothing stands before the prompt's first token, so it has none.
+        let (wanted, scores, before) = if position < self.prompt_tokens {
+            (self.scores.wanted_of_prompt, &mut self.scores.prompt, position - 1)
         } else {
-            (self.scores.wanted, &mut self.scores.generated)
+            (self.scores.wanted, &mut self.scores.generated, position - self.prompt_tokens)
         };
-        if let Some(top) = wanted {
+        if let Some(top) = wanted
+            && scores.len() == before
+        {
             let scored = score(logits, *token, top, workspace);
             scores.push(scored.map_err(|source| RequestError::NotFinite { position, source })?);
         }

@@ -76,7 +76,7 @@ fn what_is_not_supported_is_named() {
 #[test]
 fn a_rotation_that_is_not_supported_is_named() {
     let check = |scaling: Value, expected: &str| check_config("llama2", "rope_scaling", scaling, expected);
-    check(json!({"type": "dynamic", "factor": 4.0}), "rope_scaling has type dynamic; supported are");
+    check(json!({"type": "ntk", "factor": 4.0}), "rope_scaling has type ntk; supported are");
     check(json!({"type": "linear"}), "rope_scaling has no factor");
     check(json!({"type": "linear", "factor": 0}), "factor is 0, not a positive number");
     check(json!({"rope_type": "llama3", "factor": 8.0}), "rope_scaling has no low_freq_factor");
