@@ -341,7 +341,7 @@ impl<B: Backend> Buffers<B> {
         let heads = heads(config, 0);
         let rows = room.rows;
         let experts = config.experts.as_ref();
-        let inner = config.inner.max(experts.map_or(0, |experts| experts.inner));
+        let inner = config.widest_inner();
         let zeros = |width: usize| backend.zeros(rows * width);
         Self {
             cache: backend.cache(config.layers, room.blocks, &heads),

@@ -10,8 +10,10 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use crate::architectures::Orientation;
@@ -43,6 +45,9 @@ struct Shard {
 
 /// A header longer than this is a broken or hostile file, as in the safetensors library.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// The types that weights may have.
+const FLOATS: [Dtype; 4] = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16];
 
 impl Weights {
     /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names, and
@@ -164,13 +169,15 @@ impl Weights {
     fn add(&mut self, path: PathBuf) -> Result<(), LoadError> {
         let mut file = File::open(&path).map_err(|source| LoadError::Read { path: path.clone(), source })?;
         let (header, data_start, data_bytes) = header(&path, &mut file)?;
-        for (name, value) in header {
-            if name == "__metadata__" {
-                continue;
+        let mut places = Vec::new();
+        for (name, entry) in header {
+            if name != "__metadata__" {
+                let place = place(&path, &name, entry.get(), data_bytes)?;
+                places.push((name, place));
             }
-            let place = place(&path, &name, value, data_bytes)?;
-            self.tensors.insert(name, (self.shards.len(), place));
         }
+        check_order(&path, &mut places)?;
+        self.tensors.extend(places.into_iter().map(|(name, place)| (name, (self.shards.len(), place))));
         self.shards.push(Shard { path, file, data_start });
         Ok(())
     }
@@ -191,6 +198,12 @@ impl Weights {
                 tensor: name.to_owned(),
                 found: place.shape.clone(),
                 expected: shape.to_owned(),
+            });
+        }
+        if !FLOATS.contains(&place.dtype) {
+            return Err(LoadError::Checkpoint {
+                path: shard.path.clone(),
+                reason: format!("tensor {name} has type {:?}; weights are F32, F16 or BF16", place.dtype),
             });
         }
         let bytes = shard.read(place)?;
@@ -256,8 +269,12 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
 }
 
+/// The entries of a header, whose values are taken apart one by one: all of them at once would need many times the
+/// memory that the header has.
+type Entries = BTreeMap<String, Box<RawValue>>;
+
 /// The header of a safetensors file: its entries, where the data begins and how long it is.
-fn header(path: &Path, file: &mut File) -> Result<(serde_json::Map<String, Value>, u64, u64), LoadError> {
+fn header(path: &Path, file: &mut File) -> Result<(Entries, u64, u64), LoadError> {
     let read = |source| LoadError::Read { path: path.to_owned(), source };
     let broken = |reason: String| LoadError::Checkpoint { path: path.to_owned(), reason };
     let length = file.metadata().map_err(read)?.len();
@@ -277,9 +294,9 @@ fn header(path: &Path, file: &mut File) -> Result<(serde_json::Map<String, Value
 }
 
 /// One entry of a header, checked against the file's length and its own shape.
-fn place(path: &Path, name: &str, value: Value, data_bytes: u64) -> Result<TensorInfo, LoadError> {
+fn place(path: &Path, name: &str, entry: &str, data_bytes: u64) -> Result<TensorInfo, LoadError> {
     let broken = |reason: String| LoadError::Checkpoint { path: path.to_owned(), reason };
-    let place: TensorInfo = serde_json::from_value(value)
+    let place: TensorInfo = serde_json::from_str(entry)
         .map_err(|source| broken(format!("tensor {name} has a malformed entry ({source})")))?;
     let (start, end) = place.data_offsets;
     let fits = start <= end && u64::try_from(end).is_ok_and(|end| end <= data_bytes);
@@ -299,4 +316,17 @@ fn place(path: &Path, name: &str, value: Value, data_bytes: u64) -> Result<Tenso
         )));
     }
     Ok(place)
+}
+
+/// Tensors that share bytes are a damaged file, or one that would fill the memory many times over.
+fn check_order(path: &Path, places: &mut [(String, TensorInfo)]) -> Result<(), LoadError> {
+    places.sort_by_key(|(_, place)| place.data_offsets);
+    let overlap = places.windows(2).find(|pair| pair[1].1.data_offsets.0 < pair[0].1.data_offsets.1);
+    match overlap {
+        Some([(one, _), (other, _)]) => Err(LoadError::Checkpoint {
+            path: path.to_owned(),
+            reason: format!("tensors {one} and {other} overlap: it is damaged"),
+        }),
+        _ => Ok(()),
+    }
 }

@@ -226,6 +226,49 @@ fn an_entry_that_lies_is_an_error() {
     }
 }
 
+/// Writes model.safetensors of a copy of a fixture with a changed header.
+fn check_header(change: impl FnOnce(&mut Value), expected: &str) {
+    let folder = copy("qwen2");
+    let path = folder.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let end = 8 + usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    let mut header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+    change(&mut header);
+    let text = header.to_string();
+    let parts = [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &bytes[end..]];
+    fs::write(path, parts.concat()).unwrap();
+    let error = error(folder.path());
+    assert!(error.contains(expected), "{error}");
+}
+
+#[test]
+fn tensors_that_share_bytes_are_an_error() {
+    let (one, other) = ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight");
+    check_header(|header| header[other] = header[one].clone(), &format!("tensors {one} and {other} overlap"));
+}
+
+#[test]
+fn weights_that_are_no_floating_point_numbers_are_an_error() {
+    let norm = "model.norm.weight";
+    check_header(|header| header[norm]["dtype"] = json!("I32"), "tensor model.norm.weight has type I32");
+}
+
+/// Nothing is made of a width that no layer has.
+#[test]
+fn a_width_that_no_layer_has_costs_nothing() {
+    let folder = copy("qwen3-moe");
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let widest = |config: &Value| {
+        fs::write(&path, config.to_string()).unwrap();
+        Config::read(folder.path()).unwrap().widest_inner()
+    };
+    config["intermediate_size"] = json!(1 << 28);
+    assert_eq!(widest(&config), 1 << 28);
+    config["mlp_only_layers"] = json!([]);
+    assert_eq!(widest(&config), 20);
+}
+
 #[test]
 fn a_broken_template_is_an_error() {
     let folder = copy("qwen2");
