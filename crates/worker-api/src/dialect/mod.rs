@@ -7,6 +7,7 @@ mod bedrock;
 mod cohere;
 #[cfg(test)]
 mod conformance;
+mod conversation;
 mod errors;
 mod gemini;
 mod ollama;
@@ -20,6 +21,7 @@ use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
+use serde_json::Value;
 
 pub(crate) use parameters::FILLED_IN;
 
@@ -175,10 +177,21 @@ pub enum StreamEvent {
     Done,
 }
 
+impl StreamEvent {
+    /// Why the text ended, by the names that a dialect has for it. A name that is not known is no error.
+    fn finished(reason: &Value, known: &[(&str, FinishReason)]) -> Option<Self> {
+        let reason = reason.as_str().filter(|reason| !reason.is_empty())?;
+        let known = known.iter().find(|(name, _)| name.eq_ignore_ascii_case(reason));
+        Some(Self::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
+    }
+}
+
 /// A way of speaking to providers.
 pub trait Dialect: Sync {
     /// Where the key goes.
-    fn key_header(&self) -> KeyHeader;
+    fn key_header(&self) -> KeyHeader {
+        KeyHeader { name: "authorization", scheme: "Bearer " }
+    }
 
     /// Where the list of models is, below the base URL; `None` when there is none.
     fn models_path(&self) -> Option<&'static str> {

@@ -2,9 +2,8 @@
 
 mod extras;
 
-use super::sse::Events;
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{errors, parameters};
+use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{conversation, errors, parameters, sse};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
 use genmill_core::job::JobSpec;
@@ -43,10 +42,6 @@ const FINISHED_BY_ERROR: &[&str] = &["error", "insufficient_system_resource", "a
 pub(super) struct OpenAi;
 
 impl Dialect for OpenAi {
-    fn key_header(&self) -> KeyHeader {
-        KeyHeader { name: "authorization", scheme: "Bearer " }
-    }
-
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
         let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
         let (body, left_out) = body(spec, model, provider, streaming);
@@ -58,7 +53,7 @@ impl Dialect for OpenAi {
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
-        Box::new(Decoder::default())
+        sse::reading(events)
     }
 }
 
@@ -77,7 +72,8 @@ fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) 
     ];
     let rows = rows.into_iter().chain(extras::parameters(&sampling.controls));
     let model_field = provider.model_field.as_deref().unwrap_or("model");
-    let mut body = json!({model_field: model, "messages": extras::messages(&spec.input)});
+    let mut body =
+        json!({model_field: model, "messages": conversation::each(&spec.input, |said| [extras::message(said)])});
     for (field, value) in &provider.body {
         body[field] = json!(value);
     }
@@ -89,25 +85,6 @@ fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) 
         }
     }
     (body, left_out)
-}
-
-/// Reads a stream of chunks.
-#[derive(Debug, Default)]
-struct Decoder {
-    events: Events,
-}
-
-impl StreamDecoder for Decoder {
-    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
-        match self.events.push(bytes) {
-            Ok(data) => data.iter().flat_map(|data| events(data)).collect(),
-            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
-        }
-    }
-
-    fn end(&mut self) -> Vec<StreamEvent> {
-        self.events.end().map(|data| events(&data)).unwrap_or_default()
-    }
 }
 
 /// A chat completion or a chunk of one, as far as it is read.
@@ -234,19 +211,13 @@ fn of_choice(choice: Choice) -> Vec<StreamEvent> {
         events.extend(extras::tool_calls(&tool_calls));
     }
     events.extend(extras::logprobs(&choice.logprobs));
-    match choice.finish_reason.as_ref().and_then(Value::as_str).filter(|reason| !reason.is_empty()) {
-        Some(reason) if FINISHED_BY_ERROR.contains(&reason) => {
-            events.push(StreamEvent::Error(ProviderError::saying("the provider failed while it answered")));
-        }
-        Some(reason) => events.push(StreamEvent::Finished(finish_reason(reason))),
-        None => {}
+    let reason = choice.finish_reason.unwrap_or_default();
+    if reason.as_str().is_some_and(|reason| FINISHED_BY_ERROR.contains(&reason)) {
+        events.push(StreamEvent::Error(ProviderError::saying("the provider failed while it answered")));
+    } else {
+        events.extend(StreamEvent::finished(&reason, FINISH_REASONS));
     }
     events
-}
-
-fn finish_reason(reason: &str) -> FinishReason {
-    let known = FINISH_REASONS.iter().find(|(name, _)| name.eq_ignore_ascii_case(reason));
-    known.map_or(FinishReason::Unknown, |(_, reason)| *reason)
 }
 
 /// The text of a content: a string, or a list of parts of which some are text.
