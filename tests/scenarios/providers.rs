@@ -104,6 +104,37 @@ async fn every_provider_answers_through_the_queue_each_in_its_dialect() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn jobs_wait_while_their_provider_asks_to_be_spared() {
+    let mill = Mill::new().await;
+    let client = mill.client().await;
+    let model = MODELS[0];
+    let throttled =
+        "!status=429 times=1 header=x-ratelimit-remaining-requests:0 header=x-ratelimit-reset-requests:2s a";
+    let first = client.submit(Request::new(model).prompt(throttled)).await.unwrap().job.id;
+    let refused = async {
+        while !mill.place.provider.bill().statuses.contains_key(&429) {
+            tokio::task::yield_now().await
+        }
+    };
+    timeout(WITHIN, refused).await.expect("the first call is refused");
+    // These find the circuit open; they wait without a failure, and without a call before the time.
+    let waiting = futures_util::future::join_all((0..5).map(|n| {
+        let client = &client;
+        async move { finished(client, model, &format!("wait {n}")).await }
+    }));
+    for job in waiting.await {
+        assert_eq!((job.state(), job.failures), (v1::JobState::Succeeded, 0), "{:?}", job.attempt_history);
+    }
+    let calls = mill.place.provider.calls();
+    let refused_at = calls[0].ended.unwrap();
+    assert!(calls[1..].iter().all(|call| call.begun >= refused_at + Duration::from_millis(1_900)), "{calls:?}");
+    let ending = async { while client.get(&first).await.unwrap().finished_at.is_none() {} };
+    timeout(WITHIN, ending).await.expect("the first job does not end");
+    let first = client.get(&first).await.unwrap();
+    assert_eq!((first.state(), first.failures), (v1::JobState::Succeeded, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn providers_are_listed_shown_and_tested() {
     let mill = Mill::new().await;
     let (code, out) = mill.providers(&["list", "--ready"]);

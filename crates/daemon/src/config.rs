@@ -242,13 +242,24 @@ pub struct Api {
     pub calls_max: u32,
     /// How long connecting to a provider may take, in milliseconds.
     pub connect_timeout_ms: u64,
+    /// How long the first byte of an answer may take, in milliseconds; 0: as long as the whole attempt, whose bound is the
+    /// job's `timeout_ms`.
+    pub first_byte_timeout_ms: u64,
+    /// How long a provider may be silent in the middle of an answer, in milliseconds; 0: as long as the whole attempt.
+    pub idle_timeout_ms: u64,
     /// Whether a parameter that a provider does not take is left out and noted in the result, instead of failing the job.
     pub drop_params: bool,
 }
 
 impl Default for Api {
     fn default() -> Self {
-        Self { calls_max: 64, connect_timeout_ms: 10_000, drop_params: false }
+        Self {
+            calls_max: 64,
+            connect_timeout_ms: 10_000,
+            first_byte_timeout_ms: 300_000,
+            idle_timeout_ms: 60_000,
+            drop_params: false,
+        }
     }
 }
 

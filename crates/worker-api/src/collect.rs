@@ -120,6 +120,12 @@ impl Collected {
         Some(piece)
     }
 
+    /// How much of the answer has come, in bytes of text and thought.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.text.len() + self.reasoning.len()
+    }
+
     /// True when the text is whole; usage may still come.
     #[must_use]
     pub fn is_whole(&self) -> bool {

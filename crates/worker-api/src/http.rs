@@ -2,6 +2,7 @@
 
 use reqwest::redirect::Policy;
 use reqwest::{Client, ClientBuilder, Url};
+use std::error::Error;
 use std::time::Duration;
 
 /// How long an unused connection is kept, which is less than most servers keep theirs.
@@ -28,7 +29,7 @@ impl Http {
             Ok(outside) => Ok(Self { outside, loopback: base().no_proxy().build()? }),
             Err(error) => {
                 tracing::warn!(
-                    problem = cause(&error),
+                    problem = %Trouble::of(&error),
                     "providers on https cannot be reached; is the package ca-certificates installed?"
                 );
                 let bare = |builder: ClientBuilder| builder.tls_certs_only([]).build();
@@ -50,17 +51,56 @@ fn is_loopback(url: &Url) -> bool {
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// What went wrong with a connection, in words: the innermost cause, without the URL.
-#[must_use]
-pub fn cause(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
+/// What went wrong with a connection, for a person: the innermost cause without the URL, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    cause: String,
+    advice: &'static str,
+}
+
+/// What causes say that a person can do something about, in small letters.
+const ADVICE: &[(&[&str], &str)] = &[
+    (
+        &["dns error", "failed to lookup address", "name or service not known", "no such host"],
+        "its name has no address: check base_url, the network and its name server (DNS)",
+    ),
+    (
+        &["unknownissuer", "unknown issuer", "self-signed", "unknownca", "unknown ca"],
+        "its certificate is of an authority that is not known here: name that in api.ca_file",
+    ),
+    (
+        &["certificate", "notvalidforname", "expired"],
+        "its certificate is not good: check base_url and this machine's clock",
+    ),
+    (&["corrupt message", "invalidcontenttype", "wrong version", "tls"], "it does not speak TLS there: check base_url"),
+    (&["proxy", "tunnel"], "the proxy refuses: check HTTPS_PROXY and NO_PROXY, or api.proxy"),
+    (&["connection refused"], "nothing listens there: check base_url, and that the server runs"),
+];
+
+impl Trouble {
+    /// What went wrong.
+    #[must_use]
+    pub fn of(error: &reqwest::Error) -> Self {
+        let chain: Vec<String> =
+            std::iter::successors(Some(error as &(dyn Error + 'static)), |error| (*error).source())
+                .map(ToString::to_string)
+                .collect();
+        let cause = match chain.last() {
+            Some(_) if chain.len() == 1 && error.is_timeout() => "it took too long".to_owned(),
+            Some(cause) => cause.clone(),
+            None => String::new(),
+        };
+        // The outermost text has the URL, whose words mean nothing here.
+        let told = chain.get(1..).unwrap_or_default().join(" ").to_lowercase();
+        let known = ADVICE.iter().find(|(signs, _)| signs.iter().any(|sign| told.contains(sign)));
+        Self { cause, advice: known.map_or("", |(_, advice)| *advice) }
     }
-    if std::ptr::addr_eq(cause, error) && error.is_timeout() {
-        "it took too long".to_owned()
-    } else {
-        cause.to_string()
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.cause)?;
+        if self.advice.is_empty() { Ok(()) } else { write!(f, ": {}", self.advice) }
     }
 }
 

@@ -1,7 +1,8 @@
 //! `genmill providers`: what is known of providers, and whether they answer. Never here: generating anything.
 
 use crate::catalog::{Endpoint, Sources};
-use crate::http::{Http, cause};
+use crate::failure::{classify, redact};
+use crate::http::{Http, Trouble};
 use crate::providers::{KeyNeed, OWN_FILE, Table};
 use anyhow::Context as _;
 use genmill_core::registration::Availability;
@@ -176,10 +177,10 @@ async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, Stri
         request = request.header(header, value);
     }
     let asked = async {
-        let mut response = endpoint.with_key(request).send().await.map_err(|error| cause(&error))?;
+        let mut response = endpoint.with_key(request).send().await.map_err(|error| Trouble::of(&error).to_string())?;
         let status = response.status();
         let mut body = Vec::new();
-        while let Some(bytes) = response.chunk().await.map_err(|error| cause(&error))? {
+        while let Some(bytes) = response.chunk().await.map_err(|error| Trouble::of(&error).to_string())? {
             body.extend_from_slice(&bytes);
             if body.len() > LIST_BYTES_MAX {
                 return Err("its list of models is longer than 16 MiB".to_owned());
@@ -188,8 +189,8 @@ async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, Stri
         if !status.is_success() {
             let error = endpoint.dialect.decode_error(&body);
             let key = endpoint.key.as_ref().map(|key| key.reveal());
-            let told = crate::classify::redact(error, key.into_iter());
-            return Err(crate::classify::classify(&endpoint.name, status.as_u16(), &told).message);
+            let told = redact(error, key.into_iter());
+            return Err(classify(&endpoint.name, status.as_u16(), &told).message);
         }
         serde_json::from_slice(&body).map_err(|_| "its list of models is no JSON".to_owned())
     };

@@ -67,7 +67,9 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     }
     let api = &context.config.api;
     let unsupported = if api.drop_params { Unsupported::LeaveOut } else { Unsupported::Refuse };
-    let limits = Limits { calls_max: api.calls_max, unsupported };
+    let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
+    let (first_byte, idle) = (limit(api.first_byte_timeout_ms), limit(api.idle_timeout_ms));
+    let limits = Limits { calls_max: api.calls_max, unsupported, first_byte, idle };
     let http = Http::new(Duration::from_millis(api.connect_timeout_ms)).context("cannot set up HTTP")?;
     Ok(Performer::new(catalog, Prices::embedded()?, http, limits))
 }

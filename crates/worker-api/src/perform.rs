@@ -1,39 +1,32 @@
-//! Performs a job: one call to its provider, its text reported as it comes.
+//! Performs a job: one call to its provider, once its circuit lets it pass, and what came of it.
 //!
 //! Never here: another try after a failure, and the bound of the whole attempt, which the worker's loop keeps.
 
+use crate::breaker;
+use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
-use crate::classify::{classify, redact, retry_after_ms};
 use crate::collect::Collected;
-use crate::dialect::{Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
-use crate::http::{Http, cause};
+use crate::failure::{Fault, Health, Kind};
+use crate::gates::{Gates, Passage, patience};
+use crate::http::Http;
 use crate::prices::Prices;
+use crate::repeats::Repeats;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
+use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
-use genmill_core::request::Input;
-use genmill_core::time::UnixMs;
-use genmill_daemon::clock::now_unix_ms;
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
-use reqwest::{Response, StatusCode};
 use std::time::Duration;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The longest answer that is read, in bytes: far above what the largest models write.
-const ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// A job waits in the worker's hands for so long at most until its provider may be called, and never for more than half
+/// of what its attempt may take. Then the queue has it back, as if it had never been taken.
+const HELD_MAX: Duration = Duration::from_secs(30);
 
-/// The most that is read of a refusal, in bytes.
-const REFUSAL_BYTES_MAX: usize = 64 * 1024;
-
-/// How long the usage is waited for once the text is whole. A provider that does not end its stream must not spoil the
-/// answer.
-const TAIL: Duration = Duration::from_secs(5);
-
-/// In so many looks: a process that was stopped for longer than all of it finds the time over before it has read what came
-/// meanwhile, and loses one look only.
-const TAIL_LOOKS: u32 = 5;
+/// A job that has to wait for longer than this waits in the queue, until the time is known to have come.
+const HANDED_BACK_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Calls providers.
 #[derive(Debug)]
@@ -42,6 +35,8 @@ pub struct Performer {
     prices: Prices,
     http: Http,
     limits: Limits,
+    gates: Gates,
+    repeats: Repeats,
 }
 
 /// How calls are made.
@@ -51,6 +46,10 @@ pub struct Limits {
     pub calls_max: u32,
     /// What becomes of parameters that a provider does not take.
     pub unsupported: Unsupported,
+    /// How long the first byte of an answer may take, from the call on; `None`: as long as the attempt.
+    pub first_byte: Option<Duration>,
+    /// How long may pass between two pieces of an answer; `None`: as long as the attempt.
+    pub idle: Option<Duration>,
 }
 
 /// What becomes of parameters that a provider does not take.
@@ -66,7 +65,7 @@ impl Performer {
     /// A performer that calls the providers of `catalog`.
     #[must_use]
     pub fn new(catalog: Catalog, prices: Prices, http: Http, limits: Limits) -> Self {
-        Self { catalog, prices, http, limits }
+        Self { catalog, prices, http, limits, gates: Gates::default(), repeats: Repeats::default() }
     }
 }
 
@@ -81,236 +80,103 @@ impl Perform for Performer {
         self.catalog.models.clone()
     }
 
+    fn metrics(&self) -> String {
+        self.gates.metrics()
+    }
+
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
-        progress.started.set();
         let lane = task.spec.model.lane();
         let Some(endpoint) = self.catalog.endpoints.get(&lane) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
             return Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
         };
-        let unsupported = self.limits.unsupported;
-        let (spec, progress, begun) = (&task.spec, &mut progress, Instant::now());
-        let mut call = Call { endpoint, http: &self.http, unsupported, spec, progress, begun };
-        let mut collected = Collected::new(&task.spec.sampling.stop);
+        let (spec, begun) = (&task.spec, Instant::now());
+        let gate = self.gates.of(&endpoint.name, spec.model.backend_name());
+        let passage = tokio::select! {
+            biased;
+            () = stop.cancelled() => Err(None),
+            passage = gate.pass(patience(held_max(spec))) => passage,
+        };
+        let passage = match passage {
+            Ok(passage) => passage,
+            Err(until) => return waits(&endpoint.name, until),
+        };
+        progress.started.set();
+        let (http, limits, progress) = (&self.http, self.limits, &mut progress);
+        let mut call = Call { endpoint, http, limits, spec, progress, begun };
+        let mut collected = Collected::new(&spec.sampling.stop);
         let ended = tokio::select! {
             biased;
             ended = call.make(&mut collected) => ended,
             () = stop.cancelled() => Ended::Stopped,
         };
-        self.performed(endpoint, &task.spec, ended, collected)
+        let ended = self.judged(task.id, ended, passage);
+        self.performed(endpoint, spec, ended, collected)
     }
 }
 
 impl Performer {
+    /// Tells the circuit how a call ended, and whether the same failure has come too often.
+    fn judged(&self, job: JobId, ended: Ended, passage: Passage) -> Ended {
+        let fault = match &ended {
+            Ended::Answered => {
+                passage.came(breaker::Came::Told(Health::Works, None));
+                return ended;
+            }
+            // It is given up by itself.
+            Ended::Stopped => return ended,
+            Ended::Refused(fault) | Ended::Broken(fault) => fault,
+        };
+        let asked = fault.asked_ms.map(Duration::from_millis);
+        passage.came(breaker::Came::Told(fault.kind.policy().health, asked));
+        if !fault.mark.as_ref().is_some_and(|mark| self.repeats.ends(job, mark)) {
+            return ended;
+        }
+        match ended {
+            Ended::Refused(fault) => Ended::Refused(fault.repeated()),
+            Ended::Broken(fault) => Ended::Broken(fault.repeated()),
+            Ended::Answered | Ended::Stopped => ended,
+        }
+    }
+
     fn performed(&self, endpoint: &Endpoint, spec: &JobSpec, ended: Ended, collected: Collected) -> Performed {
         let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
         let rates = self.prices.rates(priced_as, spec.model.backend_name());
         let cost = collected.cost(rates.as_ref());
-        match ended {
-            Ended::Refused(failure) => Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) },
-            Ended::Answered | Ended::Broken(_) | Ended::Stopped if collected.is_whole() => {
+        let outcome = match ended {
+            Ended::Refused(fault) => return failed(fault, Some(Picodollars(0))),
+            Ended::Broken(fault) if !collected.is_whole() => return failed(fault, cost),
+            Ended::Stopped if !collected.is_whole() => Outcome::HandedBack,
+            Ended::Answered | Ended::Broken(_) | Ended::Stopped => {
                 let seeded = endpoint.dialect.sends_seed(spec.model.backend_name(), &endpoint.provider);
                 let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
-                let generation = Generation { determinism, ..collected.into_generation() };
-                Performed { outcome: Outcome::Generated(generation), cost }
+                Outcome::Generated(Generation { determinism, ..collected.into_generation() })
             }
-            Ended::Broken(failure) => Performed { outcome: Outcome::Failed(failure), cost },
-            Ended::Answered => Performed { outcome: Outcome::Failed(cut_off(&endpoint.name)), cost },
-            Ended::Stopped => Performed { outcome: Outcome::HandedBack, cost },
-        }
-    }
-}
-
-/// How a call ended.
-#[derive(Debug)]
-enum Ended {
-    /// The provider said all it had to say.
-    Answered,
-    /// Nothing was generated, so nothing is billed.
-    Refused(Failure),
-    /// It failed after something may have been generated.
-    Broken(Failure),
-    /// It was told to stop.
-    Stopped,
-}
-
-fn cut_off(provider: &str) -> Failure {
-    Failure::new(FailureClass::Transient, format!("{provider} ended the connection before the answer was whole"))
-}
-
-/// One call.
-struct Call<'a> {
-    endpoint: &'a Endpoint,
-    http: &'a Http,
-    unsupported: Unsupported,
-    spec: &'a JobSpec,
-    progress: &'a mut Progress,
-    begun: Instant,
-}
-
-impl Call<'_> {
-    async fn make(&mut self, collected: &mut Collected) -> Ended {
-        let endpoint = self.endpoint;
-        let streaming = if endpoint.provider.streaming { Streaming::On } else { Streaming::Off };
-        let model = self.spec.model.backend_name();
-        let encoded = endpoint.dialect.encode(self.spec, model, &endpoint.provider, streaming);
-        if let Some(refused) = self.refuse_unsupported(&encoded.left_out) {
-            return refused;
-        }
-        collected.left_out(&encoded.left_out);
-        let response = match self.send(encoded).await {
-            Ok(response) => response,
-            Err(error) => return self.unreachable(&error),
         };
-        tracing::debug!(provider = endpoint.name, model, status = response.status().as_u16(), "answered");
-        if !response.status().is_success() {
-            return self.refused(response).await;
-        }
-        let kind = response.headers().get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-        match kind.unwrap_or_default().split(';').next().unwrap_or_default().trim() {
-            "text/html" => Ended::Broken(self.failure(FailureClass::Transient, "answered with a web page")),
-            "application/json" => self.read_whole(response, collected).await,
-            // A server that does not say what it sends sends what was asked for.
-            _ if streaming == Streaming::On => self.read_stream(response, collected).await,
-            _ => self.read_whole(response, collected).await,
-        }
+        Performed { outcome, cost }
     }
+}
 
-    /// The failure of a request with parameters that the provider does not take, unless they are to be left out.
-    fn refuse_unsupported(&self, left_out: &[&str]) -> Option<Ended> {
-        let wanted: Vec<&str> = left_out.iter().filter(|name| !FILLED_IN.contains(name)).copied().collect();
-        if wanted.is_empty() || self.unsupported == Unsupported::LeaveOut {
-            return None;
-        }
-        let what = format!(
-            "does not take {} for {}: leave it out of the request, or set drop_params = true under [api]",
-            wanted.join(", "),
-            self.spec.model.backend_name()
-        );
-        Some(Ended::Refused(self.failure(FailureClass::Invalid, &what)))
-    }
+fn failed(fault: Fault, cost: Option<Picodollars>) -> Performed {
+    Performed { outcome: Outcome::Failed(fault.into_failure()), cost }
+}
 
-    async fn send(&self, encoded: Encoded) -> reqwest::Result<Response> {
-        let endpoint = self.endpoint;
-        let url = format!("{}{}", endpoint.base_url.as_str().trim_end_matches('/'), encoded.path);
-        let mut request = self.http.client(&endpoint.base_url).post(url).body(encoded.body);
-        for (name, value) in encoded.headers {
-            request = request.header(name, value);
-        }
-        endpoint.with_key(request).send().await
-    }
+/// How long a job may wait in the worker's hands.
+fn held_max(spec: &JobSpec) -> Duration {
+    spec.timeout_ms.map_or(HELD_MAX, |ms| Duration::from_millis(ms / 2).min(HELD_MAX))
+}
 
-    fn failure(&self, class: FailureClass, what: &str) -> Failure {
-        Failure::new(class, format!("{} {what}", self.endpoint.name))
-    }
-
-    fn unreachable(&self, error: &reqwest::Error) -> Ended {
-        let host = self.endpoint.base_url.host_str().unwrap_or_default();
-        let failure =
-            |class, what: &str| Failure::new(class, format!("{}: {what} {host}: {}", self.endpoint.name, cause(error)));
-        if error.is_builder() {
-            return Ended::Refused(failure(FailureClass::Invalid, "cannot make a request to"));
-        }
-        if error.is_connect() {
-            return Ended::Refused(failure(FailureClass::Transient, "cannot connect to"));
-        }
-        Ended::Broken(failure(FailureClass::Transient, "lost the connection to"))
-    }
-
-    /// The failure that a provider's error stands for. What it quotes of key and prompt is cut out.
-    fn told(&self, status: StatusCode, error: ProviderError) -> Failure {
-        let key = self.endpoint.key.as_ref().map(|key| key.reveal());
-        let said: Vec<&str> = match &self.spec.input {
-            Input::Prompt(prompt) => vec![prompt],
-            Input::Messages(messages) => messages.iter().map(|message| message.content.as_str()).collect(),
-        };
-        classify(&self.endpoint.name, status.as_u16(), &redact(error, key.into_iter().chain(said)))
-    }
-
-    async fn refused(&self, mut response: Response) -> Ended {
-        let status = response.status();
-        let wait = retry_after_ms(response.headers(), UnixMs(now_unix_ms()));
-        let mut body = Vec::new();
-        while let Ok(Some(bytes)) = response.chunk().await {
-            body.extend_from_slice(&bytes[..bytes.len().min(REFUSAL_BYTES_MAX - body.len())]);
-            if body.len() == REFUSAL_BYTES_MAX {
-                break;
-            }
-        }
-        let error = self.endpoint.dialect.decode_error(&body);
-        let wait = wait.or(error.retry_after_ms);
-        Ended::Refused(self.told(status, error).retry_after_ms(wait))
-    }
-
-    async fn read_whole(&mut self, mut response: Response, collected: &mut Collected) -> Ended {
-        let status = response.status();
-        let mut body = Vec::new();
-        loop {
-            match response.chunk().await {
-                Ok(Some(bytes)) if body.len() + bytes.len() > ANSWER_BYTES_MAX => return self.too_long(),
-                Ok(Some(bytes)) => body.extend_from_slice(&bytes),
-                Ok(None) => break,
-                Err(error) => return self.unreachable(&error),
-            }
-        }
-        match self.endpoint.dialect.decode(&body) {
-            Ok(reply) => {
-                let text = collected.take_reply(reply, self.elapsed_ms());
-                self.progress.text(text).await;
-                Ended::Answered
-            }
-            Err(error) => Ended::Broken(self.told(status, error)),
-        }
-    }
-
-    async fn read_stream(&mut self, mut response: Response, collected: &mut Collected) -> Ended {
-        let status = response.status();
-        let mut decoder = self.endpoint.dialect.decoder();
-        let (mut read, mut looks) = (0_usize, 0);
-        while !collected.is_done() {
-            let patience = if collected.is_whole() { TAIL / TAIL_LOOKS } else { Duration::MAX };
-            let events = match timeout(patience, response.chunk()).await {
-                Ok(Ok(Some(bytes))) => {
-                    read += bytes.len();
-                    decoder.push(&bytes)
-                }
-                Ok(Ok(None)) => {
-                    self.take(decoder.end(), collected).await;
-                    break;
-                }
-                Ok(Err(error)) => return self.unreachable(&error),
-                Err(_) if looks + 1 < TAIL_LOOKS => {
-                    looks += 1;
-                    continue;
-                }
-                Err(_) => break,
-            };
-            if read > ANSWER_BYTES_MAX {
-                return self.too_long();
-            }
-            self.take(events, collected).await;
-        }
-        match collected.error() {
-            Some(error) => Ended::Broken(self.told(status, error.clone())),
-            None => Ended::Answered,
-        }
-    }
-
-    async fn take(&mut self, events: Vec<StreamEvent>, collected: &mut Collected) {
-        for event in events {
-            if let Some(text) = collected.take(event, self.elapsed_ms()) {
-                self.progress.text(text).await;
-            }
-        }
-    }
-
-    fn too_long(&self) -> Ended {
-        Ended::Broken(self.failure(FailureClass::Invalid, "sent more than the 32 MiB that an answer may have"))
-    }
-
-    fn elapsed_ms(&self) -> u64 {
-        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
+/// What becomes of a job whose provider may not be called until some time, as far as that is known. Nothing was spent.
+fn waits(provider: &str, until: Option<Instant>) -> Performed {
+    let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+    let outcome = if left > HANDED_BACK_MAX {
+        let what = format!("asked not to be called for {} min more", left.as_secs().div_ceil(60));
+        let asked_ms = u64::try_from(left.as_millis()).ok();
+        Outcome::Failed(Fault::new(Kind::Throttled, provider, &what).asked_ms(asked_ms).into_failure())
+    } else {
+        Outcome::HandedBack
+    };
+    Performed { outcome, cost: Some(Picodollars(0)) }
 }
 
 #[cfg(test)]

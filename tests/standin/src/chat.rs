@@ -110,23 +110,23 @@ fn key_of(headers: &HeaderMap) -> &str {
 struct Refusal {
     status: u16,
     code: String,
-    message: &'static str,
-    headers: Vec<(&'static str, String)>,
+    message: String,
+    headers: Vec<(String, String)>,
 }
 
 impl Refusal {
-    fn new(status: u16, code: &str, message: &'static str) -> Self {
-        Self { status, code: code.to_owned(), message, headers: Vec::new() }
+    fn new(status: u16, code: &str, message: &str) -> Self {
+        Self { status, code: code.to_owned(), message: message.to_owned(), headers: Vec::new() }
     }
 
     fn respond(self, shape: &dyn Shape) -> Response {
-        let object = shape.error(self.status, &self.code, self.message);
+        let object = shape.error(self.status, &self.code, &self.message);
         // The status that an error names itself is the one it comes with, as with Gemini's refusal of a key.
         let status = object["error"]["code"].as_u64().and_then(|code| u16::try_from(code).ok()).unwrap_or(self.status);
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, Json(object)).into_response();
         for (name, value) in self.headers {
-            if let Ok(value) = value.parse() {
+            if let (Ok(name), Ok(value)) = (name.parse::<header::HeaderName>(), value.parse()) {
                 response.headers_mut().insert(name, value);
             }
         }
@@ -153,9 +153,8 @@ fn failed(status: u16, fault: &Fault) -> Refusal {
         500.. => "server_error",
         _ => "invalid_request_error",
     });
-    let headers = [("retry-after", &fault.retry_after), ("retry-after-ms", &fault.retry_after_ms)];
-    let headers = headers.into_iter().filter_map(|(name, value)| Some((name, value.clone()?))).collect();
-    Refusal { headers, ..Refusal::new(status, code, "The stand-in was told to fail.") }
+    let message = fault.message.as_deref().unwrap_or("The stand-in was told to fail.");
+    Refusal { headers: fault.headers.clone(), ..Refusal::new(status, code, message) }
 }
 
 /// An answer with how it goes wrong.
@@ -200,13 +199,19 @@ impl Reply {
                 entry.completed();
             }
         }
-        ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+        ([(header::CONTENT_TYPE, self.content_type("application/json"))], body).into_response()
+    }
+
+    /// What an answer calls itself.
+    fn content_type(&self, own: &str) -> String {
+        self.fault.content_type.as_deref().unwrap_or(own).to_owned()
     }
 
     fn into_stream(self, entry: Entry, wants_usage: bool) -> Response {
         let frames = self.frames(wants_usage);
+        let kind = self.content_type("text/event-stream; charset=utf-8");
         let body = Body::from_stream(Sending { entry, reply: self, frames, next: 0 }.into_stream());
-        ([(header::CONTENT_TYPE, "text/event-stream; charset=utf-8")], body).into_response()
+        ([(header::CONTENT_TYPE, kind)], body).into_response()
     }
 
     /// Everything a stream sends, in order: what opens it, a frame for each piece of text, what closes it.

@@ -4,8 +4,9 @@ use super::*;
 use crate::fixture::{messages, spec};
 use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation, Usage};
-use genmill_core::ids::{Epoch, JobId, LaneNumber};
+use genmill_core::ids::{Epoch, LaneNumber};
 use genmill_core::request::Role;
+use genmill_core::time::UnixMs;
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Options, Standin};
@@ -13,7 +14,7 @@ use genmill_worker::perform::Started;
 use std::path::PathBuf;
 use tokio::sync::mpsc;
 
-const LIMITS: Limits = Limits { calls_max: 4, unsupported: Unsupported::Refuse };
+const LIMITS: Limits = Limits { calls_max: 4, unsupported: Unsupported::Refuse, first_byte: None, idle: None };
 
 /// A performer whose provider `openai` is the stand-in.
 struct Bench {
@@ -142,6 +143,33 @@ async fn comments_and_odd_borders_do_not_matter() {
 }
 
 #[tokio::test]
+async fn a_wrong_content_type_does_not_matter() {
+    let bench = Bench::new("sk-a").await;
+    for kind in ["text/plain", "application/octet-stream", "text/event-stream"] {
+        assert_eq!(generation(bench.perform(job(&format!("!words=2 type={kind}"))).await.0).text, "word1 word2");
+    }
+    // What calls itself JSON is read whole, and is none.
+    let (performed, _) = bench.perform(job("!words=2 type=application/json")).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
+    assert_eq!(failure.class, FailureClass::Transient, "{failure:?}");
+}
+
+#[tokio::test]
+async fn a_long_answer_is_read_and_an_endless_one_is_not() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let performer = performer(&standin.base_url(), "sk-a", |endpoint| endpoint.provider.streaming = false);
+    let mut long = job("!words=1000000");
+    long.sampling.max_tokens = 1_000_000;
+    let (performed, _) = perform(&performer, long, CancellationToken::new()).await;
+    assert!(generation(performed).text.len() > 10_000_000);
+    let mut endless = job("!words=3000000");
+    endless.sampling.max_tokens = 3_000_000;
+    let (performed, _) = perform(&performer, endless, CancellationToken::new()).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!() };
+    assert!(failure.class == FailureClass::Invalid && failure.message.contains("32 MiB"), "{failure:?}");
+}
+
+#[tokio::test]
 async fn bounds_and_stop_strings_are_kept() {
     let bench = Bench::new("sk-a").await;
     let mut short = job("!words=9");
@@ -170,10 +198,24 @@ async fn the_providers_own_figure_is_the_cost() {
 
 #[tokio::test]
 async fn a_refusal_is_classified_and_costs_nothing() {
-    let wait = check_failure("!status=429 retry-after=1.5", FailureClass::Throttled, true, "openai answered 429").await;
+    let wait = check_failure(
+        "!status=429 retry-after=1.5",
+        FailureClass::Throttled,
+        true,
+        "openai asked to slow down (HTTP 429",
+    )
+    .await;
     assert_eq!(wait.retry_after_ms, Some(1_500));
+    for wait in ["header=x-ratelimit-reset-tokens:2.5s", "message=Please_try_again_in_2.5s.", "retry-after-ms=2500"] {
+        let wait = check_failure(&format!("!status=429 {wait}"), FailureClass::Throttled, true, "slow down").await;
+        assert_eq!(wait.retry_after_ms, Some(2_500));
+    }
     check_failure("!status=429 code=insufficient_quota", FailureClass::Auth, true, "billing").await;
-    check_failure("!status=500", FailureClass::Transient, true, "openai answered 500").await;
+    check_failure("!status=400 code=context_length_exceeded", FailureClass::Invalid, true, "shorten the prompt").await;
+    check_failure("!status=400 code=content_filter", FailureClass::Invalid, true, "change the prompt").await;
+    let never = "!status=503 header=x-should-retry:false";
+    check_failure(never, FailureClass::Invalid, true, "asks not to be called again").await;
+    check_failure("!status=500", FailureClass::Transient, true, "openai failed (HTTP 500").await;
     check_failure("!status=503 retry-after-ms=20", FailureClass::Transient, true, "503").await;
     check_failure("!status=529", FailureClass::Throttled, true, "529").await;
     check_failure("!status=400", FailureClass::Invalid, true, "400").await;
@@ -196,6 +238,97 @@ async fn a_broken_answer_may_be_tried_again_and_its_cost_is_unknown() {
     check_failure("!garbage", FailureClass::Transient, false, "not a chat completion").await;
     check_failure("!html", FailureClass::Transient, false, "web page").await;
     check_failure("!error-after=2", FailureClass::Transient, false, "It broke.").await;
+}
+
+/// A performer of the stand-in with these limits, and what becomes of a job with this prompt.
+async fn limited(limits: Limits, prompt: &str) -> Performed {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!("openai = {{ base_url = '{}', api_key = 'sk-a' }}", standin.base_url());
+    let performer = performer_of("gpt-4o-mini", &settings, limits, |_| ());
+    perform(&performer, job(prompt), CancellationToken::new()).await.0
+}
+
+#[tokio::test]
+async fn each_part_of_an_answer_has_a_limit_of_its_own() {
+    let first = Limits { first_byte: Some(Duration::from_millis(50)), ..LIMITS };
+    let idle = Limits { idle: Some(Duration::from_millis(50)), ..LIMITS };
+    for (limits, prompt, says) in [
+        (first, "!sleep=60000", "sent nothing for 0.05 s (api.first_byte_timeout_ms)"),
+        (first, "!first-byte=60000", "sent nothing for 0.05 s"),
+        (idle, "!stall-after=2 !words=4", "sent nothing more for 0.05 s (api.idle_timeout_ms)"),
+    ] {
+        let performed = limited(limits, prompt).await;
+        assert_eq!(performed.cost, None, "{prompt}: what was written is billed");
+        let Outcome::Failed(failure) = performed.outcome else { panic!("{prompt}: {performed:?}") };
+        assert_eq!(failure.class, FailureClass::Timeout, "{failure:?}");
+        assert!(failure.message.contains(says), "{failure:?}");
+    }
+    // Each piece begins the time anew.
+    let patient = Limits { idle: Some(Duration::from_secs(20)), ..LIMITS };
+    assert_eq!(generation(limited(patient, "!slow-stream=5 !words=4").await).text, "word1 word2 word3 word4");
+}
+
+#[tokio::test]
+async fn jobs_wait_while_their_provider_asks_to_be_spared() {
+    let bench = Bench::new("sk-a").await;
+    let begun = Instant::now();
+    let (throttled, _) = bench.perform(job("!status=429 retry-after-ms=300")).await;
+    assert!(matches!(throttled.outcome, Outcome::Failed(_)));
+    // Two at once: one probes, the other follows.
+    let (a, b) = tokio::join!(bench.perform(job("one")), bench.perform(job("two")));
+    assert!(begun.elapsed() >= Duration::from_millis(300));
+    assert_eq!((generation(a.0).text.as_str(), generation(b.0).text.as_str()), ("one", "two"));
+    assert_eq!(bench.standin.bill().calls, 3);
+}
+
+#[tokio::test]
+async fn a_job_that_cannot_wait_in_the_worker_goes_back_and_has_lost_nothing() {
+    let bench = Bench::new("sk-a").await;
+    bench.perform(job("!status=429 retry-after=60")).await;
+    let mut hasty = job("hi");
+    hasty.timeout_ms = Some(100);
+    let (performed, _) = bench.perform(hasty).await;
+    assert_eq!(performed, Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(0)) });
+    assert!(bench.performer.metrics().contains("model=\"gpt-4o-mini\"} 1"), "{}", bench.performer.metrics());
+    assert_eq!(bench.standin.bill().calls, 1);
+}
+
+#[tokio::test]
+async fn a_job_whose_provider_wants_a_long_rest_waits_in_the_queue() {
+    let bench = Bench::new("sk-a").await;
+    bench.perform(job("!status=429 retry-after=7200")).await;
+    let mut hasty = job("hi");
+    hasty.timeout_ms = Some(100);
+    let (performed, _) = bench.perform(hasty).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
+    assert_eq!((failure.class, performed.cost), (FailureClass::Throttled, Some(Picodollars(0))));
+    assert!(failure.retry_after_ms.is_some_and(|ms| (7_190_000..=7_200_000).contains(&ms)), "{failure:?}");
+    assert_eq!(bench.standin.bill().calls, 1);
+}
+
+#[tokio::test]
+async fn a_provider_that_fails_again_and_again_is_spared() {
+    let bench = Bench::new("sk-a").await;
+    for n in 0..5 {
+        bench.perform(job(&format!("!status=502 {n}"))).await;
+    }
+    let mut hasty = job("hi");
+    hasty.timeout_ms = Some(2);
+    assert_eq!(bench.perform(hasty).await.0.outcome, Outcome::HandedBack);
+    assert_eq!(bench.standin.bill().calls, 5);
+    assert_eq!(generation(bench.perform(job("hi")).await.0).text, "hi", "the probe is answered");
+}
+
+#[tokio::test]
+async fn a_failure_that_comes_again_and_again_to_the_same_job_ends_it() {
+    let bench = Bench::new("sk-a").await;
+    let mut classes = Vec::new();
+    for _ in 0..3 {
+        let (performed, _) = bench.perform(job("!error-after=1 a b")).await;
+        let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
+        classes.push(failure.class);
+    }
+    assert_eq!(classes, [FailureClass::Transient, FailureClass::Transient, FailureClass::Invalid]);
 }
 
 #[tokio::test]
@@ -237,7 +370,7 @@ async fn a_provider_that_is_not_there_is_a_passing_fault() {
     assert_eq!(performed.cost, Some(Picodollars(0)));
     let Outcome::Failed(failure) = performed.outcome else { panic!() };
     assert_eq!(failure.class, FailureClass::Transient);
-    assert!(failure.message.starts_with("openai: cannot connect to 127.0.0.1: "), "{failure:?}");
+    assert!(failure.message.starts_with("openai cannot be connected to at 127.0.0.1: "), "{failure:?}");
 }
 
 #[tokio::test]
