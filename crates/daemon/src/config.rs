@@ -242,6 +242,12 @@ pub struct Api {
     pub calls_max: u32,
     /// How long connecting to a provider may take, in milliseconds.
     pub connect_timeout_ms: u64,
+    /// The proxy through which providers on other machines are called, such as `http://proxy:3128`. Unset: what
+    /// `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` say.
+    #[serde(serialize_with = "masked_url")]
+    pub proxy: Option<String>,
+    /// A file of certificates (PEM) of authorities that are trusted beside those of the system.
+    pub ca_file: Option<PathBuf>,
     /// How long the first byte of an answer may take, in milliseconds; 0: as long as the whole attempt, whose bound is the
     /// job's `timeout_ms`.
     pub first_byte_timeout_ms: u64,
@@ -256,6 +262,8 @@ impl Default for Api {
         Self {
             calls_max: 64,
             connect_timeout_ms: 10_000,
+            proxy: None,
+            ca_file: None,
             first_byte_timeout_ms: 300_000,
             idle_timeout_ms: 60_000,
             drop_params: false,

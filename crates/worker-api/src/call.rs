@@ -3,9 +3,9 @@
 
 use crate::catalog::Endpoint;
 use crate::collect::Collected;
-use crate::dialect::{Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
+use crate::dialect::{Dialect, Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
 use crate::failure::{Fault, Kind, classify, redact};
-use crate::http::{Http, Trouble};
+use crate::http::{Http, Trouble, Unsent};
 use crate::perform::{Limits, Unsupported};
 use crate::wait::asked_ms;
 use genmill_core::job::JobSpec;
@@ -16,7 +16,7 @@ use genmill_worker::perform::Progress;
 use http::HeaderMap;
 use reqwest::{Response, StatusCode};
 use std::time::Duration;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 /// The longest answer that is read, in bytes: far above what the largest models write.
 const ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
@@ -31,6 +31,9 @@ const TAIL: Duration = Duration::from_secs(5);
 /// A wait for bytes is parted into so many looks: a process that was stopped for longer than all of it finds the time
 /// over before it has read what came meanwhile, and loses one look only.
 const LOOKS: u32 = 5;
+
+/// How long an answer that is not there yet is left alone.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Stands for no limit.
 const FOREVER: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -48,9 +51,18 @@ pub(crate) enum Ended {
     Stopped,
 }
 
+impl Ended {
+    /// The same end after something may have been generated.
+    fn into_broken(self) -> Self {
+        if let Self::Refused(fault) = self { Self::Broken(fault) } else { self }
+    }
+}
+
 /// One call.
 pub(crate) struct Call<'a> {
     pub(crate) endpoint: &'a Endpoint,
+    /// How the model is spoken to.
+    pub(crate) dialect: &'static dyn Dialect,
     pub(crate) http: &'a Http,
     pub(crate) limits: Limits,
     pub(crate) spec: &'a JobSpec,
@@ -64,7 +76,7 @@ impl Call<'_> {
         let endpoint = self.endpoint;
         let streaming = if endpoint.provider.streaming { Streaming::On } else { Streaming::Off };
         let model = self.spec.model.backend_name();
-        let encoded = endpoint.dialect.encode(self.spec, model, &endpoint.provider, streaming);
+        let encoded = self.dialect.encode(self.spec, model, &endpoint.provider, streaming);
         if let Some(refused) = self.refuse_unsupported(&encoded.left_out) {
             return refused;
         }
@@ -72,7 +84,8 @@ impl Call<'_> {
         let first_byte = Instant::now() + self.limits.first_byte.unwrap_or(FOREVER);
         let response = match timeout_at(first_byte, self.send(encoded)).await {
             Ok(Ok(response)) => response,
-            Ok(Err(error)) => return self.unreachable(&error, collected),
+            Ok(Err(Unsent::Lost(error))) => return self.unreachable(&error, collected),
+            Ok(Err(Unsent::Fault(fault))) => return Ended::Refused(fault),
             Err(_) => return self.silent(),
         };
         tracing::debug!(provider = endpoint.name, model, status = response.status().as_u16(), "answered");
@@ -105,14 +118,14 @@ impl Call<'_> {
         Some(Ended::Refused(self.fault(Kind::Invalid, &what)))
     }
 
-    async fn send(&self, encoded: Encoded) -> reqwest::Result<Response> {
+    async fn send(&self, encoded: Encoded) -> Result<Response, Unsent> {
         let endpoint = self.endpoint;
         let url = format!("{}{}", endpoint.base_url.as_str().trim_end_matches('/'), encoded.path);
         let mut request = self.http.client(&endpoint.base_url).post(url).body(encoded.body);
         for (name, value) in encoded.headers {
             request = request.header(name, value);
         }
-        endpoint.with_key(request).send().await
+        self.http.send(endpoint, request).await
     }
 
     fn fault(&self, kind: Kind, what: &str) -> Fault {
@@ -144,7 +157,7 @@ impl Call<'_> {
 
     /// The failure that a provider's error stands for. What it quotes of key and prompt is cut out.
     fn told(&self, status: StatusCode, error: ProviderError) -> Fault {
-        let key = self.endpoint.key.as_ref().map(|key| key.reveal());
+        let key = self.endpoint.credentials.secret();
         let said: Vec<&str> = match &self.spec.input {
             Input::Prompt(prompt) => vec![prompt],
             Input::Messages(messages) => messages.iter().map(|message| message.content.as_str()).collect(),
@@ -163,7 +176,7 @@ impl Call<'_> {
                 break;
             }
         }
-        let error = self.endpoint.dialect.decode_error(&body);
+        let error = self.dialect.decode_error(&body);
         let asked_ms = asked_ms(response.headers(), &error, UnixMs(now_unix_ms()));
         let mut fault = self.told(status, error);
         if !may_try_again(response.headers()) && fault.kind.policy().class.is_retried() {
@@ -174,15 +187,18 @@ impl Call<'_> {
     }
 
     async fn read_whole(&mut self, body: &mut Body, collected: &mut Collected) -> Ended {
-        let mut whole = Vec::new();
-        loop {
-            match body.chunk(body.idle()).await {
-                Came::Bytes(bytes) => whole.extend_from_slice(&bytes),
-                Came::End => break,
-                other => return self.gone_wrong(other, collected),
-            }
+        let mut whole = match body.rest().await {
+            Ok(whole) => whole,
+            Err(came) => return self.gone_wrong(came, collected),
+        };
+        while let Some(url) = self.dialect.pending(&whole) {
+            sleep(LOOK_AGAIN).await;
+            whole = match self.look_again(&url, collected).await {
+                Ok(whole) => whole,
+                Err(ended) => return ended,
+            };
         }
-        match self.endpoint.dialect.decode(&whole) {
+        match self.dialect.decode(&whole) {
             Ok(reply) => {
                 let text = collected.take_reply(reply, self.elapsed_ms());
                 self.progress.text(text).await;
@@ -192,8 +208,26 @@ impl Call<'_> {
         }
     }
 
+    /// The answer that is to be found at `url` by now.
+    async fn look_again(&self, url: &str, collected: &Collected) -> Result<Vec<u8>, Ended> {
+        let request = self.http.client(&self.endpoint.base_url).get(url);
+        let first_byte = Instant::now() + self.limits.first_byte.unwrap_or(FOREVER);
+        let response = match timeout_at(first_byte, self.http.send(self.endpoint, request)).await {
+            Ok(Ok(response)) => response,
+            // Whatever went out is billed.
+            Ok(Err(Unsent::Lost(error))) => return Err(self.unreachable(&error, collected).into_broken()),
+            Ok(Err(Unsent::Fault(fault))) => return Err(Ended::Broken(fault)),
+            Err(_) => return Err(self.silent()),
+        };
+        if !response.status().is_success() {
+            return Err(self.refused(response).await.into_broken());
+        }
+        let mut body = Body { response, first_byte, limits: self.limits, read: 0 };
+        body.rest().await.map_err(|came| self.gone_wrong(came, collected))
+    }
+
     async fn read_stream(&mut self, body: &mut Body, collected: &mut Collected) -> Ended {
-        let mut decoder = self.endpoint.dialect.decoder();
+        let mut decoder = self.dialect.decoder();
         while !collected.is_done() {
             let patience = if collected.is_whole() { TAIL } else { body.idle() };
             let events = match body.chunk(patience).await {
@@ -274,6 +308,18 @@ struct Body {
 }
 
 impl Body {
+    /// All that is left.
+    async fn rest(&mut self) -> Result<Vec<u8>, Came> {
+        let mut rest = Vec::new();
+        loop {
+            match self.chunk(self.idle()).await {
+                Came::Bytes(bytes) => rest.extend_from_slice(&bytes),
+                Came::End => return Ok(rest),
+                other => return Err(other),
+            }
+        }
+    }
+
     /// How long may pass between two pieces.
     fn idle(&self) -> Duration {
         self.limits.idle.unwrap_or(FOREVER)

@@ -1,8 +1,9 @@
 //! `genmill providers`: what is known of providers, and whether they answer. Never here: generating anything.
 
+use crate::auth::Credentials;
 use crate::catalog::{Endpoint, Sources};
 use crate::failure::{classify, redact};
-use crate::http::{Http, Trouble};
+use crate::http::{Http, Settings, Trouble, Unsent};
 use crate::providers::{KeyNeed, OWN_FILE, Table};
 use anyhow::Context as _;
 use genmill_core::registration::Availability;
@@ -75,7 +76,7 @@ fn told(args: &Args, config: Option<&Path>) -> anyhow::Result<(Vec<String>, Exit
         Command::Show { name } => Ok((show(&sources, name, folder)?, ExitCode::SUCCESS)),
         Command::Test { name, model } => {
             genmill_daemon::tls::install();
-            let http = Http::new(Duration::from_millis(loaded.config.api.connect_timeout_ms))?;
+            let http = Http::new(&Settings::of(&loaded.config.api))?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let tested = runtime.block_on(test(&sources, name, model.as_deref(), &http));
             Ok(match tested {
@@ -89,7 +90,7 @@ fn told(args: &Args, config: Option<&Path>) -> anyhow::Result<(Vec<String>, Exit
 /// What keeps a provider from being called, or that nothing does.
 fn state(endpoint: &Result<Endpoint, Availability>) -> String {
     match endpoint {
-        Ok(endpoint) if endpoint.key.is_none() => "ready, without a key".to_owned(),
+        Ok(endpoint) if matches!(endpoint.credentials, Credentials::None) => "ready, without a key".to_owned(),
         Ok(_) | Err(Availability::Ready | Availability::Loading | Availability::Available) => "ready".to_owned(),
         Err(Availability::KeyMissing { variable }) => format!("set {variable}"),
         Err(Availability::Unavailable { reason }) => reason.clone(),
@@ -122,7 +123,12 @@ fn show(sources: &Sources<'_>, name: &str, folder: &Path) -> anyhow::Result<Vec<
     let set = row.keys.iter().find(|variable| sources.environment.get(variable).is_some());
     let key = match (set, row.key_need) {
         (Some(variable), _) => format!("from {variable}"),
-        (None, _) if endpoint.as_ref().is_ok_and(|endpoint| endpoint.key.is_some()) => "from genmill.toml".to_owned(),
+        (None, _) if endpoint.as_ref().is_ok_and(|endpoint| matches!(endpoint.credentials, Credentials::Aws(_))) => {
+            "none: calls are signed with AWS_ACCESS_KEY_ID".to_owned()
+        }
+        (None, _) if endpoint.as_ref().is_ok_and(|endpoint| !matches!(endpoint.credentials, Credentials::None)) => {
+            "from genmill.toml".to_owned()
+        }
         (None, KeyNeed::Optional) => "none, and none is needed".to_owned(),
         (None, KeyNeed::Required) => "none".to_owned(),
     };
@@ -177,7 +183,10 @@ async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, Stri
         request = request.header(header, value);
     }
     let asked = async {
-        let mut response = endpoint.with_key(request).send().await.map_err(|error| Trouble::of(&error).to_string())?;
+        let mut response = http.send(endpoint, request).await.map_err(|unsent| match unsent {
+            Unsent::Lost(error) => Trouble::of(&error).to_string(),
+            Unsent::Fault(fault) => fault.message,
+        })?;
         let status = response.status();
         let mut body = Vec::new();
         while let Some(bytes) = response.chunk().await.map_err(|error| Trouble::of(&error).to_string())? {
@@ -188,7 +197,7 @@ async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, Stri
         }
         if !status.is_success() {
             let error = endpoint.dialect.decode_error(&body);
-            let key = endpoint.key.as_ref().map(|key| key.reveal());
+            let key = endpoint.credentials.secret();
             let told = redact(error, key.into_iter());
             return Err(classify(&endpoint.name, status.as_u16(), &told).message);
         }

@@ -4,6 +4,7 @@
 //! kind of failure a row in [`failure`]. [`perform`] joins them: one call for each attempt. Never here: when a job is
 //! tried again (`genmill-core`), leases (`genmill-worker`), Redis (`genmill-queue`).
 
+pub mod auth;
 pub mod breaker;
 mod call;
 pub mod catalog;
@@ -11,6 +12,7 @@ pub mod collect;
 pub mod dialect;
 pub mod failure;
 pub mod gates;
+pub mod guard;
 pub mod http;
 pub mod inspect;
 pub mod perform;

@@ -7,7 +7,7 @@ use genmill_core::registration::Availability;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
 use genmill_worker_api::catalog::Catalog;
-use genmill_worker_api::http::Http;
+use genmill_worker_api::http::{Http, Settings};
 use genmill_worker_api::inspect;
 use genmill_worker_api::perform::{Limits, Performer, Unsupported};
 use genmill_worker_api::prices::Prices;
@@ -70,6 +70,6 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
     let (first_byte, idle) = (limit(api.first_byte_timeout_ms), limit(api.idle_timeout_ms));
     let limits = Limits { calls_max: api.calls_max, unsupported, first_byte, idle };
-    let http = Http::new(Duration::from_millis(api.connect_timeout_ms)).context("cannot set up HTTP")?;
+    let http = Http::new(&Settings::of(api)).context("cannot set up HTTP")?;
     Ok(Performer::new(catalog, Prices::embedded()?, http, limits))
 }

@@ -103,7 +103,8 @@ impl Perform for Performer {
         };
         progress.started.set();
         let (http, limits, progress) = (&self.http, self.limits, &mut progress);
-        let mut call = Call { endpoint, http, limits, spec, progress, begun };
+        let dialect = endpoint.dialect(spec.model.backend_name());
+        let mut call = Call { endpoint, dialect, http, limits, spec, progress, begun };
         let mut collected = Collected::new(&spec.sampling.stop);
         let ended = tokio::select! {
             biased;
@@ -148,7 +149,8 @@ impl Performer {
             Ended::Broken(fault) if !collected.is_whole() => return failed(fault, cost),
             Ended::Stopped if !collected.is_whole() => Outcome::HandedBack,
             Ended::Answered | Ended::Broken(_) | Ended::Stopped => {
-                let seeded = endpoint.dialect.sends_seed(spec.model.backend_name(), &endpoint.provider);
+                let model = spec.model.backend_name();
+                let seeded = endpoint.dialect(model).sends_seed(model, &endpoint.provider);
                 let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
                 Outcome::Generated(Generation { determinism, ..collected.into_generation() })
             }

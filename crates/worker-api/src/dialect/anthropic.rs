@@ -40,19 +40,9 @@ impl Dialect for Anthropic {
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let headers = parameters::headers(provider);
+        let (body, left_out) = Self::body(spec, model, provider, streaming);
         let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
-        let turns = conversation::turns(&spec.input, "assistant", "content", |message, _| blocks(message));
-        let mut body = json!({"model": model, "messages": turns});
-        let system = conversation::system(&spec.input);
-        if !system.is_empty() {
-            body["system"] = json!(system.join("\n\n"));
-        }
-        if streaming == Streaming::On {
-            body["stream"] = json!(true);
-        }
-        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec, provider.thinking(model)));
-        Encoded { path, headers, body: body.to_string(), left_out }
+        Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
@@ -70,6 +60,28 @@ impl Dialect for Anthropic {
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
         let mut message = Message::default();
         sse::reading(move |data| message.take(data))
+    }
+}
+
+impl Anthropic {
+    /// The body, and the parameters that have no place in it.
+    pub(super) fn body(
+        spec: &JobSpec,
+        model: &str,
+        provider: &Provider,
+        streaming: Streaming,
+    ) -> (Value, Vec<&'static str>) {
+        let turns = conversation::turns(&spec.input, "assistant", "content", |message, _| blocks(message));
+        let mut body = json!({"model": model, "messages": turns});
+        let system = conversation::system(&spec.input);
+        if !system.is_empty() {
+            body["system"] = json!(system.join("\n\n"));
+        }
+        if streaming == Streaming::On {
+            body["stream"] = json!(true);
+        }
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec, provider.thinking(model)));
+        (body, left_out)
     }
 }
 

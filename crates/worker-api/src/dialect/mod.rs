@@ -13,8 +13,12 @@ mod gemini;
 mod ollama;
 mod openai;
 mod parameters;
+mod replicate;
 mod responses;
 mod sse;
+mod tgi;
+mod vertex;
+mod watsonx;
 
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
@@ -34,6 +38,11 @@ pub const DIALECTS: &[(&str, &dyn Dialect)] = &[
     ("ollama", &ollama::Ollama),
     ("bedrock-converse", &bedrock::Bedrock),
     ("openai-responses", &responses::Responses),
+    ("vertex", &vertex::Vertex),
+    ("vertex-anthropic", &vertex::VertexAnthropic),
+    ("watsonx", &watsonx::Watsonx),
+    ("tgi", &tgi::Tgi),
+    ("replicate", &replicate::Replicate),
 ];
 
 /// The dialect of a name.
@@ -211,6 +220,11 @@ pub trait Dialect: Sync {
     /// # Errors
     /// The error that it tells in place of an answer, or that it cannot be read.
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError>;
+
+    /// Where to look again, when a whole answer only says that the real one will be there.
+    fn pending(&self, _body: &[u8]) -> Option<String> {
+        None
+    }
 
     /// What the body of a refusal says.
     fn decode_error(&self, body: &[u8]) -> ProviderError {

@@ -44,7 +44,7 @@ pub(super) struct OpenAi;
 impl Dialect for OpenAi {
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
         let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
-        let (body, left_out) = body(spec, model, provider, streaming);
+        let (body, left_out) = Self::body(spec, model, provider, streaming);
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 
@@ -57,34 +57,42 @@ impl Dialect for OpenAi {
     }
 }
 
-fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> (Value, Vec<&'static str>) {
-    let sampling = &spec.sampling;
-    let max_tokens_field = provider.max_tokens_field(model).unwrap_or("max_tokens");
-    let seed_field = provider.seed_field.as_deref().unwrap_or("seed");
-    let stops = &sampling.stop[..sampling.stop.len().min(STOPS_MAX)];
-    let rows = vec![
-        ("max_tokens", max_tokens_field, Some(json!(sampling.max_tokens))),
-        ("temperature", "temperature", Some(json!(sampling.temperature))),
-        ("top_p", "top_p", sampling.top_p.map(|top_p| json!(top_p))),
-        ("top_k", "top_k", sampling.top_k.map(|top_k| json!(top_k))),
-        ("seed", seed_field, Some(json!(parameters::seed(sampling.seed)))),
-        ("stop", "stop", (!stops.is_empty()).then(|| json!(stops))),
-    ];
-    let rows = rows.into_iter().chain(extras::parameters(&sampling.controls));
-    let model_field = provider.model_field.as_deref().unwrap_or("model");
-    let mut body =
-        json!({model_field: model, "messages": conversation::each(&spec.input, |said| [extras::message(said)])});
-    for (field, value) in &provider.body {
-        body[field] = json!(value);
-    }
-    let left_out = parameters::fill(&mut body, spec, model, provider, rows);
-    if streaming == Streaming::On {
-        body["stream"] = json!(true);
-        if provider.stream_usage {
-            body["stream_options"] = json!({"include_usage": true});
+impl OpenAi {
+    /// The body, and the parameters that have no place in it.
+    pub(super) fn body(
+        spec: &JobSpec,
+        model: &str,
+        provider: &Provider,
+        streaming: Streaming,
+    ) -> (Value, Vec<&'static str>) {
+        let sampling = &spec.sampling;
+        let max_tokens_field = provider.max_tokens_field(model).unwrap_or("max_tokens");
+        let seed_field = provider.seed_field.as_deref().unwrap_or("seed");
+        let stops = &sampling.stop[..sampling.stop.len().min(STOPS_MAX)];
+        let rows = vec![
+            ("max_tokens", max_tokens_field, Some(json!(sampling.max_tokens))),
+            ("temperature", "temperature", Some(json!(sampling.temperature))),
+            ("top_p", "top_p", sampling.top_p.map(|top_p| json!(top_p))),
+            ("top_k", "top_k", sampling.top_k.map(|top_k| json!(top_k))),
+            ("seed", seed_field, Some(json!(parameters::seed(sampling.seed)))),
+            ("stop", "stop", (!stops.is_empty()).then(|| json!(stops))),
+        ];
+        let rows = rows.into_iter().chain(extras::parameters(&sampling.controls));
+        let model_field = provider.model_field.as_deref().unwrap_or("model");
+        let mut body =
+            json!({model_field: model, "messages": conversation::each(&spec.input, |said| [extras::message(said)])});
+        for (field, value) in &provider.body {
+            body[field] = json!(value);
         }
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows);
+        if streaming == Streaming::On {
+            body["stream"] = json!(true);
+            if provider.stream_usage {
+                body["stream_options"] = json!({"include_usage": true});
+            }
+        }
+        (body, left_out)
     }
-    (body, left_out)
 }
 
 /// A chat completion or a chunk of one, as far as it is read.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::fixture::{messages, spec};
+use crate::http::Settings;
 use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation, Usage};
 use genmill_core::ids::{Epoch, LaneNumber};
@@ -57,7 +58,7 @@ fn performer_of(name: &str, settings: &str, limits: Limits, change: impl Fn(&mut
     let table = Table::embedded().unwrap();
     let mut catalog = Catalog::new(&[model], &table, &settings, &Environment::default()).unwrap();
     catalog.endpoints.values_mut().for_each(change);
-    let http = Http::new(Duration::from_secs(5)).unwrap();
+    let http = Http::new(&Settings { connect_timeout: Duration::from_secs(5), proxy: None, ca_file: None }).unwrap();
     Performer::new(catalog, Prices::embedded().unwrap(), http, limits)
 }
 
