@@ -5,17 +5,18 @@ use crate::BAD_KEY;
 use crate::answer::{Answer, Request, answer};
 use crate::bill::{Bill, Books, Entry, Received};
 use crate::script::{Break, Fault, Script};
-use crate::shape::{Anthropic, Gemini, OpenAi, Shape, Told};
+use crate::shape::{Anthropic, Bedrock, Gemini, OpenAi, Replicate, Shape, Tgi, Told, Watsonx};
+use crate::token::TOKEN;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::stream::{self, Stream};
 use serde_json::{Value, json};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -24,6 +25,8 @@ use tokio::time::sleep;
 pub(crate) struct Provider {
     pub(crate) books: Arc<Books>,
     pub(crate) models: Vec<String>,
+    /// Answers that wait to be looked at.
+    pub(crate) predictions: Arc<Mutex<Vec<Option<Response>>>>,
 }
 
 /// `GET /bill`.
@@ -59,6 +62,75 @@ pub(crate) async fn content(
     body: Bytes,
 ) -> Response {
     answered(&Gemini, &path, provider, headers, body).await
+}
+
+/// `POST …/publishers/{publisher}/models/{model}:{method}`, as Vertex has it.
+pub(crate) async fn vertex(
+    provider: State<Arc<Provider>>,
+    Path((_, _, publisher, path)): Path<(String, String, String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let shape: &'static dyn Shape = if publisher == "anthropic" { &Anthropic } else { &Gemini };
+    answered(shape, &path, provider, headers, body).await
+}
+
+/// `POST /ml/v1/text/{method}`.
+pub(crate) async fn watsonx(
+    provider: State<Arc<Provider>>,
+    Path(path): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    answered(&Watsonx, &path, provider, headers, body).await
+}
+
+/// `POST /generate` and `POST /generate_stream`.
+pub(crate) async fn generate(provider: State<Arc<Provider>>, path: Uri, headers: HeaderMap, body: Bytes) -> Response {
+    answered(&Tgi, path.path().trim_start_matches('/'), provider, headers, body).await
+}
+
+/// `POST /model/{model}/{method}`.
+pub(crate) async fn converse(
+    provider: State<Arc<Provider>>,
+    Path((model, method)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    answered(&Bedrock, &format!("{model}/{method}"), provider, headers, body).await
+}
+
+/// `POST /v1/models/{owner}/{name}/predictions`: what it answers with is there only when it is looked at again.
+pub(crate) async fn predict(
+    provider: State<Arc<Provider>>,
+    Path((owner, name)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
+    let predictions = Arc::clone(&provider.predictions);
+    let response = answered(&Replicate, &format!("{owner}/{name}"), provider, headers, body).await;
+    if !response.status().is_success() {
+        return response;
+    }
+    let (parts, body) = response.into_parts();
+    let body = axum::body::to_bytes(body, usize::MAX).await.map(|body| Response::from_parts(parts, Body::from(body)));
+    let mut predictions = predictions.lock().unwrap_or_else(PoisonError::into_inner);
+    predictions.push(body.ok());
+    let id = predictions.len() - 1;
+    let urls = json!({"get": format!("http://{host}/v1/predictions/{id}")});
+    (StatusCode::CREATED, Json(json!({"id": id.to_string(), "status": "starting", "urls": urls}))).into_response()
+}
+
+/// `GET /v1/predictions/{id}`: it is told once.
+pub(crate) async fn prediction(provider: State<Arc<Provider>>, Path(id): Path<usize>, headers: HeaderMap) -> Response {
+    if let Some(refusal) = refuse_key(&headers) {
+        return refusal.respond(&Replicate);
+    }
+    let mut predictions = provider.predictions.lock().unwrap_or_else(PoisonError::into_inner);
+    let told = predictions.get_mut(id).and_then(Option::take);
+    // One that broke off is told as broken off.
+    told.unwrap_or_else(|| cut_whole("{\"status\": \"succeeded\", \"output\": []}"))
 }
 
 async fn answered(
@@ -102,7 +174,10 @@ fn readable(headers: &HeaderMap) -> Vec<(String, String)> {
 fn key_of(headers: &HeaderMap) -> &str {
     let names = ["authorization", "x-api-key", "x-goog-api-key", "api-key"];
     let value = names.iter().find_map(|name| headers.get(*name)?.to_str().ok()).unwrap_or_default();
-    value.strip_prefix("Bearer ").unwrap_or(value)
+    // A signature names its key first.
+    let signed = value.strip_prefix("AWS4-HMAC-SHA256 Credential=").and_then(|signed| signed.split('/').next());
+    let key = signed.unwrap_or_else(|| value.strip_prefix("Bearer ").unwrap_or(value));
+    key.strip_prefix(TOKEN).unwrap_or(key)
 }
 
 /// A refusal, in no form yet.
@@ -209,7 +284,7 @@ impl Reply {
 
     fn into_stream(self, entry: Entry, wants_usage: bool) -> Response {
         let frames = self.frames(wants_usage);
-        let kind = self.content_type("text/event-stream; charset=utf-8");
+        let kind = self.content_type(self.shape.stream_type());
         let body = Body::from_stream(Sending { entry, reply: self, frames, next: 0 }.into_stream());
         ([(header::CONTENT_TYPE, kind)], body).into_response()
     }
@@ -237,8 +312,8 @@ impl Reply {
     }
 
     fn frame(&self, object: &Value) -> Frame {
-        let comment = if self.fault.comments { ": STANDIN PROCESSING\n\n" } else { "" };
-        Frame { bytes: format!("{comment}{}", self.shape.event(object)).into(), ..Frame::default() }
+        let comment = if self.fault.comments { self.shape.comment() } else { "" };
+        Frame { bytes: [comment.as_bytes(), &self.shape.event(object)].concat().into(), ..Frame::default() }
     }
 
     fn break_at(&self, piece: usize) -> Option<Frame> {

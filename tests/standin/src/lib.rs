@@ -1,5 +1,5 @@
-//! A provider stand-in: an HTTP server that speaks OpenAI chat completions, Anthropic messages and Gemini content,
-//! and misbehaves on demand.
+//! A provider stand-in: an HTTP server that speaks OpenAI chat completions, Anthropic messages, Gemini content
+//! (also as Vertex), Bedrock's Converse, watsonx, TGI and Replicate, and misbehaves on demand.
 //!
 //! What it does with a call stands in the call itself, in the last user message or in the model name (see [`script`]),
 //! so that real daemons can be steered from outside. It keeps a [`bill`], so that a test can tell how often it was
@@ -10,6 +10,7 @@ pub mod bill;
 mod chat;
 pub mod script;
 mod shape;
+mod token;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -64,7 +65,11 @@ impl Standin {
         let listener = TcpListener::bind(options.listen).await?;
         let address = listener.local_addr()?;
         let books = Arc::new(Books::default());
-        let app = router(Arc::new(chat::Provider { books: Arc::clone(&books), models: options.models }));
+        let app = router(Arc::new(chat::Provider {
+            books: Arc::clone(&books),
+            models: options.models,
+            predictions: Arc::default(),
+        }));
         let mut serving = JoinSet::new();
         // A small piece of an answer must not wait until the one before it is acknowledged: that takes 40 ms.
         let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
@@ -115,6 +120,15 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/v1/messages", post(chat::messages))
         .route("/v1beta/models/{call}", post(chat::content))
         .route("/v1beta/models", get(chat::models))
+        .route("/v1/projects/{project}/locations/{location}/publishers/{publisher}/models/{call}", post(chat::vertex))
+        .route("/ml/v1/text/{method}", post(chat::watsonx))
+        .route("/generate", post(chat::generate))
+        .route("/generate_stream", post(chat::generate))
+        .route("/model/{model}/{method}", post(chat::converse))
+        .route("/v1/models/{owner}/{name}/predictions", post(chat::predict))
+        .route("/v1/predictions/{id}", get(chat::prediction))
+        .route("/token", post(token::give))
+        .route("/identity/token", post(token::give))
         .route("/v1/models", get(chat::models))
         .route("/bill", get(chat::bill))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))

@@ -1,6 +1,7 @@
 //! The performer against the stand-in, over HTTP.
 
 use super::*;
+use crate::auth::google;
 use crate::fixture::{messages, spec};
 use crate::http::Settings;
 use crate::providers::Table;
@@ -41,6 +42,17 @@ fn performer(base_url: &str, key: &str, change: impl Fn(&mut Endpoint)) -> Perfo
 
 /// A performer of one model, with these settings of providers.
 fn performer_of(name: &str, settings: &str, limits: Limits, change: impl Fn(&mut Endpoint)) -> Performer {
+    performer_in(name, settings, &[], limits, change)
+}
+
+/// A performer of one model, with these settings of providers and these variables.
+fn performer_in(
+    name: &str,
+    settings: &str,
+    variables: &[(&str, String)],
+    limits: Limits,
+    change: impl Fn(&mut Endpoint),
+) -> Performer {
     genmill_daemon::tls::install();
     let model = ListedModel {
         prefix: "litellm",
@@ -55,8 +67,9 @@ fn performer_of(name: &str, settings: &str, limits: Limits, change: impl Fn(&mut
         file: PathBuf::new(),
     };
     let settings = toml::from_str(settings).unwrap();
+    let environment: Environment = variables.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
     let table = Table::embedded().unwrap();
-    let mut catalog = Catalog::new(&[model], &table, &settings, &Environment::default()).unwrap();
+    let mut catalog = Catalog::new(&[model], &table, &settings, &environment).unwrap();
     catalog.endpoints.values_mut().for_each(change);
     let http = Http::new(&Settings { connect_timeout: Duration::from_secs(5), proxy: None, ca_file: None }).unwrap();
     Performer::new(catalog, Prices::embedded().unwrap(), http, limits)
@@ -384,24 +397,39 @@ async fn only_lanes_with_a_key_are_offered() {
     assert_eq!((bare.offers().len(), bare.models().len()), (0, 1));
 }
 
-/// A model of each dialect that the stand-in speaks, and the settings by which it is reached there.
-fn spoken(standin: &Standin, key: &str) -> [(&'static str, String); 3] {
+/// A model of a dialect that the stand-in speaks, with the settings and variables by which it is reached there.
+type Spoken = (&'static str, String, Vec<(&'static str, String)>);
+
+/// A model of each such dialect.
+fn spoken(standin: &Standin, key: &str) -> Vec<Spoken> {
     let origin = standin.origin();
     let at = |provider: &str, path: &str| format!("{provider} = {{ base_url = '{origin}{path}', api_key = '{key}' }}");
-    [
-        ("gpt-4o-mini", at("openai", "/v1")),
-        ("claude-haiku-4-5", at("anthropic", "")),
-        ("gemini-2.5-flash", at("gemini", "/v1beta")),
+    let account = google::tests::account(&format!("{origin}/token"));
+    let account = account.replace("mill@the-project.iam.gserviceaccount.com", key);
+    let vertex = format!("vertex_ai.base_url = '{origin}/v1/projects/{{project}}/locations/here'");
+    let google = vec![("GOOGLE_APPLICATION_CREDENTIALS", account)];
+    let tokens = ("WATSONX_TOKEN_URI", format!("{origin}/identity/token"));
+    let amazon = vec![("AWS_ACCESS_KEY_ID", key.to_owned()), ("AWS_SECRET_ACCESS_KEY", "secret".to_owned())];
+    vec![
+        ("gpt-4o-mini", at("openai", "/v1"), Vec::new()),
+        ("claude-haiku-4-5", at("anthropic", ""), Vec::new()),
+        ("gemini-2.5-flash", at("gemini", "/v1beta"), Vec::new()),
+        ("vertex_ai/gemini-2.5-flash", vertex.clone(), google.clone()),
+        ("vertex_ai/claude-3-5-sonnet@20240620", vertex, google),
+        ("watsonx/ibm/granite", at("watsonx", ""), vec![tokens, ("WATSONX_PROJECT_ID", "p".to_owned())]),
+        ("tgi_generate/any", at("tgi_generate", ""), Vec::new()),
+        ("bedrock/meta.llama3-8b-v1:0", format!("bedrock.base_url = '{origin}'"), amazon),
+        ("replicate/meta/llama", at("replicate", "/v1"), Vec::new()),
     ]
 }
 
 /// What becomes of a prompt in each dialect.
 async fn in_every_dialect(key: &str, prompt: &str, check: impl Fn(&str, Performed, String)) {
     let standin = Standin::start(Options::default()).await.unwrap();
-    for (name, settings) in spoken(&standin, key) {
+    for (name, settings, variables) in spoken(&standin, key) {
         for streaming in [true, false] {
-            let set = |endpoint: &mut Endpoint| endpoint.provider.streaming = streaming;
-            let performer = performer_of(name, &settings, LIMITS, set);
+            let set = |endpoint: &mut Endpoint| endpoint.provider.streaming &= streaming;
+            let performer = performer_in(name, &settings, &variables, LIMITS, set);
             let job = spec(&format!("litellm_{name}"), prompt);
             let (performed, reported) = perform(&performer, job, CancellationToken::new()).await;
             check(&format!("{name}, streaming: {streaming}"), performed, reported);
@@ -412,12 +440,15 @@ async fn in_every_dialect(key: &str, prompt: &str, check: impl Fn(&str, Performe
 #[tokio::test]
 async fn every_dialect_answers_counts_and_prices() {
     in_every_dialect("sk-a", "!split-utf8 !comments !echo=grüße 世界 🦀", |case, performed, reported| {
-        assert!(performed.cost.is_some_and(|cost| cost > Picodollars(0)), "{case}: {performed:?}");
+        let has_price = !["tgi", "watsonx", "bedrock", "replicate"].iter().any(|name| case.starts_with(name));
+        assert!(performed.cost.is_some_and(|cost| cost > Picodollars(0)) == has_price, "{case}: {performed:?}");
         let generation = generation(performed);
         assert_eq!((generation.text.as_str(), reported.as_str()), ("grüße 世界 🦀", "grüße 世界 🦀"), "{case}");
-        assert_eq!(generation.finish_reason, FinishReason::Stop, "{case}");
+        let reason = if case.starts_with("replicate") { FinishReason::Unknown } else { FinishReason::Stop };
+        assert_eq!(generation.finish_reason, reason, "{case}");
         assert_eq!(generation.usage.map(|usage| usage.completion_tokens), Some(3), "{case}");
-        let left_out: &[&str] = if case.starts_with("claude") { &["seed"] } else { &[] };
+        let seedless = case.contains("claude") || case.starts_with("bedrock");
+        let left_out: &[&str] = if seedless { &["seed"] } else { &[] };
         assert_eq!(generation.left_out, left_out, "{case}");
     })
     .await;
@@ -427,6 +458,10 @@ async fn every_dialect_answers_counts_and_prices() {
 async fn every_dialect_tells_what_went_wrong() {
     let class = |prompt: &'static str, key: &'static str, expect: FailureClass| {
         in_every_dialect(key, prompt, move |case, performed, _| {
+            // A prediction has no error in the middle.
+            if prompt.starts_with("!error-after") && case.starts_with("replicate") {
+                return;
+            }
             let Outcome::Failed(failure) = performed.outcome else { panic!("{case}, {prompt}: {performed:?}") };
             assert_eq!(failure.class, expect, "{case}, {prompt}: {failure:?}");
             assert!(!failure.message.contains(BAD_KEY), "{case}: {failure:?}");
@@ -445,7 +480,7 @@ async fn every_dialect_tells_what_went_wrong() {
 #[tokio::test]
 async fn a_parameter_that_a_provider_does_not_take_fails_the_job_or_is_left_out() {
     let standin = Standin::start(Options::default()).await.unwrap();
-    let [_, (name, settings), _] = spoken(&standin, "sk-a");
+    let (name, settings, _) = spoken(&standin, "sk-a").swap_remove(1);
     let job = || {
         let mut job = spec("litellm_claude-haiku-4-5", "hi");
         job.sampling.controls.frequency_penalty = Some(0.5);
