@@ -20,6 +20,7 @@ pub struct Collected {
     usage_details: Option<UsageDetails>,
     billed: Option<Picodollars>,
     fingerprint: String,
+    id: Option<String>,
     first_token_ms: Option<u64>,
     error: Option<ProviderError>,
     done: bool,
@@ -41,6 +42,7 @@ impl Collected {
             usage_details: None,
             billed: None,
             fingerprint: String::new(),
+            id: None,
             first_token_ms: None,
             error: None,
             done: false,
@@ -72,6 +74,7 @@ impl Collected {
             StreamEvent::UsageDetails(details) => self.usage_details = Some(details),
             StreamEvent::Billed(billed) => self.billed = Some(billed),
             StreamEvent::Fingerprint(fingerprint) => self.fingerprint = fingerprint,
+            StreamEvent::Id(id) => self.id = Some(id),
             StreamEvent::Error(error) => self.error = Some(error),
             StreamEvent::Done => {
                 self.done = true;
@@ -118,6 +121,19 @@ impl Collected {
         }
         self.text.push_str(&piece);
         Some(piece)
+    }
+
+    /// Under which name the provider keeps its record of the call, when told.
+    #[must_use]
+    pub fn id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
+    /// About how many tokens have come of an answer whose usage is not known, at four bytes a token; `None` when none have.
+    #[must_use]
+    pub fn estimated_tokens(&self) -> Option<usize> {
+        let bytes = Some(self.bytes()).filter(|bytes| *bytes > 0 && self.usage.is_none());
+        bytes.map(|bytes| bytes.div_ceil(4))
     }
 
     /// How much of the answer has come, in bytes of text and thought.

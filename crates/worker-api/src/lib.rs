@@ -19,7 +19,9 @@ pub mod perform;
 pub mod prices;
 pub mod providers;
 pub mod repeats;
+mod settle;
 pub mod stop;
+mod url;
 pub mod wait;
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use crate::gates::{Gates, Passage, patience};
 use crate::http::Http;
 use crate::prices::Prices;
 use crate::repeats::Repeats;
+use crate::settle::settle;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
@@ -112,7 +113,8 @@ impl Perform for Performer {
             () = stop.cancelled() => Ended::Stopped,
         };
         let ended = self.judged(task.id, ended, passage);
-        self.performed(endpoint, spec, ended, collected)
+        let cost = self.cost(endpoint, spec, &ended, &collected).await;
+        performed(endpoint, spec, ended, collected, cost)
     }
 }
 
@@ -140,27 +142,52 @@ impl Performer {
         }
     }
 
-    fn performed(&self, endpoint: &Endpoint, spec: &JobSpec, ended: Ended, collected: Collected) -> Performed {
+    /// What a call cost: by its answer, else by the record that its provider keeps of it. Never an estimate.
+    async fn cost(
+        &self,
+        endpoint: &Endpoint,
+        spec: &JobSpec,
+        ended: &Ended,
+        collected: &Collected,
+    ) -> Option<Picodollars> {
+        if matches!(ended, Ended::Refused(_)) {
+            return Some(Picodollars(0));
+        }
         let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
         let rates = self.prices.rates(priced_as, spec.model.backend_name());
-        let cost = collected.cost(rates.as_ref());
-        let outcome = match ended {
-            Ended::Refused(fault) => return failed(fault, Some(Picodollars(0))),
-            Ended::Broken(fault) if !collected.is_whole() => return failed(fault, cost),
-            Ended::Stopped if !collected.is_whole() => Outcome::HandedBack,
-            Ended::Answered | Ended::Broken(_) | Ended::Stopped => {
-                let model = spec.model.backend_name();
-                let seeded = endpoint.dialect(model).sends_seed(model, &endpoint.provider);
-                let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
-                Outcome::Generated(Generation { determinism, ..collected.into_generation() })
-            }
-        };
-        Performed { outcome, cost }
+        match collected.cost(rates.as_ref()) {
+            Some(cost) => Some(cost),
+            None => settle(&self.http, endpoint, collected.id()).await,
+        }
     }
 }
 
-fn failed(fault: Fault, cost: Option<Picodollars>) -> Performed {
-    Performed { outcome: Outcome::Failed(fault.into_failure()), cost }
+fn performed(
+    endpoint: &Endpoint,
+    spec: &JobSpec,
+    ended: Ended,
+    collected: Collected,
+    cost: Option<Picodollars>,
+) -> Performed {
+    let outcome = match ended {
+        Ended::Refused(fault) => Outcome::Failed(fault.into_failure()),
+        Ended::Broken(mut fault) if !collected.is_whole() => {
+            if let (None, Some(tokens)) = (cost, collected.estimated_tokens()) {
+                let spent =
+                    format!("; about {tokens} tokens had come by then (estimated), and what they cost is not known");
+                fault.message.push_str(&spent);
+            }
+            Outcome::Failed(fault.into_failure())
+        }
+        Ended::Stopped if !collected.is_whole() => Outcome::HandedBack,
+        Ended::Answered | Ended::Broken(_) | Ended::Stopped => {
+            let model = spec.model.backend_name();
+            let seeded = endpoint.dialect(model).sends_seed(model, &endpoint.provider);
+            let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
+            Outcome::Generated(Generation { determinism, ..collected.into_generation() })
+        }
+    };
+    Performed { outcome, cost }
 }
 
 /// How long a job may wait in the worker's hands.

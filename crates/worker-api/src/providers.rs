@@ -35,6 +35,8 @@ pub struct Provider {
     pub key_header: Option<String>,
     /// A path below the base URL that only a good key may read, where the dialect's list of models is open to all.
     pub check_path: Option<String>,
+    /// Where, below the base URL, the record of a call is kept, with `{id}` for its id.
+    pub generation_path: Option<String>,
     /// Names in braces within `base_url`, `path`, `headers` and `body`, and the variables that may hold what stands for them.
     #[serde(default)]
     pub parts: BTreeMap<String, Vec<String>>,

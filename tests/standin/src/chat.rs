@@ -15,6 +15,7 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::stream::{self, Stream};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -27,6 +28,33 @@ pub(crate) struct Provider {
     pub(crate) models: Vec<String>,
     /// Answers that wait to be looked at.
     pub(crate) predictions: Arc<Mutex<Vec<Option<Response>>>>,
+    /// What calls cost that tell it, by their ids, and how often that was asked for.
+    pub(crate) generations: Mutex<BTreeMap<String, (Value, u32)>>,
+}
+
+impl Provider {
+    /// Keeps the record of a call.
+    fn record(&self, reply: &Reply) {
+        let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        generations.extend(reply.cost.clone().map(|cost| (reply.id.clone(), (cost, 0))));
+    }
+}
+
+/// `GET /v1/generation?id=ID`, as OpenRouter has it: the record is there the second time it is asked for.
+pub(crate) async fn generation(provider: State<Arc<Provider>>, address: Uri, headers: HeaderMap) -> Response {
+    if let Some(refusal) = refuse_key(&headers) {
+        return refusal.respond(&OpenAi);
+    }
+    let id = address.query().and_then(|query| query.strip_prefix("id=")).unwrap_or_default();
+    let mut generations = provider.generations.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some((cost, asked)) = generations.get_mut(id) else {
+        return Refusal::new(404, "404", "Generation not found").respond(&OpenAi);
+    };
+    *asked += 1;
+    if *asked == 1 {
+        return Refusal::new(404, "404", "Generation not found").respond(&OpenAi);
+    }
+    Json(json!({"data": {"id": id, "total_cost": cost, "cancelled": true, "streamed": true}})).into_response()
 }
 
 /// `GET /bill`.
@@ -157,7 +185,8 @@ async fn answered(
         entry.refused(refusal.status);
         return refusal.respond(shape);
     }
-    let reply = Reply::new(shape, &request, &script, fault);
+    let reply = Reply::new(shape, &request, &script, fault, entry.id());
+    provider.record(&reply);
     if reply.fault.html {
         entry.refused(200);
         return ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], "<html><body>hello</body></html>")
@@ -236,6 +265,7 @@ fn failed(status: u16, fault: &Fault) -> Refusal {
 #[derive(Debug)]
 struct Reply {
     shape: &'static dyn Shape,
+    id: String,
     model: String,
     answer: Answer,
     text: String,
@@ -244,16 +274,17 @@ struct Reply {
 }
 
 impl Reply {
-    fn new(shape: &'static dyn Shape, request: &Request<'_>, script: &Script, fault: Fault) -> Self {
+    fn new(shape: &'static dyn Shape, request: &Request<'_>, script: &Script, fault: Fault, id: String) -> Self {
         let answer = answer(request, script);
         let cost = script.cost.as_deref().and_then(|cost| serde_json::from_str(cost).ok());
-        Self { shape, model: request.model().to_owned(), text: answer.pieces.concat(), answer, cost, fault }
+        Self { shape, id, model: request.model().to_owned(), text: answer.pieces.concat(), answer, cost, fault }
     }
 
     fn told(&self, wants_usage: bool) -> Told<'_> {
         let tells = wants_usage && !self.fault.no_usage;
         Told {
             model: &self.model,
+            id: &self.id,
             text: &self.text,
             finish_reason: self.answer.finish_reason,
             usage: tells.then_some((self.answer.prompt_tokens, self.answer.pieces.len())),

@@ -19,7 +19,7 @@ use axum::serve::ListenerExt as _;
 use bill::{Bill, Books, Call, Received};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -69,6 +69,7 @@ impl Standin {
             books: Arc::clone(&books),
             models: options.models,
             predictions: Arc::default(),
+            generations: Mutex::default(),
         }));
         let mut serving = JoinSet::new();
         // A small piece of an answer must not wait until the one before it is acknowledged: that takes 40 ms.
@@ -127,6 +128,7 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/model/{model}/{method}", post(chat::converse))
         .route("/v1/models/{owner}/{name}/predictions", post(chat::predict))
         .route("/v1/predictions/{id}", get(chat::prediction))
+        .route("/v1/generation", get(chat::generation))
         .route("/token", post(token::give))
         .route("/identity/token", post(token::give))
         .route("/v1/models", get(chat::models))

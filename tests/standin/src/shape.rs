@@ -17,6 +17,8 @@ pub(crate) use watsonx::Watsonx;
 pub(crate) struct Told<'a> {
     /// The model, as it was asked for.
     pub(crate) model: &'a str,
+    /// Names the call.
+    pub(crate) id: &'a str,
     /// The whole text.
     pub(crate) text: &'a str,
     /// `stop` or `length`.
@@ -110,7 +112,9 @@ impl Shape for OpenAi {
     }
 
     fn opening(&self, told: &Told<'_>) -> Vec<Value> {
-        vec![Self::chunk(told.model, json!({"role": "assistant", "content": ""}), Value::Null)]
+        let mut chunk = Self::chunk(told.model, json!({"role": "assistant", "content": ""}), Value::Null);
+        chunk["id"] = json!(told.id);
+        vec![chunk]
     }
 
     fn piece(&self, model: &str, text: &str) -> Value {

@@ -5,6 +5,7 @@ mod frames;
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, conversation, errors};
 use crate::providers::Provider;
+use crate::url::escaped;
 use frames::{Frame, Frames};
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{Tool, ToolCall, ToolChoice};
@@ -58,7 +59,7 @@ impl Dialect for Bedrock {
             body["system"] = json!(system);
         }
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
-        let path = format!("/model/{}/{method}", percent_encoded(model));
+        let path = format!("/model/{}/{method}", escaped(model));
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 
@@ -117,12 +118,6 @@ fn blocks(message: &ChatMessage) -> Vec<Value> {
     let text = (!message.content.is_empty()).then(|| json!({"text": message.content}));
     let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"toolUse": {"toolUseId": id, "name": name, "input": parameters::object(arguments)}});
     text.into_iter().chain(message.tool_calls.iter().map(call)).collect()
-}
-
-/// A model's name as one segment of a path.
-fn percent_encoded(model: &str) -> String {
-    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    model.bytes().map(|byte| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 /// What a whole block says.
@@ -217,12 +212,6 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_is_one_segment() {
-        assert_eq!(percent_encoded("anthropic.claude-3-5-v1:0"), "anthropic.claude-3-5-v1%3A0");
-        assert_eq!(percent_encoded("arn:x/é"), "arn%3Ax%2F%C3%A9");
-    }
 
     #[test]
     fn an_exception_in_a_stream_has_the_status_of_its_name() {

@@ -127,7 +127,7 @@ impl Reply {
                 StreamEvent::Billed(billed) => reply.billed = Some(billed),
                 StreamEvent::Fingerprint(fingerprint) => reply.fingerprint = fingerprint,
                 StreamEvent::Error(error) => return Err(error),
-                StreamEvent::Done => {}
+                StreamEvent::Id(_) | StreamEvent::Done => {}
             }
         }
         Ok(reply)
@@ -180,6 +180,8 @@ pub enum StreamEvent {
     Billed(Picodollars),
     /// What the provider says of the system that answers.
     Fingerprint(String),
+    /// Under which name the provider keeps its record of the call.
+    Id(String),
     /// The call failed.
     Error(ProviderError),
     /// Nothing more comes.

@@ -53,7 +53,12 @@ impl Dialect for OpenAi {
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
-        sse::reading(events)
+        let mut begun = false;
+        sse::reading(move |data| {
+            // Each chunk has the id: it is enough to tell it once.
+            let id = if std::mem::replace(&mut begun, true) { None } else { id(data) };
+            id.into_iter().chain(events(data)).collect()
+        })
     }
 }
 
@@ -171,6 +176,16 @@ struct WireUsage {
 /// A count; anything that is none reads as absent.
 fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     Ok(Value::deserialize(deserializer)?.as_u64())
+}
+
+/// The id of the completion that a chunk is of.
+fn id(data: &str) -> Option<StreamEvent> {
+    #[derive(Deserialize)]
+    struct Named {
+        id: String,
+    }
+    let named: Named = serde_json::from_str(data).ok()?;
+    (!named.id.is_empty()).then_some(StreamEvent::Id(named.id))
 }
 
 /// What one object says: a whole completion or a chunk, which differ in one name.

@@ -346,6 +346,34 @@ async fn a_failure_that_comes_again_and_again_to_the_same_job_ends_it() {
 }
 
 #[tokio::test]
+async fn a_broken_answer_costs_what_its_providers_record_says() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!("openrouter = {{ base_url = '{}', api_key = 'sk-a' }}", standin.base_url());
+    let performer = performer_of("openrouter/x/y", &settings, LIMITS, |_| ());
+    let broken = |prompt: &'static str, stop: CancellationToken| {
+        perform(&performer, spec("litellm_openrouter/x/y", prompt), stop)
+    };
+    let (cut, _) = broken("!cut-after=2 !cost=0.00001234 a b c", CancellationToken::new()).await;
+    assert!(matches!(cut.outcome, Outcome::Failed(_)), "{cut:?}");
+    assert_eq!(cut.cost, Some(Picodollars(12_340_000)));
+    // Also of a call that was told to stop in the middle of its answer.
+    let stop = CancellationToken::new();
+    let begun = async {
+        while standin.bill().completion_tokens < 4 {
+            tokio::task::yield_now().await;
+        }
+        stop.cancel();
+    };
+    let ((stopped, _), ()) = tokio::join!(broken("!stall-after=2 !cost=0.5 a b c", stop.clone()), begun);
+    assert_eq!(stopped, Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(500_000_000_000)) });
+    // What no record tells stays unknown, and what is only estimated is told as such.
+    let (lost, _) = broken("!cut-after=2 word word", CancellationToken::new()).await;
+    assert_eq!(lost.cost, None);
+    let Outcome::Failed(failure) = lost.outcome else { panic!() };
+    assert!(failure.message.contains("about 3 tokens had come by then (estimated)"), "{failure:?}");
+}
+
+#[tokio::test]
 async fn a_later_try_of_the_same_job_gets_the_answer() {
     let bench = Bench::new("sk-a").await;
     let prompt = "!cut-after=2 times=1 !words=4";
