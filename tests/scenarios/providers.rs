@@ -51,7 +51,12 @@ impl Mill {
     }
 
     fn providers(&self, arguments: &[&str]) -> (Option<i32>, String) {
-        let output = start(&self.place, &self.redis, "genmill").args(&["providers"]).args(arguments).output().unwrap();
+        self.told("providers", arguments)
+    }
+
+    /// What `genmill COMMAND` says.
+    fn told(&self, command: &str, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = start(&self.place, &self.redis, "genmill").args(&[command]).args(arguments).output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (output.status.code(), text(output.stdout) + &text(output.stderr))
     }
@@ -113,7 +118,7 @@ async fn jobs_wait_while_their_provider_asks_to_be_spared() {
     let first = client.submit(Request::new(model).prompt(throttled)).await.unwrap().job.id;
     let refused = async {
         while !mill.place.provider.bill().statuses.contains_key(&429) {
-            tokio::task::yield_now().await
+            tokio::task::yield_now().await;
         }
     };
     timeout(WITHIN, refused).await.expect("the first call is refused");
@@ -132,6 +137,34 @@ async fn jobs_wait_while_their_provider_asks_to_be_spared() {
     timeout(WITHIN, ending).await.expect("the first job does not end");
     let first = client.get(&first).await.unwrap();
     assert_eq!((first.state(), first.failures), (v1::JobState::Succeeded, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn published_prices_are_compared_taken_over_and_charged() {
+    let mill = Mill::new().await;
+    let client = mill.client().await;
+    // 1 and 2 dollars per million tokens, where nothing was known before.
+    let published = mill.place.path().join("published.json");
+    let json = r#"{"mine/some-model": {"litellm_provider": "mine", "mode": "chat", "input_cost_per_token": 1e-06, "output_cost_per_token": 2e-06}}"#;
+    std::fs::write(&published, json).unwrap();
+    let from = published.to_str().unwrap();
+    let (code, out) = mill.told("prices", &["show", "litellm_mine/some-model"]);
+    assert!(code == Some(1) && out.contains("no price is known"), "{out}");
+    let (code, out) = mill.told("prices", &["diff", "--from", from]);
+    assert!(code == Some(0) && out.contains("+ mine some-model") && out.contains("input 1, output 2"), "{out}");
+    let (code, out) = mill.told("prices", &["update", "--from", from, "--day", "2026-01-02"]);
+    assert!(code == Some(0) && out.contains("1 prices are new, 0 are others from 2026-01-02 on"), "{out}");
+    let (code, out) = mill.told("prices", &["show", "litellm_mine/some-model"]);
+    assert!(code == Some(0) && out.contains("mine some-model, from 2026-01-02: input 1, output 2"), "{out}");
+    let (code, out) = mill.told("prices", &["diff", "--from", "genmill.toml"]);
+    assert!(code == Some(2), "{out}");
+    let before = finished(&client, MODELS[3], "one two").await;
+    assert_eq!(before.cost, None, "a worker takes prices over when it starts");
+    let Mill { scheduler: _scheduler, _worker, redis, place } = mill;
+    drop(_worker);
+    let _worker = start(&place, &redis, "genmill-worker-api").until_ready().unwrap();
+    let after = finished(&client, MODELS[3], "one two three").await;
+    assert_eq!(after.cost.unwrap().nanodollars, 3 * 1_000 + 3 * 2_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -123,6 +123,12 @@ impl Collected {
         Some(piece)
     }
 
+    /// Tokens of the prompt; 0 until they are told.
+    #[must_use]
+    pub fn prompt_tokens(&self) -> u64 {
+        self.usage.map_or(0, |usage| usage.prompt_tokens)
+    }
+
     /// Under which name the provider keeps its record of the call, when told.
     #[must_use]
     pub fn id(&self) -> Option<&str> {

@@ -54,7 +54,12 @@ enum Command {
 /// Runs a command. The exit code is 1 when a provider cannot be called, 2 when the configuration is wrong.
 #[must_use]
 pub fn run(args: &Args, config: Option<&Path>) -> ExitCode {
-    match told(args, config) {
+    print(told(args, config))
+}
+
+/// Prints what was found, or what went wrong.
+pub(crate) fn print(told: anyhow::Result<(Vec<String>, ExitCode)>) -> ExitCode {
+    match told {
         Ok((lines, code)) => {
             let printed = writeln!(std::io::stdout().lock(), "{}", lines.join("\n"));
             if printed.is_ok() { code } else { ExitCode::FAILURE }

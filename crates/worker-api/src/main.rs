@@ -10,7 +10,7 @@ use genmill_worker_api::catalog::Catalog;
 use genmill_worker_api::http::{Http, Settings};
 use genmill_worker_api::inspect;
 use genmill_worker_api::perform::{Limits, Performer, Unsupported};
-use genmill_worker_api::prices::Prices;
+use genmill_worker_api::prices::{Prices, command};
 use genmill_worker_api::providers::Table;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -36,6 +36,8 @@ struct Args {
 enum Command {
     /// Tell what is known of providers, and whether they can be reached
     Providers(inspect::Args),
+    /// Tell what models cost, and take over published prices
+    Prices(command::Args),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
     match args.command {
         None => daemon(&args.common, check, run),
         Some(Command::Providers(command)) => inspect::run(&command, args.common.config.as_deref()),
+        Some(Command::Prices(command)) => command::run(&command, args.common.config.as_deref()),
     }
 }
 
@@ -71,5 +74,5 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     let (first_byte, idle) = (limit(api.first_byte_timeout_ms), limit(api.idle_timeout_ms));
     let limits = Limits { calls_max: api.calls_max, unsupported, first_byte, idle };
     let http = Http::new(&Settings::of(api)).context("cannot set up HTTP")?;
-    Ok(Performer::new(catalog, Prices::embedded()?, http, limits))
+    Ok(Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits))
 }

@@ -9,7 +9,7 @@ use crate::collect::Collected;
 use crate::failure::{Fault, Health, Kind};
 use crate::gates::{Gates, Passage, patience};
 use crate::http::Http;
-use crate::prices::Prices;
+use crate::prices::{Class, Day, Prices};
 use crate::repeats::Repeats;
 use crate::settle::settle;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
@@ -17,6 +17,8 @@ use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
+use genmill_core::time::UnixMs;
+use genmill_daemon::clock::now_unix_ms;
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -154,7 +156,8 @@ impl Performer {
             return Some(Picodollars(0));
         }
         let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
-        let rates = self.prices.rates(priced_as, spec.model.backend_name());
+        let (day, prompt) = (Day::of(UnixMs(now_unix_ms())), collected.prompt_tokens());
+        let rates = self.prices.rates(priced_as, spec.model.backend_name(), Class::Standard, &day, prompt);
         match collected.cost(rates.as_ref()) {
             Some(cost) => Some(cost),
             None => settle(&self.http, endpoint, collected.id()).await,

@@ -8,7 +8,6 @@ use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation, Usage};
 use genmill_core::ids::{Epoch, LaneNumber};
 use genmill_core::request::Role;
-use genmill_core::time::UnixMs;
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Options, Standin};
