@@ -445,7 +445,11 @@ impl Engine {
         let ticket = run::Ticket {
             id,
             end_tokens,
-            stream: self.card.stream(),
+            // By themselves, some tokenizers drop a text's first space. An echo needs it, and a form knows of it.
+            stream: match request.echo || request.form.is_some() {
+                true => self.card.stream_after(&prompt),
+                false => self.card.stream(),
+            },
             sampling: Sampling {
                 temperature: request.temperature,
                 top_k: request.top_k,

@@ -324,6 +324,12 @@ impl ModelCard {
     pub fn stream(&self) -> TokenStream {
         self.words.stream()
     }
+
+    /// A stream that decodes tokens which follow others, see [`Words::stream_after`].
+    #[must_use]
+    pub fn stream_after(&self, ids: &[u32]) -> TokenStream {
+        self.words.stream_after(ids)
+    }
 }
 
 /// Reads what stands before the weights.

@@ -122,6 +122,8 @@ struct Sequence {
     guided: Option<(Guided, u32)>,
     /// Forced tokens that the schedule does not know of yet.
     forced: usize,
+    /// How the text ends, once the forced tokens that end it are computed, as their log probabilities are wanted.
+    ending: Option<FinishReason>,
     scores: Scores,
     end_tokens: Vec<u32>,
     stream: TokenStream,
@@ -569,6 +571,9 @@ impl Share<'_> {
             last = Some(row);
         }
         let logits = if self.slice.samples { last? } else { return None };
+        if let Some(reason) = self.sequence.ending {
+            return Some(End::Finished(reason));
+        }
         match self.sequence.sample(logits, end, workspace) {
             Ok(token) => self.sequence.take(token),
             Err(error) => Some(End::Failed(error)),
@@ -602,6 +607,7 @@ impl Sequence {
                 ids,
                 guided: ticket.guide.as_ref().and_then(guided),
                 forced: 0,
+                ending: None,
                 scores: Scores { wanted: ticket.logprobs, wanted_of_prompt, ..Scores::default() },
                 end_tokens: ticket.end_tokens.clone(),
                 stream: ticket.stream.clone(),
@@ -689,6 +695,9 @@ impl Sequence {
         if whole && open == 0 && end != Some(FinishReason::Stop) {
             self.flush();
             end = Some(FinishReason::Stop);
+        }
+        if self.forced > 0 && self.scores.wanted.is_some() {
+            self.ending = end.take();
         }
         end.map(End::Finished)
     }

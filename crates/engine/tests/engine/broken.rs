@@ -226,6 +226,17 @@ fn an_entry_that_lies_is_an_error() {
     }
 }
 
+#[test]
+fn a_tokenizer_that_adds_a_token_it_does_not_have_is_an_error() {
+    let folder = copy("llama2");
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    tokenizer["post_processor"]["special_tokens"] = json!({});
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let error = error(folder.path());
+    assert!(error.contains("cannot load tokenizer") && error.contains("tokenizer.json"), "{error}");
+}
+
 /// Writes model.safetensors of a copy of a fixture with a changed header.
 fn check_header(change: impl FnOnce(&mut Value), expected: &str) {
     let folder = copy("qwen2");
