@@ -191,6 +191,23 @@ async fn providers_are_listed_shown_and_tested() {
     }
     let (code, out) = mill.providers(&["test", "mine", "--model", "nope"]);
     assert!(code == Some(1) && out.contains("lists 2 models, but not nope"), "{out}");
+    let openrouter = |key: &str| {
+        let start = start(&mill.place, &mill.redis, "genmill").env("OPENROUTER_API_KEY", key);
+        let start = start.env("OPENROUTER_BASE_URL", &mill.place.provider.base_url());
+        let output = start.args(&["providers", "test", "openrouter"]).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    for (key, code, says) in [
+        ("sk-management-left-74.75", 0, "openrouter: credit of $74.75"),
+        ("sk-management-left-4.5", 0, "openrouter: WARNING: credit of $4.50"),
+        ("sk-left-0.25", 0, "openrouter: LOW: credit of $0.25"),
+        ("sk-plain", 0, "openrouter: WARNING: its credit is not known"),
+        ("sk-management-left--3", 1, "openrouter: FAILED: its credit is used up (-$3.00)"),
+        ("bad-key", 1, "openrouter: FAILED: openrouter refused the key (HTTP 401"),
+    ] {
+        let (exited, out) = openrouter(key);
+        assert!(exited == Some(code) && out.contains(says) && !out.contains("bad-key"), "{key}: {out}");
+    }
     let (code, out) = mill.providers(&["test", "xai"]);
     assert!(code == Some(1) && out.contains("set XAI_API_KEY"), "{out}");
 }

@@ -2,12 +2,14 @@
 
 use crate::auth::Credentials;
 use crate::catalog::{Endpoint, Sources};
+use crate::credit::{self, Credit};
 use crate::failure::{classify, redact};
 use crate::http::{Http, Settings, Trouble, Unsent};
 use crate::providers::{KeyNeed, OWN_FILE, Table};
 use anyhow::Context as _;
 use genmill_core::registration::Availability;
 use genmill_daemon::run::load;
+use reqwest::StatusCode;
 use serde_json::Value;
 use std::io::Write as _;
 use std::path::Path;
@@ -41,7 +43,7 @@ enum Command {
         /// The provider, as in litellm_NAME/model
         name: String,
     },
-    /// Ask a provider for its list of models: is it there, does it take the key, how long does it take
+    /// Ask a provider for its list of models: is it there, does it take the key, how long does it take, what credit is left
     Test {
         /// The provider, as in litellm_NAME/model
         name: String,
@@ -83,11 +85,10 @@ fn told(args: &Args, config: Option<&Path>) -> anyhow::Result<(Vec<String>, Exit
             genmill_daemon::tls::install();
             let http = Http::new(&Settings::of(&loaded.config.api))?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let tested = runtime.block_on(test(&sources, name, model.as_deref(), &http));
-            Ok(match tested {
-                Ok(line) => (vec![format!("{name}: {line}")], ExitCode::SUCCESS),
-                Err(problem) => (vec![format!("{name}: FAILED: {problem}")], ExitCode::FAILURE),
-            })
+            let (found, tested) = runtime.block_on(test(&sources, name, model.as_deref(), &http));
+            let code = if tested.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+            let failed = tested.err().map(|problem| format!("FAILED: {problem}"));
+            Ok((found.into_iter().chain(failed).map(|line| format!("{name}: {line}")).collect(), code))
         }
     }
 }
@@ -157,31 +158,93 @@ fn show(sources: &Sources<'_>, name: &str, folder: &Path) -> anyhow::Result<Vec<
     Ok(lines)
 }
 
-async fn test(sources: &Sources<'_>, name: &str, model: Option<&str>, http: &Http) -> Result<String, String> {
-    let endpoint = sources.endpoint(name).map_err(|missing| state(&Err(missing)))?;
+/// What is found, a line each; the last one is what keeps the provider from being used.
+async fn test(
+    sources: &Sources<'_>,
+    name: &str,
+    model: Option<&str>,
+    http: &Http,
+) -> (Vec<String>, Result<(), String>) {
+    let mut found = Vec::new();
+    let tested = match sources.endpoint(name) {
+        Ok(endpoint) => test_at(&endpoint, model, http, &mut found).await,
+        Err(missing) => Err(state(&Err(missing))),
+    };
+    (found, tested)
+}
+
+async fn test_at(endpoint: &Endpoint, model: Option<&str>, http: &Http, found: &mut Vec<String>) -> Result<(), String> {
     let begun = Instant::now();
     if let Some(path) = &endpoint.provider.check_path {
-        get(&endpoint, path, http).await?;
+        get(endpoint, path, http).await?;
     }
     let path =
         endpoint.dialect.models_path().ok_or("it has no list of models at its address, so only a job can tell")?;
-    let list = get(&endpoint, path, http).await?;
+    let list = get(endpoint, path, http).await?;
     let took_ms = begun.elapsed().as_millis();
     let models = names(&list);
-    match model {
-        Some(model) if !models.contains(&model) => Err(format!("it lists {} models, but not {model}", models.len())),
-        Some(_) | None => Ok(format!("ok, {} models, {took_ms} ms, at {}", models.len(), endpoint.base_url)),
+    if let Some(model) = model {
+        if !models.contains(&model) {
+            return Err(format!("it lists {} models, but not {model}", models.len()));
+        }
+        let ends = rows(&list).find(|row| name(row) == Some(model)).and_then(|row| row["expiration_date"].as_str());
+        found.extend(ends.map(|day| format!("WARNING: {model} is there until {day} only")));
     }
+    found.push(format!("ok, {} models, {took_ms} ms, at {}", models.len(), endpoint.base_url));
+    if let Some(path) = &endpoint.provider.credit_path {
+        found.push(credit(endpoint, path, http).await?.finding()?);
+    }
+    Ok(())
+}
+
+/// What is left of the credit. Keys that are no management keys are told of their own limit only.
+async fn credit(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Credit, String> {
+    let (status, body) = fetch(endpoint, path, http).await?;
+    match (status, &endpoint.provider.check_path) {
+        (StatusCode::OK, _) => Ok(credit::of_account(&body)),
+        (StatusCode::FORBIDDEN, Some(path)) => {
+            let (status, body) = fetch(endpoint, path, http).await?;
+            if status.is_success() { Ok(credit::of_key(&body)) } else { Err(refusal(endpoint, status, &body)) }
+        }
+        _ => Err(refusal(endpoint, status, &body)),
+    }
+}
+
+/// The rows of a list of models, in any of its forms.
+fn rows(list: &Value) -> impl Iterator<Item = &Value> {
+    [list, &list["data"], &list["models"], &list["resources"]]
+        .into_iter()
+        .find_map(Value::as_array)
+        .into_iter()
+        .flatten()
+}
+
+fn name(row: &Value) -> Option<&str> {
+    let name = ["id", "name", "model_id"].iter().find_map(|field| row[*field].as_str())?;
+    Some(name.strip_prefix("models/").unwrap_or(name))
 }
 
 /// The names of models in any of the forms of their list.
 fn names(list: &Value) -> Vec<&str> {
-    let rows = [list, &list["data"], &list["models"]].into_iter().find_map(Value::as_array);
-    let named = rows.into_iter().flatten().filter_map(|row| row["id"].as_str().or_else(|| row["name"].as_str()));
-    named.map(|name| name.strip_prefix("models/").unwrap_or(name)).collect()
+    rows(list).filter_map(name).collect()
 }
 
+/// A document of a provider's.
 async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, String> {
+    let (status, body) = fetch(endpoint, path, http).await?;
+    if !status.is_success() {
+        return Err(refusal(endpoint, status, &body));
+    }
+    serde_json::from_slice(&body).map_err(|_| "its list of models is no JSON".to_owned())
+}
+
+/// What a refusal says.
+fn refusal(endpoint: &Endpoint, status: StatusCode, body: &[u8]) -> String {
+    let told = redact(endpoint.dialect.decode_error(body), endpoint.credentials.secret().into_iter());
+    classify(&endpoint.name, status.as_u16(), &told).message
+}
+
+async fn fetch(endpoint: &Endpoint, path: &str, http: &Http) -> Result<(StatusCode, Vec<u8>), String> {
     let url = format!("{}{path}", endpoint.base_url.as_str().trim_end_matches('/'));
     let mut request = http.client(&endpoint.base_url).get(url);
     for (header, value) in &endpoint.provider.headers {
@@ -192,7 +255,6 @@ async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, Stri
             Unsent::Lost(error) => Trouble::of(&error).to_string(),
             Unsent::Fault(fault) => fault.message,
         })?;
-        let status = response.status();
         let mut body = Vec::new();
         while let Some(bytes) = response.chunk().await.map_err(|error| Trouble::of(&error).to_string())? {
             body.extend_from_slice(&bytes);
@@ -200,13 +262,7 @@ async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, Stri
                 return Err("its list of models is longer than 16 MiB".to_owned());
             }
         }
-        if !status.is_success() {
-            let error = endpoint.dialect.decode_error(&body);
-            let key = endpoint.credentials.secret();
-            let told = redact(error, key.into_iter());
-            return Err(classify(&endpoint.name, status.as_u16(), &told).message);
-        }
-        serde_json::from_slice(&body).map_err(|_| "its list of models is no JSON".to_owned())
+        Ok((response.status(), body))
     };
     timeout(PATIENCE, asked).await.unwrap_or_else(|_| Err(format!("no answer in {} s", PATIENCE.as_secs())))
 }

@@ -9,6 +9,7 @@ pub mod breaker;
 mod call;
 pub mod catalog;
 pub mod collect;
+pub mod credit;
 pub mod dialect;
 pub mod failure;
 pub mod gates;

@@ -35,6 +35,9 @@ pub struct Provider {
     pub key_header: Option<String>,
     /// A path below the base URL that only a good key may read, where the dialect's list of models is open to all.
     pub check_path: Option<String>,
+    /// Where, below the base URL, an account's credit is told; a key that may not know is told its own limit at
+    /// `check_path`. Both in OpenRouter's form.
+    pub credit_path: Option<String>,
     /// Where, below the base URL, the record of a call is kept, with `{id}` for its id.
     pub generation_path: Option<String>,
     /// Names in braces within `base_url`, `path`, `headers` and `body`, and the variables that may hold what stands for them.

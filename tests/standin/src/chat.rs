@@ -161,6 +161,31 @@ pub(crate) async fn prediction(provider: State<Arc<Provider>>, Path(id): Path<us
     told.unwrap_or_else(|| cut_whole("{\"status\": \"succeeded\", \"output\": []}"))
 }
 
+/// `GET /v1/key`, as OpenRouter has it: what is left of a key's limit stands in the key, as in `sk-left-0.50`.
+pub(crate) async fn key(headers: HeaderMap) -> Response {
+    if let Some(refusal) = refuse_key(&headers) {
+        return refusal.respond(&OpenAi);
+    }
+    let left: Value = left(&headers).and_then(|left| serde_json::from_str(left).ok()).unwrap_or_default();
+    Json(json!({"data": {"label": "standin", "limit": left, "limit_remaining": left, "usage": 0}})).into_response()
+}
+
+/// `GET /v1/credits`, as OpenRouter has it: for management keys only, whose account's balance stands in the key, as in
+/// `sk-management-left-0.50`.
+pub(crate) async fn credits(headers: HeaderMap) -> Response {
+    let balance = left(&headers).filter(|_| key_of(&headers).contains("management"));
+    match balance.and_then(|balance| balance.parse::<f64>().ok()) {
+        Some(balance) => {
+            Json(json!({"data": {"total_credits": 100.0 + balance, "total_usage": 100.0}})).into_response()
+        }
+        None => Refusal::new(403, "403", "Only management keys can perform this operation").respond(&OpenAi),
+    }
+}
+
+fn left(headers: &HeaderMap) -> Option<&str> {
+    key_of(headers).split_once("left-").map(|(_, left)| left)
+}
+
 async fn answered(
     shape: &'static dyn Shape,
     path: &str,

@@ -129,6 +129,8 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/v1/models/{owner}/{name}/predictions", post(chat::predict))
         .route("/v1/predictions/{id}", get(chat::prediction))
         .route("/v1/generation", get(chat::generation))
+        .route("/v1/key", get(chat::key))
+        .route("/v1/credits", get(chat::credits))
         .route("/token", post(token::give))
         .route("/identity/token", post(token::give))
         .route("/v1/models", get(chat::models))
