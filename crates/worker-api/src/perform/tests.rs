@@ -12,7 +12,7 @@ use genmill_daemon::environment::Environment;
 use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Options, Standin};
 use genmill_worker::perform::Started;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tokio::sync::mpsc;
 
 const LIMITS: Limits = Limits { calls_max: 4, unsupported: Unsupported::Refuse, first_byte: None, idle: None };
@@ -412,6 +412,47 @@ async fn a_provider_that_is_not_there_is_a_passing_fault() {
     let Outcome::Failed(failure) = performed.outcome else { panic!() };
     assert_eq!(failure.class, FailureClass::Transient);
     assert!(failure.message.starts_with("openai cannot be connected to at 127.0.0.1: "), "{failure:?}");
+}
+
+/// What a person is told of a job to this address.
+async fn told_of(base_url: &str, settings: &Settings) -> String {
+    genmill_daemon::tls::install();
+    let bare = performer(base_url, "sk-a", |_| ());
+    let performer = Performer { http: Http::new(settings).unwrap(), ..bare };
+    let (performed, _) = perform(&performer, job("hi"), CancellationToken::new()).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
+    assert_eq!((failure.class, performed.cost), (FailureClass::Transient, Some(Picodollars(0))), "{failure:?}");
+    failure.message
+}
+
+#[tokio::test]
+async fn failures_of_name_servers_certificates_and_proxies_say_what_to_do() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = Settings { connect_timeout: Duration::from_secs(5), proxy: None, ca_file: None };
+    let told = told_of(&format!("https://{}/v1", standin.address()), &settings).await;
+    assert!(told.contains("it does not speak TLS there: check base_url"), "{told}");
+    let proxied = Settings { proxy: Some(standin.origin()), ..settings.clone() };
+    let told = told_of("https://provider.example/v1", &proxied).await;
+    assert!(told.contains("the proxy refuses"), "{told}");
+    let told = told_of("http://127.0.0.1:1/v1", &settings).await;
+    assert!(told.contains("nothing listens there"), "{told}");
+}
+
+#[test]
+fn a_file_of_certificates_that_is_none_is_told() {
+    genmill_daemon::tls::install();
+    let settings = |file: &str| Settings {
+        connect_timeout: Duration::from_secs(5),
+        proxy: None,
+        ca_file: Some(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)),
+    };
+    for file in ["no-such-file.pem", "Cargo.toml"] {
+        let told = Http::new(&settings(file)).unwrap_err().to_string();
+        assert!(
+            told.starts_with("api.ca_file: cannot read certificates (PEM) from ") && told.ends_with(file),
+            "{told}"
+        );
+    }
 }
 
 #[tokio::test]
