@@ -4,6 +4,7 @@
 
 use crate::controls::ToolCall;
 use crate::ids::{Epoch, WorkerId};
+use crate::model::ModelName;
 use crate::money::Picodollars;
 use crate::time::UnixMs;
 use serde::{Deserialize, Serialize};
@@ -132,6 +133,9 @@ pub struct Generation {
     /// Parameters of the request that the provider does not take: it was asked without them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
+    /// The model that answered, when that is not the one that was asked for: a fallback.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answered_by: Option<ModelName>,
 }
 
 impl Generation {
@@ -155,6 +159,7 @@ impl Generation {
             usage_details: None,
             reasoning: String::new(),
             left_out: Vec::new(),
+            answered_by: None,
         }
     }
 

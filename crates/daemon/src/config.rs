@@ -255,6 +255,22 @@ pub struct Api {
     pub idle_timeout_ms: u64,
     /// Whether a parameter that a provider does not take is left out and noted in the result, instead of failing the job.
     pub drop_params: bool,
+    /// Which models answer in place of others that fail.
+    pub fallbacks: Vec<Fallback>,
+}
+
+/// Which models answer in place of one that fails.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Fallback {
+    /// The model, with its prefix.
+    pub model: String,
+    /// The models that are asked in its place, one after the other, with their prefixes.
+    pub to: Vec<String>,
+    /// On which kinds of failure. Unset: on all that another model may not have (auth, quota, not_found, throttled,
+    /// overloaded, transient, timeout, cut). Others: invalid, content_filter, context_overflow, repeated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on: Option<Vec<String>>,
 }
 
 impl Default for Api {
@@ -267,6 +283,7 @@ impl Default for Api {
             first_byte_timeout_ms: 300_000,
             idle_timeout_ms: 60_000,
             drop_params: false,
+            fallbacks: Vec::new(),
         }
     }
 }

@@ -55,6 +55,8 @@ pub enum Health {
 pub struct Policy {
     /// The kind.
     pub kind: Kind,
+    /// Its name in configuration files.
+    pub name: &'static str,
     /// The class of the job's error, which decides whether the job is tried again.
     pub class: FailureClass,
     /// What it says of the provider.
@@ -68,9 +70,17 @@ pub struct Policy {
 /// What follows from each kind of failure. Classes that are retried: throttled, transient, timeout; the others end the
 /// job. The wait is that of `genmill_core::judge` (1 s, doubled each time), at least as long as the provider asks.
 pub const POLICIES: &[Policy] = &[
-    policy(Kind::Auth, FailureClass::Auth, Health::Works, "refused the key", "check the key and what it may do"),
+    policy(
+        Kind::Auth,
+        "auth",
+        FailureClass::Auth,
+        Health::Works,
+        "refused the key",
+        "check the key and what it may do",
+    ),
     policy(
         Kind::Quota,
+        "quota",
         FailureClass::Auth,
         Health::Works,
         "has no quota or credit left for this key",
@@ -78,16 +88,18 @@ pub const POLICIES: &[Policy] = &[
     ),
     policy(
         Kind::NotFound,
+        "not_found",
         FailureClass::NotFound,
         Health::Works,
         "does not know the model",
         "check the model's name and the provider's base_url",
     ),
-    policy(Kind::Throttled, FailureClass::Throttled, Health::Spare, "asked to slow down", ""),
-    policy(Kind::Overloaded, FailureClass::Throttled, Health::Fails, "is overloaded", ""),
-    policy(Kind::Invalid, FailureClass::Invalid, Health::Works, "refused the request", ""),
+    policy(Kind::Throttled, "throttled", FailureClass::Throttled, Health::Spare, "asked to slow down", ""),
+    policy(Kind::Overloaded, "overloaded", FailureClass::Throttled, Health::Fails, "is overloaded", ""),
+    policy(Kind::Invalid, "invalid", FailureClass::Invalid, Health::Works, "refused the request", ""),
     policy(
         Kind::ContentFilter,
+        "content_filter",
         FailureClass::Invalid,
         Health::Works,
         "does not allow the content",
@@ -95,16 +107,18 @@ pub const POLICIES: &[Policy] = &[
     ),
     policy(
         Kind::ContextOverflow,
+        "context_overflow",
         FailureClass::Invalid,
         Health::Works,
         "cannot hold prompt and answer",
         "shorten the prompt, lower max_tokens, or take a model with a longer context",
     ),
-    policy(Kind::Transient, FailureClass::Transient, Health::Fails, "failed", ""),
-    policy(Kind::Timeout, FailureClass::Timeout, Health::Fails, "took too long", ""),
-    policy(Kind::Cut, FailureClass::Transient, Health::Fails, "broke off its answer", ""),
+    policy(Kind::Transient, "transient", FailureClass::Transient, Health::Fails, "failed", ""),
+    policy(Kind::Timeout, "timeout", FailureClass::Timeout, Health::Fails, "took too long", ""),
+    policy(Kind::Cut, "cut", FailureClass::Transient, Health::Fails, "broke off its answer", ""),
     policy(
         Kind::Repeated,
+        "repeated",
         FailureClass::Invalid,
         Health::Works,
         "failed in the very same way again",
@@ -112,8 +126,15 @@ pub const POLICIES: &[Policy] = &[
     ),
 ];
 
-const fn policy(kind: Kind, class: FailureClass, health: Health, says: &'static str, advice: &'static str) -> Policy {
-    Policy { kind, class, health, says, advice }
+const fn policy(
+    kind: Kind,
+    name: &'static str,
+    class: FailureClass,
+    health: Health,
+    says: &'static str,
+    advice: &'static str,
+) -> Policy {
+    Policy { kind, name, class, health, says, advice }
 }
 
 impl Kind {

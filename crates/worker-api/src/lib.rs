@@ -12,6 +12,7 @@ pub mod collect;
 pub mod credit;
 pub mod dialect;
 pub mod failure;
+pub mod fallbacks;
 pub mod gates;
 pub mod guard;
 pub mod http;

@@ -7,6 +7,7 @@ use genmill_core::registration::Availability;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
 use genmill_worker_api::catalog::Catalog;
+use genmill_worker_api::fallbacks::Fallbacks;
 use genmill_worker_api::http::{Http, Settings};
 use genmill_worker_api::inspect;
 use genmill_worker_api::perform::{Limits, Performer, Unsupported};
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
 fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
     let table = Table::read(&loaded.config.models.dir)?;
     let catalog = Catalog::new(&loaded.models, &table, &loaded.config.providers, &loaded.environment)?;
+    Fallbacks::new(&loaded.config.api.fallbacks)?;
     Ok(catalog.models.iter().map(|model| catalog.describe(model)).collect())
 }
 
@@ -74,5 +76,9 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     let (first_byte, idle) = (limit(api.first_byte_timeout_ms), limit(api.idle_timeout_ms));
     let limits = Limits { calls_max: api.calls_max, unsupported, first_byte, idle };
     let http = Http::new(&Settings::of(api)).context("cannot set up HTTP")?;
-    Ok(Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits))
+    let fallbacks = Fallbacks::new(&api.fallbacks)?;
+    for model in fallbacks.models().filter(|model| !catalog.endpoints.contains_key(&model.lane())) {
+        tracing::warn!(%model, "is a fallback, but no listed model of its provider can be called");
+    }
+    Ok(Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits).with_fallbacks(fallbacks))
 }

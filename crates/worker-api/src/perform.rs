@@ -7,6 +7,7 @@ use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
 use crate::collect::Collected;
 use crate::failure::{Fault, Health, Kind};
+use crate::fallbacks::Fallbacks;
 use crate::gates::{Gates, Passage, patience};
 use crate::http::Http;
 use crate::prices::{Class, Day, Prices};
@@ -15,11 +16,13 @@ use crate::settle::settle;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
+use genmill_core::model::ModelName;
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
+use std::borrow::Cow;
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -38,6 +41,7 @@ pub struct Performer {
     prices: Prices,
     http: Http,
     limits: Limits,
+    fallbacks: Fallbacks,
     gates: Gates,
     repeats: Repeats,
 }
@@ -68,7 +72,14 @@ impl Performer {
     /// A performer that calls the providers of `catalog`.
     #[must_use]
     pub fn new(catalog: Catalog, prices: Prices, http: Http, limits: Limits) -> Self {
-        Self { catalog, prices, http, limits, gates: Gates::default(), repeats: Repeats::default() }
+        let fallbacks = Fallbacks::default();
+        Self { catalog, prices, http, limits, fallbacks, gates: Gates::default(), repeats: Repeats::default() }
+    }
+
+    /// The same performer with models that answer in place of others.
+    #[must_use]
+    pub fn with_fallbacks(self, fallbacks: Fallbacks) -> Self {
+        Self { fallbacks, ..self }
     }
 }
 
@@ -88,25 +99,98 @@ impl Perform for Performer {
     }
 
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
-        let lane = task.spec.model.lane();
+        let fallback = self.fallbacks.of(&task.spec.model);
+        let served = |model: &&ModelName| self.catalog.endpoints.contains_key(&model.lane());
+        let others: Vec<&ModelName> = fallback.into_iter().flat_map(|fallback| &fallback.to).filter(served).collect();
+        let mut others = others.into_iter();
+        let mut spec = Cow::Borrowed(&task.spec);
+        let (begun, mut spent, mut first) = (Instant::now(), Some(Picodollars(0)), None);
+        loop {
+            // One that can be replaced is not waited for.
+            let held = if others.len() > 0 { Duration::ZERO } else { held_max(&spec) };
+            let attempt = Attempt { job: task.id, spec: &spec, begun, held, stop: &stop };
+            let tried = self.attempt(attempt, &mut progress).await;
+            spent = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
+            let may_go_on = fallback.is_some_and(|fallback| tried.failed.is_some_and(|kind| fallback.helps(kind)));
+            let next = others.next().filter(|_| may_go_on && !stop.is_cancelled());
+            let Some(next) = next else {
+                let mut outcome = tried.performed.outcome;
+                if let (Outcome::Generated(generation), Cow::Owned(spec)) = (&mut outcome, &spec) {
+                    generation.answered_by = Some(spec.model.clone());
+                }
+                let outcome = match first {
+                    Some(first) => in_all(first, outcome),
+                    None => outcome,
+                };
+                return Performed { outcome, cost: spent };
+            };
+            tracing::warn!(job = %task.id, model = %spec.model, kind = ?tried.failed, %next, "failed: asking another model");
+            first.get_or_insert(tried.performed.outcome);
+            spec = Cow::Owned(JobSpec { model: next.clone(), ..task.spec.clone() });
+        }
+    }
+}
+
+/// What becomes of a job whose model ended as `first` tells, and the last of its fallbacks as `last`: an answer counts,
+/// else whatever lets the job be tried again. It goes back to the queue only after somebody has waited.
+fn in_all(first: Outcome, last: Outcome) -> Outcome {
+    match (first, last) {
+        (Outcome::Failed(first), Outcome::Failed(last)) => {
+            let (told, other) =
+                if last.class.is_retried() && !first.class.is_retried() { (last, first) } else { (first, last) };
+            let message = format!("{}; and another model: {}", told.message, other.message);
+            Outcome::Failed(Failure::new(told.class, message).retry_after_ms(told.retry_after_ms))
+        }
+        (Outcome::HandedBack, Outcome::Failed(last)) if !last.class.is_retried() => {
+            let message = format!("the model is spared for now, and in its place: {}", last.message);
+            Outcome::Failed(Failure::new(FailureClass::Throttled, message))
+        }
+        (first @ Outcome::Failed(_), Outcome::HandedBack) => first,
+        (_, last) => last,
+    }
+}
+
+/// What is to be tried.
+struct Attempt<'a> {
+    job: JobId,
+    spec: &'a JobSpec,
+    /// When the job's attempt began.
+    begun: Instant,
+    /// How long it may wait until the model may be called.
+    held: Duration,
+    stop: &'a CancellationToken,
+}
+
+/// What came of asking a model.
+struct Tried {
+    performed: Performed,
+    /// Why there is no answer, and nothing of one that anybody has seen.
+    failed: Option<Kind>,
+}
+
+impl Performer {
+    /// Asks one model.
+    async fn attempt(&self, attempt: Attempt<'_>, progress: &mut Progress) -> Tried {
+        let Attempt { job, spec, begun, held, stop } = attempt;
+        let model = spec.model.backend_name();
+        let lane = spec.model.lane();
         let Some(endpoint) = self.catalog.endpoints.get(&lane) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
-            return Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
+            let performed = Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
+            return Tried { performed, failed: Some(Kind::NotFound) };
         };
-        let (spec, begun) = (&task.spec, Instant::now());
-        let gate = self.gates.of(&endpoint.name, spec.model.backend_name());
+        let gate = self.gates.of(&endpoint.name, model);
         let passage = tokio::select! {
             biased;
             () = stop.cancelled() => Err(None),
-            passage = gate.pass(patience(held_max(spec))) => passage,
+            passage = gate.pass(patience(held)) => passage,
         };
         let passage = match passage {
             Ok(passage) => passage,
-            Err(until) => return waits(&endpoint.name, until),
+            Err(until) => return Tried { performed: waits(&endpoint.name, until), failed: Some(Kind::Throttled) },
         };
         progress.started.set();
-        let (http, limits, progress) = (&self.http, self.limits, &mut progress);
-        let dialect = endpoint.dialect(spec.model.backend_name());
+        let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(model));
         let mut call = Call { endpoint, dialect, http, limits, spec, progress, begun };
         let mut collected = Collected::new(&spec.sampling.stop);
         let ended = tokio::select! {
@@ -114,13 +198,16 @@ impl Perform for Performer {
             ended = call.make(&mut collected) => ended,
             () = stop.cancelled() => Ended::Stopped,
         };
-        let ended = self.judged(task.id, ended, passage);
+        let ended = self.judged(job, ended, passage);
+        let failed = match &ended {
+            // What was shown already cannot be taken back within an attempt.
+            Ended::Refused(fault) | Ended::Broken(fault) if collected.bytes() == 0 => Some(fault.kind),
+            Ended::Refused(_) | Ended::Broken(_) | Ended::Answered | Ended::Stopped => None,
+        };
         let cost = self.cost(endpoint, spec, &ended, &collected).await;
-        performed(endpoint, spec, ended, collected, cost)
+        Tried { performed: performed(endpoint, spec, ended, collected, cost), failed }
     }
-}
 
-impl Performer {
     /// Tells the circuit how a call ended, and whether the same failure has come too often.
     fn judged(&self, job: JobId, ended: Ended, passage: Passage) -> Ended {
         let fault = match &ended {

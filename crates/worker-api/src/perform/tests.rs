@@ -2,12 +2,14 @@
 
 use super::*;
 use crate::auth::google;
+use crate::fallbacks::Fallbacks;
 use crate::fixture::{messages, spec};
 use crate::http::Settings;
 use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation, Usage};
 use genmill_core::ids::{Epoch, LaneNumber};
 use genmill_core::request::Role;
+use genmill_daemon::config;
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Options, Standin};
@@ -370,6 +372,84 @@ async fn a_broken_answer_costs_what_its_providers_record_says() {
     assert_eq!(lost.cost, None);
     let Outcome::Failed(failure) = lost.outcome else { panic!() };
     assert!(failure.message.contains("about 3 tokens had come by then (estimated)"), "{failure:?}");
+}
+
+/// What becomes of a job whose model has a fallback, and how many calls that took. Both are the stand-in; what the
+/// model's name says of misbehaving concerns itself alone.
+async fn with_fallback(model: &str, prompt: &str, on: Option<&str>) -> (Performed, String, u64) {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!("openai = {{ base_url = '{}', api_key = 'sk-a' }}", standin.base_url());
+    let model = format!("litellm_openai/{model}");
+    let fallback = config::Fallback {
+        model: model.clone(),
+        to: vec!["openrouter_nobody/serves".to_owned(), "litellm_gpt-4o-mini".to_owned()],
+        on: on.map(|kind| vec![kind.to_owned()]),
+    };
+    let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
+    let performer = performer.with_fallbacks(Fallbacks::new(&[fallback]).unwrap());
+    let (performed, reported) = perform(&performer, spec(&model, prompt), CancellationToken::new()).await;
+    (performed, reported, standin.bill().calls)
+}
+
+#[tokio::test]
+async fn another_model_answers_in_place_of_one_that_fails_which_the_result_tells() {
+    for model in ["x!status=529", "x!status=429,retry-after=60", "missing", "x!garbage", "x!status=402"] {
+        let (performed, reported, calls) = with_fallback(model, "one two", None).await;
+        let generation = generation(performed);
+        assert_eq!((generation.text.as_str(), reported.as_str(), calls), ("one two", "one two", 2), "{model}");
+        assert_eq!(generation.answered_by.map(|model| model.to_string()).as_deref(), Some("litellm_gpt-4o-mini"));
+    }
+    let (performed, _, calls) = with_fallback("x", "one two", None).await;
+    assert_eq!((generation(performed).answered_by, calls), (None, 1));
+}
+
+#[tokio::test]
+async fn no_other_model_answers_where_it_would_not_help_or_something_was_shown() {
+    for (model, on, calls) in
+        [("x!status=400", None, 1), ("x!cut-after=2", None, 1), ("x!status=529", Some("quota"), 1)]
+    {
+        let (performed, _, called) = with_fallback(model, "a b c", on).await;
+        assert!(matches!(performed.outcome, Outcome::Failed(_)), "{model}: {performed:?}");
+        assert_eq!(called, calls, "{model}");
+    }
+    let (performed, _, _) = with_fallback("x!status=400", "a b c", Some("invalid")).await;
+    assert_eq!(generation(performed).text, "a b c");
+}
+
+#[test]
+fn a_job_is_tried_again_when_that_may_help_any_of_its_models() {
+    let failed = |class| Outcome::Failed(Failure::new(class, "x"));
+    let class = |first, last| match in_all(first, last) {
+        Outcome::Failed(failure) => Some(failure.class),
+        Outcome::HandedBack => None,
+        other => panic!("{other:?}"),
+    };
+    let (transient, auth, throttled) = (FailureClass::Transient, FailureClass::Auth, FailureClass::Throttled);
+    assert_eq!(class(failed(transient), failed(auth)), Some(transient));
+    assert_eq!(class(failed(auth), failed(transient)), Some(transient));
+    assert_eq!(class(failed(auth), failed(FailureClass::Invalid)), Some(auth));
+    assert_eq!(class(Outcome::HandedBack, failed(transient)), Some(transient));
+    assert_eq!(class(Outcome::HandedBack, failed(auth)), Some(throttled), "the model itself was not asked");
+    assert_eq!(class(failed(transient), Outcome::HandedBack), Some(transient));
+    assert_eq!(class(Outcome::HandedBack, Outcome::HandedBack), None);
+}
+
+#[tokio::test]
+async fn a_model_that_is_spared_is_replaced_at_once() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!("openai = {{ base_url = '{}', api_key = 'sk-a' }}", standin.base_url());
+    let model = "litellm_openai/x!status=429,retry-after=60".to_owned();
+    let fallback = config::Fallback { model: model.clone(), to: vec!["litellm_gpt-4o-mini".to_owned()], on: None };
+    let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
+    let performer = performer.with_fallbacks(Fallbacks::new(&[fallback]).unwrap());
+    for prompt in ["a", "b"] {
+        let (performed, _) = perform(&performer, spec(&model, prompt), CancellationToken::new()).await;
+        let answered_by = generation(performed).answered_by;
+        assert_eq!(answered_by.map(|model| model.to_string()).as_deref(), Some("litellm_gpt-4o-mini"), "{prompt}");
+    }
+    let models: Vec<String> = standin.calls().into_iter().map(|call| call.content).collect();
+    assert_eq!(models.len(), 3, "{models:?}");
+    assert!(models[2].starts_with("gpt-4o-mini: "), "{models:?}");
 }
 
 #[tokio::test]
