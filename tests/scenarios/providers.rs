@@ -15,6 +15,9 @@ const WITHIN: Duration = Duration::from_secs(60);
 const MODELS: [&str; 4] =
     ["litellm_gpt-4o-mini", "litellm_claude-haiku-4-5", "litellm_gemini-2.5-flash", "litellm_mine/some-model"];
 
+/// A model whose provider wants to be paid first; another answers in its place.
+const POOR: &str = "litellm_mine/poor!status=402";
+
 /// A scheduler and an API worker, without the rest of a mill.
 struct Mill {
     // Processes end before the Redis and the folder they work with.
@@ -28,10 +31,12 @@ impl Mill {
     async fn new() -> Self {
         let place = Place::new().await;
         let (configs, provider) = (place.path().join("configs"), &place.provider);
-        let listed = "models: [gpt-4o-mini, claude-haiku-4-5, gemini-2.5-flash, mine/some-model, xai/grok-4]";
+        let listed = "models: [gpt-4o-mini, claude-haiku-4-5, gemini-2.5-flash, mine/some-model, mine/poor!status=402, xai/grok-4]";
         std::fs::write(configs.join("litellm_models.yaml"), listed).unwrap();
         let own = format!("[mine]\nbase_url = '{}'\nkeys = ['MINE_KEY']\ndialect = 'openai'\n", provider.base_url());
         std::fs::write(configs.join("providers.toml"), own).unwrap();
+        let fallbacks = format!("[[api.fallbacks]]\nmodel = '{}'\nto = ['{}']\non = ['quota']\n", POOR, MODELS[0]);
+        std::fs::write(place.path().join("genmill.toml"), fallbacks).unwrap();
         std::fs::write(configs.join(".env"), "MINE_KEY=sk-mine\nANTHROPIC_API_KEY=sk-far\n").unwrap();
         std::fs::write(place.path().join(".env"), "ANTHROPIC_API_KEY=sk-near\nGOOGLE_API_KEY=sk-google\n").unwrap();
         let redis = RedisServer::start().unwrap();
@@ -104,6 +109,10 @@ async fn every_provider_answers_through_the_queue_each_in_its_dialect() {
     let mut keys: Vec<String> = mill.place.provider.calls().into_iter().map(|call| call.key).collect();
     keys.dedup();
     assert_eq!(keys, ["sk-test", "sk-near", "sk-google", "sk-mine"]);
+    let replaced = finished(&client, POOR, "hi").await;
+    assert_eq!(replaced.attempt_history.len(), 1, "another model answers within the attempt: {replaced:?}");
+    let result = replaced.result.unwrap();
+    assert_eq!((result.text.as_str(), result.answered_by.as_str()), ("hi", MODELS[0]));
     let refused = finished(&client, MODELS[1], "!status=400").await;
     assert_eq!(refused.error.unwrap().error_class(), v1::ErrorClass::Invalid);
 }
@@ -157,7 +166,7 @@ async fn published_prices_are_compared_taken_over_and_charged() {
     let (code, out) = mill.told("prices", &["show", "litellm_mine/some-model"]);
     assert!(code == Some(0) && out.contains("mine some-model, from 2026-01-02: input 1, output 2"), "{out}");
     let (code, out) = mill.told("prices", &["diff", "--from", "genmill.toml"]);
-    assert!(code == Some(2), "{out}");
+    assert!(code == Some(2) && out.contains("is neither LiteLLM's JSON file of prices nor CSV"), "{out}");
     let before = finished(&client, MODELS[3], "one two").await;
     assert_eq!(before.cost, None, "a worker takes prices over when it starts");
     let Mill { scheduler: _scheduler, _worker, redis, place } = mill;
