@@ -434,8 +434,9 @@ async fn a_job_whose_model_nobody_serves_does_not_keep_others_from_being_redrive
     let unserved = JobId::new(UnixMs(1), lane, 1);
     let worker = WorkerId::new("test", "host", 0);
     queue.enqueue(&spec.model.lane(), &[NewJob { id: unserved, spec }]).await.unwrap();
-    let lease = queue.claim(lane, &worker, Room { free: 1, tokens: None }, 60_000).await.unwrap().remove(0);
-    let finish = Finish { verdict: Verdict::Fail(Failure::new(FailureClass::Invalid, "x")), cost: None };
+    let lease = queue.claim(lane, &worker, Room { free: 1, tokens: None, keys: &[] }, 60_000).await.unwrap().remove(0);
+    let finish =
+        Finish { verdict: Verdict::Fail(Failure::new(FailureClass::Invalid, "x")), cost: None, observation: None };
     let ended = Ended { held: lease.held(), started_at: lease.started_at, finish: &finish };
     queue.finish(lane, &worker, &[ended]).await.unwrap();
 

@@ -3,6 +3,7 @@
 //! Never here: what follows from it (see `judge`).
 
 use crate::controls::ToolCall;
+use crate::gate::Observation;
 use crate::ids::{Epoch, WorkerId};
 use crate::money::Picodollars;
 use crate::time::UnixMs;
@@ -270,6 +271,8 @@ pub struct Performed {
     pub outcome: Outcome,
     /// What the attempt cost; `None` when unknown.
     pub cost: Option<Picodollars>,
+    /// What its call tells of the provider's limits; `None` when it made none.
+    pub observation: Option<Observation>,
 }
 
 /// How an attempt ended, as kept.

@@ -30,6 +30,8 @@ pub struct Endpoint {
     pub base_url: Url,
     /// Its key, unless it serves without.
     pub key: Option<Secret>,
+    /// More keys, each as good.
+    pub more_keys: Vec<Secret>,
 }
 
 impl Endpoint {
@@ -174,10 +176,13 @@ impl Sources<'_> {
         let provider = self.filled(name, provider).map_err(unavailable)?;
         let base_url = self.base_url(name, &provider).map_err(unavailable)?;
         let key = self.key(name, &provider);
+        let more_keys = self.settings_of(name).map(|settings| settings.api_keys.clone()).unwrap_or_default();
+        let mut keys = key.into_iter().chain(more_keys).filter(|key| !key.reveal().is_empty());
+        let (key, more_keys) = (keys.next(), keys.collect());
         if key.is_none() && provider.key_need == KeyNeed::Required {
             return Err(Availability::KeyMissing { variable: provider.keys.first().cloned().unwrap_or_default() });
         }
-        Ok(Endpoint { name: name.to_owned(), provider, dialect, base_url, key })
+        Ok(Endpoint { name: name.to_owned(), provider, dialect, base_url, key, more_keys })
     }
 
     /// The row with what the environment has for its parts.

@@ -138,6 +138,12 @@ impl Collected {
         self.error.as_ref()
     }
 
+    /// The tokens, as far as the provider told.
+    #[must_use]
+    pub const fn usage(&self) -> Option<Usage> {
+        self.usage
+    }
+
     /// What the call costs: the provider's own figure, else tokens times price; `None` when neither is known.
     #[must_use]
     pub fn cost(&self, rates: Option<&Rates>) -> Option<Picodollars> {

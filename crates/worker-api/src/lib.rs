@@ -10,6 +10,7 @@ pub mod collect;
 pub mod dialect;
 pub mod http;
 pub mod inspect;
+mod keys;
 pub mod perform;
 pub mod prices;
 pub mod providers;

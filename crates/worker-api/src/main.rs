@@ -69,5 +69,6 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     let unsupported = if api.drop_params { Unsupported::LeaveOut } else { Unsupported::Refuse };
     let limits = Limits { calls_max: api.calls_max, unsupported };
     let http = Http::new(Duration::from_millis(api.connect_timeout_ms)).context("cannot set up HTTP")?;
-    Ok(Performer::new(catalog, Prices::embedded()?, http, limits))
+    let performer = Performer::new(catalog, Prices::embedded()?, http, limits);
+    Ok(performer.within(api.calls_start, context.config.limits.clone()))
 }

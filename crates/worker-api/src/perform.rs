@@ -7,14 +7,18 @@ use crate::classify::{classify, redact, retry_after_ms};
 use crate::collect::Collected;
 use crate::dialect::{Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
 use crate::http::{Http, cause};
+use crate::keys::{Keys, limits_of, observe};
 use crate::prices::Prices;
-use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
+use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed, Usage};
+use genmill_core::gate::Declaration;
 use genmill_core::job::JobSpec;
+use genmill_core::model::Lane;
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
 use genmill_core::request::Input;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
+use genmill_daemon::config;
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use reqwest::{Response, StatusCode};
 use std::time::Duration;
@@ -42,6 +46,9 @@ pub struct Performer {
     prices: Prices,
     http: Http,
     limits: Limits,
+    keys: Keys,
+    calls_start: u32,
+    rows: Vec<config::Limit>,
 }
 
 /// How calls are made.
@@ -66,7 +73,14 @@ impl Performer {
     /// A performer that calls the providers of `catalog`.
     #[must_use]
     pub fn new(catalog: Catalog, prices: Prices, http: Http, limits: Limits) -> Self {
-        Self { catalog, prices, http, limits }
+        let keys = Keys::new(&catalog);
+        Self { catalog, prices, http, limits, keys, calls_start: limits.calls_max, rows: Vec::new() }
+    }
+
+    /// The same one, which begins with so many calls of a model at once and keeps `rows`, together with all other workers.
+    #[must_use]
+    pub fn within(self, calls_start: u32, rows: Vec<config::Limit>) -> Self {
+        Self { calls_start, rows, ..self }
     }
 }
 
@@ -77,6 +91,10 @@ impl Perform for Performer {
         lanes.map(|lane| Offer { lane: lane.clone(), capacity, tokens: None, changes: None }).collect()
     }
 
+    fn declares(&self, lane: &Lane) -> Option<Declaration> {
+        self.keys.declaration(lane, self.calls_start, limits_of(lane, &self.rows, &self.catalog))
+    }
+
     fn models(&self) -> Vec<ServedModel> {
         self.catalog.models.clone()
     }
@@ -84,9 +102,9 @@ impl Perform for Performer {
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
         progress.started.set();
         let lane = task.spec.model.lane();
-        let Some(endpoint) = self.catalog.endpoints.get(&lane) else {
+        let Some(endpoint) = self.keys.endpoint(&lane, task.key.as_ref()) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
-            return Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
+            return Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)), observation: None };
         };
         let unsupported = self.limits.unsupported;
         let (spec, progress, begun) = (&task.spec, &mut progress, Instant::now());
@@ -106,18 +124,22 @@ impl Performer {
         let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
         let rates = self.prices.rates(priced_as, spec.model.backend_name());
         let cost = collected.cost(rates.as_ref());
-        match ended {
-            Ended::Refused(failure) => Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) },
+        // What is refused takes no tokens.
+        let usage = if matches!(ended, Ended::Refused(_)) { Some(Usage::default()) } else { collected.usage() };
+        let (outcome, cost) = match ended {
+            Ended::Refused(failure) => (Outcome::Failed(failure), Some(Picodollars(0))),
             Ended::Answered | Ended::Broken(_) | Ended::Stopped if collected.is_whole() => {
                 let seeded = endpoint.dialect.sends_seed(spec.model.backend_name(), &endpoint.provider);
                 let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
                 let generation = Generation { determinism, ..collected.into_generation() };
-                Performed { outcome: Outcome::Generated(generation), cost }
+                (Outcome::Generated(generation), cost)
             }
-            Ended::Broken(failure) => Performed { outcome: Outcome::Failed(failure), cost },
-            Ended::Answered => Performed { outcome: Outcome::Failed(cut_off(&endpoint.name)), cost },
-            Ended::Stopped => Performed { outcome: Outcome::HandedBack, cost },
-        }
+            Ended::Broken(failure) => (Outcome::Failed(failure), cost),
+            Ended::Answered => (Outcome::Failed(cut_off(&endpoint.name)), cost),
+            Ended::Stopped => (Outcome::HandedBack, cost),
+        };
+        let observation = Some(observe(&outcome, usage));
+        Performed { outcome, cost, observation }
     }
 }
 

@@ -3,7 +3,8 @@
 use super::*;
 use crate::fixture::{messages, spec};
 use crate::providers::Table;
-use genmill_core::attempt::{FinishReason, Generation, Usage};
+use genmill_core::attempt::{FinishReason, Generation};
+use genmill_core::gate::{KeyId, Observation, Signal};
 use genmill_core::ids::{Epoch, JobId, LaneNumber};
 use genmill_core::request::Role;
 use genmill_daemon::environment::Environment;
@@ -62,7 +63,7 @@ fn performer_of(name: &str, settings: &str, limits: Limits, change: impl Fn(&mut
 
 /// Performs one job and returns what came of it, and the text that was reported.
 async fn perform(performer: &Performer, spec: JobSpec, stop: CancellationToken) -> (Performed, String) {
-    let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec };
+    let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec, key: None };
     let (report, mut reported) = mpsc::channel(1);
     let progress = Progress::new(&task, Started::default(), report);
     let listen = async {
@@ -223,7 +224,8 @@ async fn a_call_ends_when_told_to_stop() {
             told.cancel();
         };
         let ((performed, _), ()) = tokio::join!(perform(&bench.performer, job(prompt), stop), wait_then_tell);
-        assert_eq!(performed, Performed { outcome: Outcome::HandedBack, cost: None }, "{prompt}");
+        assert_eq!((performed.outcome, performed.cost), (Outcome::HandedBack, None), "{prompt}");
+        assert_eq!(performed.observation, Some(Observation::default()), "a call was made, and given up");
     }
 }
 
