@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::{Client, Request, v1};
-use genmill_standin::Call;
+use genmill_standin::bill::Call;
 use genmill_tests::daemons::Daemon;
 use genmill_tests::place::{MODEL, Place, check_all_succeeded_once, client, results, submit_all};
 use genmill_tests::redis_server::RedisServer;
