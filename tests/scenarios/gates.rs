@@ -12,7 +12,8 @@ use genmill_core::names::Experiment;
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Ended, Finish, GateState, HeldBack, HeldBy, Holding, Kept, Lease, NewJob, Opens, Options, Queue, Room, Slots,
+    Ended, Finish, GateState, HeldBack, HeldBy, Holding, Kept, Lease, NewJob, Opens, Options, Passage, Queue, Room,
+    SideCall, Slots,
 };
 use genmill_tests::dice::Dice;
 use genmill_tests::redis_cluster::ask;
@@ -399,6 +400,36 @@ async fn many_experiments_with_one_model_all_get_their_turns() {
     }
     let distinct: BTreeSet<&Experiment> = first_seen[..40].iter().collect();
     assert!(distinct.len() > 36, "{first_seen:?}");
+}
+
+#[tokio::test]
+async fn a_call_beside_a_job_has_a_permit_of_its_own_that_ends_by_itself() {
+    let mut bench = Bench::new().await;
+    let (model, keys) = (ModelName::parse(A).unwrap(), [key("k")]);
+    let call = |name: &'static str, ttl_ms| SideCall { name, model: &model, tokens: 5, keys: &keys, ttl_ms };
+    assert_eq!(bench.queue.permit(bench.lane, &call("early", 1)).await.unwrap(), Passage::Free);
+    bench.beat("w", 0, &declare(&["k", "l"], 9, vec![Limit { concurrency: Some(2), ..limit(A) }])).await;
+    let Passage::Permitted(permit) = bench.queue.permit(bench.lane, &call("one", 60_000)).await.unwrap() else {
+        panic!("there is room");
+    };
+    assert_eq!(permit.key, key("k"));
+    // The second one is lost with its caller.
+    assert!(matches!(bench.queue.permit(bench.lane, &call("lost", 0)).await.unwrap(), Passage::Permitted(_)));
+    // The other key is not the caller's.
+    let held = Passage::Held { until: Opens::AfterCall, held_by: HeldBy::Calls };
+    assert_eq!(bench.queue.permit(bench.lane, &call("two", 60_000)).await.unwrap(), held);
+    assert_eq!(bench.gate("k", A).await.in_flight, 2);
+    bench.queue.reclaim(bench.lane, &Policy::default(), 0).await.unwrap();
+    assert_eq!(bench.gate("k", A).await.in_flight, 1);
+    // What it tells counts, once.
+    let told = Observation { signal: Signal::Throttled, retry_after_ms: Some(60_000), ..Observation::default() };
+    for _ in 0..2 {
+        bench.queue.settle(&permit, Some(&told)).await.unwrap();
+        let gate = bench.gate("k", A).await;
+        assert_eq!((gate.in_flight, gate.held_by), (0, Some(HeldBy::Throttled)));
+    }
+    bench.submit(A, 1).await;
+    assert!(bench.claim("w", 1, &["k"]).await.is_empty());
 }
 
 /// What gates decide, as a script that is told what happens when.

@@ -1,10 +1,13 @@
-//! A look at the gates of a lane: what bounds the calls of remote models, and which models are held back.
+//! The gates of a lane: what bounds the calls of remote models, which models are held back, and permits for calls beside
+//! those for which jobs are fed.
 
 use crate::error::QueueError;
 use crate::payload::corrupt;
 use crate::queue::Queue;
-use genmill_core::gate::KeyId;
+use crate::work::pack;
+use genmill_core::gate::{KeyId, Observation};
 use genmill_core::ids::LaneNumber;
+use genmill_core::model::ModelName;
 use genmill_core::time::UnixMs;
 
 /// When something may go on.
@@ -70,6 +73,46 @@ pub struct Gates {
     pub held_back: Vec<HeldBack>,
 }
 
+/// A call beside the one for which a job was fed: to another model, or the same again.
+#[derive(Clone, Copy, Debug)]
+pub struct SideCall<'a> {
+    /// A name for it that no other call has.
+    pub name: &'a str,
+    /// The model, which must be of the lane that is asked.
+    pub model: &'a ModelName,
+    /// Its estimated tokens.
+    pub tokens: u64,
+    /// The keys that the caller has.
+    pub keys: &'a [KeyId],
+    /// When its permit ends by itself, in milliseconds: the caller may be lost.
+    pub ttl_ms: u64,
+}
+
+/// A permit for a call, to be settled when it has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Permit {
+    lane: LaneNumber,
+    lent: Vec<u8>,
+    /// The key to be used.
+    pub key: KeyId,
+}
+
+/// Whether a call may be made.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Passage {
+    /// It may, with this permit.
+    Permitted(Permit),
+    /// It may: the lane has no gates.
+    Free,
+    /// Not now.
+    Held {
+        /// Until when, as far as is known.
+        until: Opens,
+        /// Why.
+        held_by: HeldBy,
+    },
+}
+
 /// A gate as the script answers it: key, model, permits, window, opening, reason.
 type Gate = (String, String, u64, String, String, String);
 
@@ -97,6 +140,53 @@ impl Queue {
             gates: gates.into_iter().map(gate).collect::<Result<_, QueueError>>()?,
             held_back: held.into_iter().map(held_back).collect::<Result<_, QueueError>>()?,
         })
+    }
+}
+
+impl Queue {
+    /// Asks for a permit for a call beside a job's own. Such a call does not wait in the queue.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer. A permit whose answer got lost ends by itself.
+    pub async fn permit(&self, lane: LaneNumber, call: &SideCall<'_>) -> Result<Passage, QueueError> {
+        let mut script = self.scripts.permit.key(self.keys.lane(lane));
+        let keys: Vec<&str> = call.keys.iter().map(KeyId::as_str).collect();
+        let answer: Vec<Vec<u8>> = script
+            .arg(call.name)
+            .arg(call.model.as_str())
+            .arg(call.tokens)
+            .arg(keys.join(","))
+            .arg(call.ttl_ms)
+            .invoke_async(&mut self.connection.clone())
+            .await
+            .map_err(|source| QueueError::from_redis("asking for a permit", source))?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match &answer[..] {
+            [] => Ok(Passage::Free),
+            [_, at, why] => {
+                let held_by = held_by(&text(why))?.unwrap_or(HeldBy::Calls);
+                Ok(Passage::Held { until: opens(&text(at))?, held_by })
+            }
+            [lent, key] => {
+                Ok(Passage::Permitted(Permit { lane, lent: lent.clone(), key: KeyId::from_stored(text(key)) }))
+            }
+            _ => Err(unknown("of another length")),
+        }
+    }
+
+    /// Ends a permit, with what its call tells; `None` when it was not made. May be repeated.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn settle(&self, permit: &Permit, observation: Option<&Observation>) -> Result<(), QueueError> {
+        let mut script = self.scripts.settle_permit.key(self.keys.lane(permit.lane));
+        let told = observation.map(|told| pack("observation", told)).transpose()?;
+        script
+            .arg(&permit.lent)
+            .arg(told.unwrap_or_default())
+            .invoke_async(&mut self.connection.clone())
+            .await
+            .map_err(|source| QueueError::from_redis("settling a permit", source))
     }
 }
 

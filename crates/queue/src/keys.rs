@@ -21,6 +21,7 @@
 //! | `NS:{N}:gates` | hash | gates by `KEY:MODEL`, `KEY:` for all models of a key: MessagePack, told in gates.lua |
 //! | `NS:{N}:shut` | sorted set | models of which leaves are set aside because no gate lets them pass, by when to try again |
 //! | `NS:{N}:shut:MODEL` | sorted set | these leaves, by when they were set aside |
+//! | `NS:{N}:lent` | sorted set | permits of calls beside those of jobs, by when they end by themselves |
 //! | `NS:{N}:used` | hash | virtual time that a flow or leaf had used up when it left; `in/FLOW` virtual time among its leaves |
 //! | `NS:{N}:paused` | set | flows and leaves set aside because they are paused |
 //! | `NS:{N}:full:TENANT` | set | flows set aside because their tenant has reached its cap |

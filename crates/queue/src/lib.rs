@@ -28,7 +28,7 @@ pub use dead::{Purge, Redrive, Redriven};
 pub use demand::Demand;
 pub use error::QueueError;
 pub use events::{Event, Events, Hint, Hints};
-pub use gates::{GateState, Gates, HeldBack, HeldBy, Opens};
+pub use gates::{GateState, Gates, HeldBack, HeldBy, Opens, Passage, Permit, SideCall};
 pub use keys::Which;
 pub use lanes::LaneState;
 pub use list::{Finished, ListQuery, Listed, Place, Tally};

@@ -20,11 +20,13 @@ pub(crate) struct Scripts {
     pub(crate) heartbeat: Script,
     pub(crate) leave: Script,
     pub(crate) open_lane: Script,
+    pub(crate) permit: Script,
     pub(crate) promote: Script,
     pub(crate) purge: Script,
     pub(crate) reclaim: Script,
     pub(crate) redrive: Script,
     pub(crate) set: Script,
+    pub(crate) settle_permit: Script,
 }
 
 impl Scripts {
@@ -56,11 +58,13 @@ impl Scripts {
             heartbeat: of_lane(include_str!("scripts/heartbeat.lua")),
             leave: of_lane(include_str!("scripts/leave.lua")),
             open_lane: Script::new(include_str!("scripts/open_lane.lua")),
+            permit: of_lane(include_str!("scripts/permit.lua")),
             promote: of_lane(include_str!("scripts/promote.lua")),
             purge: of_lane(include_str!("scripts/purge.lua")),
             reclaim: of_lane(include_str!("scripts/reclaim.lua")),
             redrive: of_lane(include_str!("scripts/redrive.lua")),
             set: Script::new(include_str!("scripts/set.lua")),
+            settle_permit: of_lane(include_str!("scripts/settle_permit.lua")),
         }
     }
 }

@@ -333,7 +333,7 @@ pub(crate) fn or_empty(number: Option<u64>) -> String {
 }
 
 /// A value as scripts unpack it.
-fn pack<T: serde::Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>, QueueError> {
+pub(crate) fn pack<T: serde::Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>, QueueError> {
     rmp_serde::to_vec_named(value).map_err(|error| corrupt(what, error.to_string()))
 }
 

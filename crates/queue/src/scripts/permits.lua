@@ -94,6 +94,35 @@ function permits.open(now)
   end
 end
 
+-- Lets a call through with a key that has room, whose id is `id`. Returns its permit; else nil, and as `choose` does.
+local function grant(id, model, tokens, now, mine)
+  local name, at, why, elsewhere = choose(model, tokens, now, mine)
+  if not name then return nil, at, why, elsewhere end
+  local gate, limits = gate_of(name, model)
+  pass(gate, limits, tokens, now, id)
+  change(name, model, now)
+  if not limits_of[''] then return name end
+  local all, all_limits = gate_of(name, '')
+  pass(all, all_limits, tokens, now, id)
+  change(name, '', now)
+  -- It ends there too, whatever is configured then.
+  return name .. '+'
+end
+
+-- Ends a permit. `told` is what the call tells; nil when none was made: then all of it is given back.
+local function give_back(id, model, permit, tokens, now, started, told)
+  local name, plus = string.match(permit, '^([^+]*)(%+?)$')
+  for _, of in ipairs(plus == '' and { model } or { model, '' }) do
+    local gate, limits = gate_of(name, of)
+    if told then ended(gate, limits, tokens, now, id, started, told) else take_back(gate, limits, tokens, now, id) end
+    change(name, of, now)
+  end
+  woken[model] = true
+  if plus ~= '' then
+    for _, other in ipairs(redis.call('ZRANGE', key('shut'), 0, WAKE_MAX - 1)) do woken[other] = true end
+  end
+end
+
 -- Takes the next job of a leaf out of its backlog and gives it a permit. Returns member and score, or nothing: then the
 -- leaf has no job, or is to stand down.
 function permits.pop(leaf, now, mine)
@@ -101,20 +130,9 @@ function permits.pop(leaf, now, mine)
   if not head[1] then return head end
   local id, tokens = job_of(head[1])
   local model = model_of(leaf)
-  local name, at, _, elsewhere = choose(model, tokens, now, mine)
-  if name then
+  local permit, at, _, elsewhere = grant(id, model, tokens, now, mine)
+  if permit then
     redis.call('ZREM', backlog_key(leaf.number), head[1])
-    local gate, limits = gate_of(name, model)
-    pass(gate, limits, tokens, now, id)
-    change(name, model, now)
-    local permit = name
-    if limits_of[''] then
-      local all, all_limits = gate_of(name, '')
-      pass(all, all_limits, tokens, now, id)
-      change(name, '', now)
-      -- It ends there too, whatever is configured then.
-      permit = permit .. '+'
-    end
     redis.call('HSET', job_key(id), 'pm', permit)
     return head
   end
@@ -127,21 +145,26 @@ function permits.pop(leaf, now, mine)
   return {}
 end
 
--- Ends the permit of a job. `told` is what its call tells; nil when it made none: then all of it is given back.
+-- Ends the permit of a job, as `give_back` does.
 function permits.release(id, leaf, permit, tokens, now, started, told)
   redis.call('HDEL', job_key(id), 'pm')
-  local model = model_of(leaf)
-  local name, plus = string.match(permit, '^([^+]*)(%+?)$')
-  tokens = math.min(tonumber(tokens) or 1, 16777215)
-  for _, of in ipairs(plus == '' and { model } or { model, '' }) do
-    local gate, limits = gate_of(name, of)
-    if told then ended(gate, limits, tokens, now, id, started, told) else take_back(gate, limits, tokens, now, id) end
-    change(name, of, now)
-  end
-  woken[model] = true
-  if plus ~= '' then
-    for _, other in ipairs(redis.call('ZRANGE', key('shut'), 0, WAKE_MAX - 1)) do woken[other] = true end
-  end
+  give_back(id, model_of(leaf), permit, math.min(tonumber(tokens) or 1, 16777215), now, started, told)
+end
+
+-- Gives a permit to a call beside a job's own, until `ends` at most. Returns it with its key; else nil, when and why.
+function permits.lend(id, model, tokens, now, mine, ends)
+  local permit, at, why = grant(id, model, tokens, now, mine)
+  if not permit then return nil, at < math.huge and digits(at) or '', why end
+  local lent = cmsgpack.pack({ id, model, permit, tokens, now })
+  redis.call('ZADD', key('lent'), ends, lent)
+  return lent, (string.match(permit, '^[^+]*'))
+end
+
+-- Ends such a permit, unless that has happened.
+function permits.settle(lent, now, told)
+  if redis.call('ZREM', key('lent'), lent) == 0 then return end
+  local id, model, permit, tokens, started = unpack(cmsgpack.unpack(lent))
+  give_back(id, model, permit, tokens, now, started, told)
 end
 
 -- How the gates stand: for each key, model, calls with a permit, window, when a small job may pass (0 now, '' when a

@@ -30,6 +30,9 @@ for _, id in ipairs(lost) do
     redis.call('ZREM', key('leases'), id)
   end
 end
-if #lost > 0 then feed(now) end
+-- So are the permits of those who did not settle them.
+local lent = redis.call('ZRANGEBYSCORE', key('lent'), '-inf', now, 'LIMIT', 0, ARGV[1])
+for _, permit in ipairs(lent) do permits().settle(permit, now, { signal = 'given_up' }) end
+if #lost + #lent > 0 then feed(now) end
 settle()
 return #lost
