@@ -58,7 +58,7 @@ impl Mill {
 }
 
 fn requests(model: &str, count: usize, words: &str, experiment: &str) -> Vec<Request> {
-    (0..count).map(|n| Request::new(model).prompt(&format!("{words}{n}")).experiment(experiment)).collect()
+    (0..count).map(|n| Request::new(model).prompt(format!("{words}{n}")).experiment(experiment)).collect()
 }
 
 async fn all_of(client: &Client, experiment: &str) -> Vec<v1::Job> {

@@ -115,6 +115,26 @@ pub fn retry_after_ms(headers: &HeaderMap, now: UnixMs) -> Option<u64> {
     Some(wait)
 }
 
+/// A time of a rate limit, in milliseconds from now: a number of seconds, or a duration such as `6s`, `1m30s`, `120ms`.
+#[must_use]
+pub fn reset_ms(value: &str) -> Option<u64> {
+    const UNITS: [(&str, f64); 4] = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3_600.0)];
+    let (mut rest, mut sum_ms) = (value, 0);
+    while !rest.is_empty() {
+        let number = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        let (number, after) = rest.split_at(number);
+        let unit = if after.is_empty() {
+            Some(("", 1.0))
+        } else {
+            UNITS.into_iter().find(|(name, _)| after.starts_with(name))
+        };
+        let (name, unit_s) = unit?;
+        sum_ms += whole_ms(number, unit_s)?;
+        rest = &after[name.len()..];
+    }
+    (!value.is_empty()).then_some(sum_ms)
+}
+
 /// A number of units of so many seconds, in milliseconds, rounded up.
 fn whole_ms(value: &str, unit_s: f64) -> Option<u64> {
     let seconds: f64 = value.parse().ok()?;
@@ -190,6 +210,17 @@ mod tests {
     fn keys_and_prompts_are_cut_out() {
         let error = ProviderError { message: "bad key sk-0123456789 for 'a b'".to_owned(), ..error("") };
         assert_eq!(redact(error, ["sk-0123456789", "a b"].into_iter()).message, "bad key […] for 'a b'");
+    }
+
+    #[test]
+    fn the_time_of_a_limit_is_read() {
+        for (value, expect) in [("6s", 6_000), ("1m30s", 90_000), ("1.36s", 1_360), ("120ms", 120), ("7", 7_000)] {
+            assert_eq!(reset_ms(value), Some(expect), "{value}");
+        }
+        assert_eq!(reset_ms("6m0s"), Some(360_000));
+        for nonsense in ["", "soon", "-1s", "s", "1x", "2026-11-21T00:00:00Z"] {
+            assert_eq!(reset_ms(nonsense), None, "{nonsense}");
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Puts an answer together from the events of a stream, or from a whole reply. Never here: I/O.
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
+use crate::limits::Told;
 use crate::stop::StopCut;
 use genmill_core::attempt::{FinishReason, Generation, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::money::{Picodollars, Rates, price};
+use tokio::time::Instant;
 
 /// What is known of an answer so far.
 #[derive(Clone, Debug)]
@@ -22,6 +24,7 @@ pub struct Collected {
     fingerprint: String,
     first_token_ms: Option<u64>,
     error: Option<ProviderError>,
+    limits: Option<(Told, Instant)>,
     done: bool,
 }
 
@@ -43,6 +46,7 @@ impl Collected {
             fingerprint: String::new(),
             first_token_ms: None,
             error: None,
+            limits: None,
             done: false,
         }
     }
@@ -136,6 +140,19 @@ impl Collected {
     #[must_use]
     pub fn error(&self) -> Option<&ProviderError> {
         self.error.as_ref()
+    }
+
+    /// Notes what the provider told of its limits just now.
+    pub fn limits(&mut self, told: Told) {
+        self.limits = Some((told, Instant::now()));
+    }
+
+    /// The limits that the provider told, and how many milliseconds ago.
+    #[must_use]
+    pub fn told(&self) -> (Told, u64) {
+        self.limits.map_or_else(Default::default, |(told, at)| {
+            (told, u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX))
+        })
     }
 
     /// The tokens, as far as the provider told.

@@ -2,6 +2,7 @@
 //! here: which job uses which key (the queue decides).
 
 use crate::catalog::{Catalog, Endpoint};
+use crate::limits::Told;
 use genmill_core::attempt::{FailureClass, Outcome, Usage};
 use genmill_core::gate::{Declaration, KeyId, Limit, Observation, Signal};
 use genmill_core::model::Lane;
@@ -61,12 +62,13 @@ pub(crate) fn limits_of(lane: &Lane, rows: &[config::Limit], catalog: &Catalog) 
     rows.iter().filter(|row| row.provider == lane.route).filter_map(limit).collect()
 }
 
-/// What a call that was made tells. `retry_after_ms` and the class of a failure say what its provider asked for.
-pub(crate) fn observe(outcome: &Outcome, usage: Option<Usage>) -> Observation {
+/// What a call that was made tells: its outcome, its tokens, and the limits that its provider told so many ms ago.
+pub(crate) fn observe(outcome: &Outcome, usage: Option<Usage>, (told, age_ms): (Told, u64)) -> Observation {
+    let limits = Observation { requests: told.requests, tokens: told.tokens, age_ms, ..Observation::default() };
     let used_tokens = usage.map(|usage| usage.prompt_tokens + usage.completion_tokens);
     let Outcome::Failed(failure) = outcome else {
         let signal = if matches!(outcome, Outcome::Generated(_)) { Signal::Answered } else { Signal::GivenUp };
-        return Observation { signal, used_tokens, ..Observation::default() };
+        return Observation { signal, used_tokens, ..limits };
     };
     let signal = match failure.class {
         FailureClass::Throttled => Signal::Throttled,
@@ -77,5 +79,5 @@ pub(crate) fn observe(outcome: &Outcome, usage: Option<Usage>) -> Observation {
         | FailureClass::Poison
         | FailureClass::Internal => Signal::Answered,
     };
-    Observation { signal, used_tokens, retry_after_ms: failure.retry_after_ms, ..Observation::default() }
+    Observation { signal, used_tokens, retry_after_ms: failure.retry_after_ms, ..limits }
 }

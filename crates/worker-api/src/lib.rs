@@ -11,6 +11,7 @@ pub mod dialect;
 pub mod http;
 pub mod inspect;
 mod keys;
+pub mod limits;
 pub mod perform;
 pub mod prices;
 pub mod providers;

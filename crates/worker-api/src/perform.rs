@@ -3,11 +3,12 @@
 //! Never here: another try after a failure, and the bound of the whole attempt, which the worker's loop keeps.
 
 use crate::catalog::{Catalog, Endpoint};
-use crate::classify::{classify, redact, retry_after_ms};
+use crate::classify::{classify, redact, reset_ms, retry_after_ms};
 use crate::collect::Collected;
 use crate::dialect::{Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
 use crate::http::{Http, cause};
 use crate::keys::{Keys, limits_of, observe};
+use crate::limits;
 use crate::prices::Prices;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed, Usage};
 use genmill_core::gate::Declaration;
@@ -126,6 +127,7 @@ impl Performer {
         let cost = collected.cost(rates.as_ref());
         // What is refused takes no tokens.
         let usage = if matches!(ended, Ended::Refused(_)) { Some(Usage::default()) } else { collected.usage() };
+        let told = collected.told();
         let (outcome, cost) = match ended {
             Ended::Refused(failure) => (Outcome::Failed(failure), Some(Picodollars(0))),
             Ended::Answered | Ended::Broken(_) | Ended::Stopped if collected.is_whole() => {
@@ -138,7 +140,7 @@ impl Performer {
             Ended::Answered => (Outcome::Failed(cut_off(&endpoint.name)), cost),
             Ended::Stopped => (Outcome::HandedBack, cost),
         };
-        let observation = Some(observe(&outcome, usage));
+        let observation = Some(observe(&outcome, usage, told));
         Performed { outcome, cost, observation }
     }
 }
@@ -184,6 +186,7 @@ impl Call<'_> {
             Ok(response) => response,
             Err(error) => return self.unreachable(&error),
         };
+        collected.limits(limits::told(response.headers(), reset_ms));
         tracing::debug!(provider = endpoint.name, model, status = response.status().as_u16(), "answered");
         if !response.status().is_success() {
             return self.refused(response).await;

@@ -4,7 +4,7 @@ use super::*;
 use crate::fixture::{messages, spec};
 use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation};
-use genmill_core::gate::{KeyId, Observation, Signal};
+use genmill_core::gate::{KeyId, Signal};
 use genmill_core::ids::{Epoch, JobId, LaneNumber};
 use genmill_core::request::Role;
 use genmill_daemon::environment::Environment;
@@ -235,7 +235,8 @@ async fn a_call_ends_when_told_to_stop() {
         };
         let ((performed, _), ()) = tokio::join!(perform(&bench.performer, job(prompt), stop), wait_then_tell);
         assert_eq!((performed.outcome, performed.cost), (Outcome::HandedBack, None), "{prompt}");
-        assert_eq!(performed.observation, Some(Observation::default()), "a call was made, and given up");
+        let told = performed.observation.map(|told| told.signal);
+        assert_eq!(told, Some(Signal::GivenUp), "a call was made, and given up");
     }
 }
 
