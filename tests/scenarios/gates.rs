@@ -259,6 +259,26 @@ async fn a_limit_that_was_told_is_kept_until_it_has_refilled() {
 }
 
 #[tokio::test]
+async fn a_bucket_that_is_nearly_full_tells_no_rate() {
+    let mut bench = Bench::new().await;
+    bench.beat("w", 0, &declare(&["k"], 9, Vec::new())).await;
+    bench.submit(A, 20).await;
+    // 6000 in a minute, rounded up to a whole second.
+    let leases = bench.claim("w", 1, &["k"]).await;
+    let told_with = |remaining, reset_ms| {
+        let bucket = Bucket { limit: Some(6_000), remaining: Some(remaining), reset_ms };
+        told(Observation { signal: Signal::Answered, requests: Some(bucket), ..Observation::default() })
+    };
+    bench.finish(&leases[0], "w", &told_with(5_999, Some(1_000))).await;
+    let leases = bench.claim("w", 1, &["k"]).await;
+    bench.finish(&leases[0], "w", &told_with(0, None)).await;
+    // Empty; had it one a second, this would not come before a second.
+    let begun = Instant::now();
+    bench.claim_soon("w", &["k"]).await;
+    assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn tokens_are_charged_as_estimated_then_as_used_and_a_large_job_goes_when_the_bucket_is_full() {
     let mut bench = Bench::new().await;
     let tokens = |most| Limit { tokens: Some(most), ..limit(A) };

@@ -18,6 +18,9 @@ use tokio_util::sync::CancellationToken;
 /// How long a performer may take to end its work when told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(3);
 
+/// What takes longer than this tells that its provider is too slow, in milliseconds; a shorter bound of a job tells nothing.
+const PATIENCE_MS: u64 = 30_000;
+
 /// Why an attempt is told to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -112,7 +115,7 @@ fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Pe
     let observation =
         performed.as_ref().map_or_else(|| Some(Observation::default()), |performed| performed.observation);
     let observation = match stop {
-        Some(Stop::TimedOut) => observation.map(too_slow),
+        Some(Stop::TimedOut) if lease.spec.timeout_ms >= Some(PATIENCE_MS) => observation.map(too_slow),
         _ => observation,
     };
     let outcome = match (performed.map(|performed| performed.outcome), stop) {

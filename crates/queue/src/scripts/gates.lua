@@ -99,7 +99,9 @@ local function learn(bucket, per_minute, told, age, others, now)
   if not limit or limit <= 0 then return end
   local first = level(bucket, per_minute, now) == math.huge
   local rate = bucket.limit == limit and bucket.rate or nil
-  if remaining and remaining < limit and (told.reset_ms or 0) > 0 then rate = (limit - remaining) / told.reset_ms end
+  -- Of a bucket that is nearly full, rounding would tell more than the provider does.
+  local missing = remaining and limit - remaining or 0
+  if missing * 20 >= limit and (told.reset_ms or 0) > 0 then rate = missing / told.reset_ms end
   bucket.limit, bucket.rate = limit, rate
   if not remaining then return end
   local _, flow = bounds(bucket, per_minute)
