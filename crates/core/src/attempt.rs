@@ -3,6 +3,7 @@
 //! Never here: what follows from it (see `judge`).
 
 use crate::controls::ToolCall;
+use crate::gate::Observation;
 use crate::ids::{Epoch, WorkerId};
 use crate::model::ModelName;
 use crate::money::Picodollars;
@@ -275,6 +276,8 @@ pub struct Performed {
     pub outcome: Outcome,
     /// What the attempt cost; `None` when unknown.
     pub cost: Option<Picodollars>,
+    /// What its call tells of the provider's limits; `None` when it made none.
+    pub observation: Option<Observation>,
 }
 
 /// How an attempt ended, as kept.

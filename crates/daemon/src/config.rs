@@ -55,6 +55,8 @@ pub struct Config {
     pub hub: Hub,
     /// Settings of remote providers, by name.
     pub providers: BTreeMap<String, Provider>,
+    /// Limits of remote providers.
+    pub limits: Vec<Limit>,
 }
 
 /// Logging.
@@ -253,6 +255,9 @@ pub struct Api {
     pub first_byte_timeout_ms: u64,
     /// How long a provider may be silent in the middle of an answer, in milliseconds; 0: as long as the whole attempt.
     pub idle_timeout_ms: u64,
+    /// How many calls with a key for a model are made at once before anything is known of its limits. Answers make it
+    /// more, throttled calls less.
+    pub calls_start: u32,
     /// Whether a parameter that a provider does not take is left out and noted in the result, instead of failing the job.
     pub drop_params: bool,
     /// Which models answer in place of others that fail.
@@ -282,6 +287,7 @@ impl Default for Api {
             ca_file: None,
             first_byte_timeout_ms: 300_000,
             idle_timeout_ms: 60_000,
+            calls_start: 20,
             drop_params: false,
             fallbacks: Vec::new(),
         }
@@ -335,6 +341,29 @@ pub struct Provider {
     pub base_url: Option<String>,
     /// Its key, instead of the variable that the provider table names.
     pub api_key: Option<Secret>,
+    /// More keys of the same account or of others: each job is called with the one that has most room left.
+    pub api_keys: Vec<Secret>,
+}
+
+/// What a provider allows for each key, as far as it does not tell by itself. All workers together keep it. Whatever the
+/// provider tells may only lower it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limit {
+    /// The provider's name.
+    pub provider: String,
+    /// The model, as the provider calls it or with its prefix. Unset: all of its models together.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// Calls in a minute.
+    #[serde(default)]
+    pub requests_per_minute: Option<u64>,
+    /// Tokens in a minute, of prompts and answers.
+    #[serde(default)]
+    pub tokens_per_minute: Option<u64>,
+    /// Calls at once.
+    #[serde(default)]
+    pub concurrency: Option<u32>,
 }
 
 /// Why there is no configuration.
@@ -437,14 +466,27 @@ fn check(config: &Config) -> Result<(), ConfigError> {
             return wrong(&format!("providers.{name}.base_url"), "must begin with http:// or https://");
         }
     }
+    let is_nothing = |limit: &&Limit| {
+        let bounds = [limit.requests_per_minute, limit.tokens_per_minute, limit.concurrency.map(u64::from)];
+        bounds.contains(&Some(0)) || bounds == [None; 3]
+    };
+    if let Some(limit) = config.limits.iter().find(is_nothing) {
+        let problem =
+            format!("that of `{}` must set a bound of at least 1; to stop a provider, pause its lane", limit.provider);
+        return wrong("limits", &problem);
+    }
     if let Err(error) = crate::telemetry::filter(&config.telemetry) {
         return wrong("telemetry.log", &error.to_string());
     }
     if !(0.0..=2.0).contains(&config.scheduler.temperature) {
         return wrong("scheduler.temperature (TEMPERATURE)", "must be 0 to 2");
     }
-    if config.api.calls_max == 0 || config.gpu.sequences_max == 0 || config.gpu.step_tokens == 0 {
-        return wrong("api.calls_max, gpu.sequences_max, gpu.step_tokens", "must be at least 1");
+    if config.api.calls_max == 0
+        || config.api.calls_start == 0
+        || config.gpu.sequences_max == 0
+        || config.gpu.step_tokens == 0
+    {
+        return wrong("api.calls_max, api.calls_start, gpu.sequences_max, gpu.step_tokens", "must be at least 1");
     }
     if config.gpu.step_timeout_ms < STEP_TIMEOUT_MS_MIN {
         return wrong(
@@ -562,6 +604,19 @@ mod tests {
                 .unwrap();
         assert_eq!(config.providers["openai"].base_url.as_deref(), Some("http://x"));
         assert_eq!(config.providers["groq"].api_key.as_ref().map(Secret::reveal), Some("0123"));
+    }
+
+    #[test]
+    fn limits_of_providers_bound_something() {
+        let rows = "[[limits]]\nprovider = 'openai'\nmodel = 'gpt-4o'\nrequests_per_minute = 60\n[[limits]]\nprovider = 'groq'\nconcurrency = 2";
+        let config = load_with(rows, &[]).unwrap();
+        assert_eq!((config.limits[0].requests_per_minute, config.limits[0].tokens_per_minute), (Some(60), None));
+        assert_eq!((config.limits[1].model.as_deref(), config.limits[1].concurrency), (None, Some(2)));
+        assert!(show(&config).unwrap().contains("requests_per_minute = 60"));
+        refused("[[limits]]\nprovider = 'openai'", &[], "`openai` must set a bound");
+        refused("[[limits]]\nprovider = 'openai'\nconcurrency = 0", &[], "at least 1");
+        refused("[[limits]]\nprovider = 'openai'\nrequest_per_minute = 1", &[], "did you mean `requests_per_minute`?");
+        refused("[api]\ncalls_start = 0", &[], "api.calls_start");
     }
 
     #[test]

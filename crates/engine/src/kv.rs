@@ -76,7 +76,12 @@ impl Blocks {
 
     /// A table of `count` blocks that begins with these, which [`Self::find`] found just now. None when there is no room.
     /// `pinned` is asked for whole beginnings that shall stay, where something has to go.
-    pub fn take(&mut self, found: &[u32], count: usize, pinned: impl FnOnce(&Self) -> HashSet<u32>) -> Option<Vec<u32>> {
+    pub fn take(
+        &mut self,
+        found: &[u32],
+        count: usize,
+        pinned: impl FnOnce(&Self) -> HashSet<u32>,
+    ) -> Option<Vec<u32>> {
         let fresh = count.checked_sub(found.len())?;
         let idle = found.iter().filter(|block| self.state(**block).readers == 0).count();
         if fresh > self.free() - idle {

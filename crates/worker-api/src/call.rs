@@ -6,8 +6,9 @@ use crate::collect::Collected;
 use crate::dialect::{Dialect, Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
 use crate::failure::{Fault, Kind, classify, redact};
 use crate::http::{Http, Trouble, Unsent};
+use crate::limits;
 use crate::perform::{Limits, Unsupported};
-use crate::wait::asked_ms;
+use crate::wait::{asked_ms, time_ms};
 use genmill_core::job::JobSpec;
 use genmill_core::request::Input;
 use genmill_core::time::UnixMs;
@@ -88,6 +89,8 @@ impl Call<'_> {
             Ok(Err(Unsent::Fault(fault))) => return Ended::Refused(fault),
             Err(_) => return self.silent(),
         };
+        let now = UnixMs(now_unix_ms());
+        collected.limits(limits::told(response.headers(), |value| time_ms(value, now)));
         tracing::debug!(provider = endpoint.name, model, status = response.status().as_u16(), "answered");
         if !response.status().is_success() {
             return self.refused(response).await;

@@ -38,6 +38,8 @@ pub struct Endpoint {
     pub base_url: Url,
     /// What its calls are proven with.
     pub credentials: Credentials,
+    /// More keys, each as good.
+    pub more_keys: Vec<Secret>,
 }
 
 impl Endpoint {
@@ -181,16 +183,20 @@ impl Sources<'_> {
         let unavailable = |reason: String| Availability::Unavailable { reason };
         let provider = self.table.find(name).ok_or_else(|| unavailable(self.unknown(name)))?;
         let dialect = dialect::find(&provider.dialect).ok_or_else(|| unavailable(unspoken(name, provider)))?;
-        let credentials = self.credentials(name, provider)?;
+        let more_keys = self.settings_of(name).map(|settings| settings.api_keys.clone()).unwrap_or_default();
+        let mut more_keys = more_keys.into_iter().filter(|key| !key.reveal().is_empty());
+        let key = self.key(name, provider).filter(|key| !key.reveal().is_empty()).or_else(|| more_keys.next());
+        let more_keys = more_keys.collect();
+        let credentials = self.credentials(name, provider, key)?;
         let provider = self.filled(name, provider, &credentials).map_err(unavailable)?;
         let base_url = self.base_url(name, &provider).map_err(unavailable)?;
-        Ok(Endpoint { name: name.to_owned(), provider, dialect, base_url, credentials })
+        Ok(Endpoint { name: name.to_owned(), provider, dialect, base_url, credentials, more_keys })
     }
 
     /// What calls are proven with.
-    fn credentials(&self, name: &str, provider: &Provider) -> Result<Credentials, Availability> {
+    fn credentials(&self, name: &str, provider: &Provider, key: Option<Secret>) -> Result<Credentials, Availability> {
         let unavailable = |reason: String| Availability::Unavailable { reason };
-        match (provider.auth, self.key(name, provider)) {
+        match (provider.auth, key) {
             (AuthKind::Google, Some(key)) => {
                 let account = google_account(key.reveal()).map_err(unavailable)?;
                 Ok(Credentials::Google(Box::new(account)))

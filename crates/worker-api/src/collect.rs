@@ -1,10 +1,12 @@
 //! Puts an answer together from the events of a stream, or from a whole reply. Never here: I/O.
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
+use crate::limits::Told;
 use crate::stop::StopCut;
 use genmill_core::attempt::{FinishReason, Generation, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::money::{Picodollars, Rates, price};
+use tokio::time::Instant;
 
 /// What is known of an answer so far.
 #[derive(Clone, Debug)]
@@ -23,6 +25,7 @@ pub struct Collected {
     id: Option<String>,
     first_token_ms: Option<u64>,
     error: Option<ProviderError>,
+    limits: Option<(Told, Instant)>,
     done: bool,
 }
 
@@ -45,6 +48,7 @@ impl Collected {
             id: None,
             first_token_ms: None,
             error: None,
+            limits: None,
             done: false,
         }
     }
@@ -164,6 +168,25 @@ impl Collected {
     #[must_use]
     pub fn error(&self) -> Option<&ProviderError> {
         self.error.as_ref()
+    }
+
+    /// Notes what the provider told of its limits just now.
+    pub fn limits(&mut self, told: Told) {
+        self.limits = Some((told, Instant::now()));
+    }
+
+    /// The limits that the provider told, and how many milliseconds ago.
+    #[must_use]
+    pub fn told(&self) -> (Told, u64) {
+        self.limits.map_or_else(Default::default, |(told, at)| {
+            (told, u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX))
+        })
+    }
+
+    /// The tokens, as far as the provider told.
+    #[must_use]
+    pub const fn usage(&self) -> Option<Usage> {
+        self.usage
     }
 
     /// What the call costs: the provider's own figure, else tokens times price; `None` when neither is known.

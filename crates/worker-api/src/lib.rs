@@ -17,6 +17,8 @@ pub mod gates;
 pub mod guard;
 pub mod http;
 pub mod inspect;
+mod keys;
+pub mod limits;
 pub mod perform;
 pub mod prices;
 pub mod providers;

@@ -80,5 +80,6 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     for model in fallbacks.models().filter(|model| !catalog.endpoints.contains_key(&model.lane())) {
         tracing::warn!(%model, "is a fallback, but no listed model of its provider can be called");
     }
-    Ok(Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits).with_fallbacks(fallbacks))
+    let performer = Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits);
+    Ok(performer.with_fallbacks(fallbacks).within(api.calls_start, context.config.limits.clone()))
 }

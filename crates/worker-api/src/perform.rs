@@ -10,17 +10,20 @@ use crate::failure::{Fault, Health, Kind};
 use crate::fallbacks::Fallbacks;
 use crate::gates::{Gates, Passage, patience};
 use crate::http::Http;
+use crate::keys::{Keys, limits_of, observe};
 use crate::prices::{Class, Day, Prices};
 use crate::repeats::Repeats;
 use crate::settle::settle;
-use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
+use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed, Usage};
+use genmill_core::gate::{Declaration, KeyId};
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
-use genmill_core::model::ModelName;
+use genmill_core::model::{Lane, ModelName};
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
+use genmill_daemon::config;
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
 use std::borrow::Cow;
 use std::time::Duration;
@@ -44,6 +47,9 @@ pub struct Performer {
     fallbacks: Fallbacks,
     gates: Gates,
     repeats: Repeats,
+    keys: Keys,
+    calls_start: u32,
+    rows: Vec<config::Limit>,
 }
 
 /// How calls are made.
@@ -72,14 +78,31 @@ impl Performer {
     /// A performer that calls the providers of `catalog`.
     #[must_use]
     pub fn new(catalog: Catalog, prices: Prices, http: Http, limits: Limits) -> Self {
-        let fallbacks = Fallbacks::default();
-        Self { catalog, prices, http, limits, fallbacks, gates: Gates::default(), repeats: Repeats::default() }
+        let keys = Keys::new(&catalog);
+        Self {
+            catalog,
+            prices,
+            http,
+            limits,
+            fallbacks: Fallbacks::default(),
+            gates: Gates::default(),
+            repeats: Repeats::default(),
+            keys,
+            calls_start: limits.calls_max,
+            rows: Vec::new(),
+        }
     }
 
     /// The same performer with models that answer in place of others.
     #[must_use]
     pub fn with_fallbacks(self, fallbacks: Fallbacks) -> Self {
         Self { fallbacks, ..self }
+    }
+
+    /// The same one, which begins with so many calls of a model at once and keeps `rows`, together with all other workers.
+    #[must_use]
+    pub fn within(self, calls_start: u32, rows: Vec<config::Limit>) -> Self {
+        Self { calls_start, rows, ..self }
     }
 }
 
@@ -88,6 +111,10 @@ impl Perform for Performer {
         let lanes = self.catalog.endpoints.keys();
         let capacity = self.limits.calls_max;
         lanes.map(|lane| Offer { lane: lane.clone(), capacity, tokens: None, changes: None }).collect()
+    }
+
+    fn declares(&self, lane: &Lane) -> Option<Declaration> {
+        self.keys.declaration(lane, self.calls_start, limits_of(lane, &self.rows, &self.catalog))
     }
 
     fn models(&self) -> Vec<ServedModel> {
@@ -105,11 +132,14 @@ impl Perform for Performer {
         let mut others = others.into_iter();
         let mut spec = Cow::Borrowed(&task.spec);
         let (begun, mut spent, mut first) = (Instant::now(), Some(Picodollars(0)), None);
+        let (mut key, mut observation) = (task.key.as_ref(), None);
         loop {
             // One that can be replaced is not waited for.
             let held = if others.len() > 0 { Duration::ZERO } else { held_max(&spec) };
-            let attempt = Attempt { job: task.id, spec: &spec, begun, held, stop: &stop };
+            let attempt = Attempt { job: task.id, spec: &spec, key: key.take(), begun, held, stop: &stop };
             let tried = self.attempt(attempt, &mut progress).await;
+            // The permit is for the job's own model, which is asked first.
+            observation = observation.or(tried.performed.observation);
             spent = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
             let may_go_on = fallback.is_some_and(|fallback| tried.failed.is_some_and(|kind| fallback.helps(kind)));
             let next = others.next().filter(|_| may_go_on && !stop.is_cancelled());
@@ -122,7 +152,7 @@ impl Perform for Performer {
                     Some(first) => in_all(first, outcome),
                     None => outcome,
                 };
-                return Performed { outcome, cost: spent };
+                return Performed { outcome, cost: spent, observation };
             };
             tracing::warn!(job = %task.id, model = %spec.model, kind = ?tried.failed, %next, "failed: asking another model");
             first.get_or_insert(tried.performed.outcome);
@@ -154,6 +184,8 @@ fn in_all(first: Outcome, last: Outcome) -> Outcome {
 struct Attempt<'a> {
     job: JobId,
     spec: &'a JobSpec,
+    /// The key for which the queue has a permit; `None`: this worker alone decides when to call.
+    key: Option<&'a KeyId>,
     /// When the job's attempt began.
     begun: Instant,
     /// How long it may wait until the model may be called.
@@ -171,23 +203,31 @@ struct Tried {
 impl Performer {
     /// Asks one model.
     async fn attempt(&self, attempt: Attempt<'_>, progress: &mut Progress) -> Tried {
-        let Attempt { job, spec, begun, held, stop } = attempt;
+        let Attempt { job, spec, key, begun, held, stop } = attempt;
         let model = spec.model.backend_name();
         let lane = spec.model.lane();
-        let Some(endpoint) = self.catalog.endpoints.get(&lane) else {
+        let Some(endpoint) = self.keys.endpoint(&lane, key) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
-            let performed = Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
+            let performed =
+                Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)), observation: None };
             return Tried { performed, failed: Some(Kind::NotFound) };
         };
-        let gate = self.gates.of(&endpoint.name, model);
-        let passage = tokio::select! {
-            biased;
-            () = stop.cancelled() => Err(None),
-            passage = gate.pass(patience(held)) => passage,
-        };
-        let passage = match passage {
-            Ok(passage) => passage,
-            Err(until) => return Tried { performed: waits(&endpoint.name, until), failed: Some(Kind::Throttled) },
+        let passage = match key {
+            Some(_) => None,
+            None => {
+                let gate = self.gates.of(&endpoint.name, model);
+                let passage = tokio::select! {
+                    biased;
+                    () = stop.cancelled() => Err(None),
+                    passage = gate.pass(patience(held)) => passage,
+                };
+                match passage {
+                    Ok(passage) => Some(passage),
+                    Err(until) => {
+                        return Tried { performed: waits(&endpoint.name, until), failed: Some(Kind::Throttled) };
+                    }
+                }
+            }
         };
         progress.started.set();
         let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(model));
@@ -209,10 +249,12 @@ impl Performer {
     }
 
     /// Tells the circuit how a call ended, and whether the same failure has come too often.
-    fn judged(&self, job: JobId, ended: Ended, passage: Passage) -> Ended {
+    fn judged(&self, job: JobId, ended: Ended, passage: Option<Passage>) -> Ended {
         let fault = match &ended {
             Ended::Answered => {
-                passage.came(breaker::Came::Told(Health::Works, None));
+                if let Some(passage) = passage {
+                    passage.came(breaker::Came::Told(Health::Works, None));
+                }
                 return ended;
             }
             // It is given up by itself.
@@ -220,7 +262,9 @@ impl Performer {
             Ended::Refused(fault) | Ended::Broken(fault) => fault,
         };
         let asked = fault.asked_ms.map(Duration::from_millis);
-        passage.came(breaker::Came::Told(fault.kind.policy().health, asked));
+        if let Some(passage) = passage {
+            passage.came(breaker::Came::Told(fault.kind.policy().health, asked));
+        }
         if !fault.mark.as_ref().is_some_and(|mark| self.repeats.ends(job, mark)) {
             return ended;
         }
@@ -259,6 +303,9 @@ fn performed(
     collected: Collected,
     cost: Option<Picodollars>,
 ) -> Performed {
+    // What is refused takes no tokens.
+    let usage = if matches!(ended, Ended::Refused(_)) { Some(Usage::default()) } else { collected.usage() };
+    let told = collected.told();
     let outcome = match ended {
         Ended::Refused(fault) => Outcome::Failed(fault.into_failure()),
         Ended::Broken(mut fault) if !collected.is_whole() => {
@@ -277,7 +324,8 @@ fn performed(
             Outcome::Generated(Generation { determinism, ..collected.into_generation() })
         }
     };
-    Performed { outcome, cost }
+    let observation = Some(observe(&outcome, usage, told));
+    Performed { outcome, cost, observation }
 }
 
 /// How long a job may wait in the worker's hands.
@@ -295,7 +343,7 @@ fn waits(provider: &str, until: Option<Instant>) -> Performed {
     } else {
         Outcome::HandedBack
     };
-    Performed { outcome, cost: Some(Picodollars(0)) }
+    Performed { outcome, cost: Some(Picodollars(0)), observation: None }
 }
 
 #[cfg(test)]

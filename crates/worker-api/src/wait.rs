@@ -107,6 +107,12 @@ fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok().map(str::trim)
 }
 
+/// A time of a rate limit, in milliseconds from now: seconds, a duration, or a point in time.
+#[must_use]
+pub fn time_ms(value: &str, now: UnixMs) -> Option<u64> {
+    value_ms(value, 1.0, now)
+}
+
 /// A header's value: a number of units or a point in time, a duration such as `1m30s`, an HTTP date, an RFC 3339 time.
 fn value_ms(value: &str, unit_s: f64, now: UnixMs) -> Option<u64> {
     if let Ok(number) = value.parse::<f64>() {

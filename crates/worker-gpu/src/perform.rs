@@ -129,14 +129,14 @@ impl Perform for Performer {
         let desk = self.desks.iter().find(|desk| desk.name == task.spec.model);
         let Some((user, price)) = desk.and_then(|desk| Some((desk.enter()?, desk.price_per_hour))) else {
             // Claimed just before the model was given up, or a job of another worker's model in the same lane.
-            return Performed { outcome: Outcome::HandedBack, cost: None };
+            return Performed { outcome: Outcome::HandedBack, cost: None, observation: None };
         };
         let engine = user.engine.clone();
         let answer = Answer { id: task.id, tools: tools(&task), card: engine.card().clone() };
         let mailbox = Arc::new(Mailbox::new(progress.started.clone()));
         let running = match submit(&engine, request(&task), &mailbox, task.spec.input.text_bytes()).await {
             Ok(id) => Running { user, id },
-            Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)) },
+            Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)), observation: None },
         };
         let mut told = false;
         let mut not_before = Instant::now();
@@ -290,7 +290,7 @@ fn performed(ended: Ended, price_per_hour: Option<Picodollars>, answer: &Answer)
         Ok(completion) => completion,
         Err(error) => {
             let failure = Failure::new(FailureClass::Internal, chain(&error));
-            return Performed { outcome: Outcome::Failed(failure), cost: None };
+            return Performed { outcome: Outcome::Failed(failure), cost: None, observation: None };
         }
     };
     let engine_us = u64::try_from(completion.engine_time.as_micros()).unwrap_or(u64::MAX);
@@ -301,7 +301,7 @@ fn performed(ended: Ended, price_per_hour: Option<Picodollars>, answer: &Answer)
         _ if completion.reason == genmill_engine::FinishReason::Deadline => Outcome::DeadlinePassed,
         _ => Outcome::HandedBack,
     };
-    Performed { outcome, cost }
+    Performed { outcome, cost, observation: None }
 }
 
 /// Why a text ended; `None` when somebody ended it before.

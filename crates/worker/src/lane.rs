@@ -7,6 +7,7 @@ use crate::perform::{Offer, Perform, Places, Started};
 use crate::run::Options;
 use crate::text::{PIECES_MAX, pass_on};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
+use genmill_core::gate::{Declaration, Observation};
 use genmill_core::ids::LaneNumber;
 use genmill_queue::{Beat, Demand, Holding, Lease, Queue, Room, Slots};
 use std::collections::HashMap;
@@ -62,6 +63,7 @@ pub(crate) struct LaneLoop<P> {
     options: Arc<Options>,
     number: LaneNumber,
     offer: Offer,
+    declared: Option<Declaration>,
     bell: Arc<Bell>,
     bench: Bench<P>,
     /// Write for the attempts.
@@ -89,6 +91,7 @@ impl<P: Perform> LaneLoop<P> {
         writers.spawn(finishing);
         writers.spawn(pass_on(queue.clone(), number, options.worker.clone(), receiver));
         Self {
+            declared: performer.declares(&offer.lane),
             bench: Bench { performer, policy: options.policy, reported, finisher },
             queue,
             options,
@@ -175,11 +178,12 @@ impl<P: Perform> LaneLoop<P> {
     }
 
     /// What it can take now.
-    fn room(&self) -> Room {
+    fn room(&self) -> Room<'_> {
         let running = u32::try_from(self.running.len()).unwrap_or(u32::MAX);
         Room {
             free: self.offer.capacity.saturating_sub(running),
             tokens: self.offer.tokens.map(|tokens| tokens.saturating_sub(self.tokens)),
+            keys: self.declared.as_ref().map_or(&[], |declared| &declared.keys),
         }
     }
 
@@ -193,10 +197,10 @@ impl<P: Perform> LaneLoop<P> {
         self.hungry && self.takes()
     }
 
-    fn slots(&self) -> Slots {
+    fn slots(&self) -> Slots<'_> {
         let room = self.room();
         let free = if self.takes() { room.free } else { 0 };
-        Slots { capacity: self.offer.capacity, free, tokens: room.tokens }
+        Slots { capacity: self.offer.capacity, free, tokens: room.tokens, declared: self.declared.as_ref() }
     }
 
     async fn claim(&mut self) {
@@ -238,7 +242,8 @@ impl<P: Perform> LaneLoop<P> {
             // The job must not hang for a defect of ours: the same place finishes it as failed.
             let failure = Failure::new(FailureClass::Internal, "the worker's own code failed; its log tells more");
             let bench = self.bench.clone();
-            let performed = Performed { outcome: Outcome::Failed(failure), cost: None };
+            let performed =
+                Performed { outcome: Outcome::Failed(failure), cost: None, observation: Some(Observation::default()) };
             let again = lease.clone();
             let task = self.attempts.spawn(async move { finish(&bench, &again, performed).await });
             self.running.insert(task.id(), Running { lease, started, tell });

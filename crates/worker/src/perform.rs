@@ -1,6 +1,7 @@
 //! What a worker daemon adds to the loop: the work itself. Never here: leases, retries, Redis.
 
 use genmill_core::attempt::Performed;
+use genmill_core::gate::{Declaration, KeyId};
 use genmill_core::ids::{Epoch, JobId};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
@@ -22,6 +23,8 @@ pub struct Task {
     pub epoch: Epoch,
     /// What is to be done.
     pub spec: JobSpec,
+    /// The key with which its model is to be called, where the job passed a gate of it.
+    pub key: Option<KeyId>,
 }
 
 /// A lane that a worker serves.
@@ -50,6 +53,13 @@ pub struct Places {
 pub trait Perform: Send + Sync + 'static {
     /// The lanes it takes jobs from. Asked once, when the loop starts.
     fn offers(&self) -> Vec<Offer>;
+
+    /// With which keys it calls the models of a lane, and within which limits. `None`: nothing bounds what it runs but its
+    /// places. Asked once, when the loop starts.
+    fn declares(&self, lane: &Lane) -> Option<Declaration> {
+        let _ = lane;
+        None
+    }
 
     /// Every model in its configuration, and whether it can run it now. Asked at every registration.
     fn models(&self) -> Vec<ServedModel>;

@@ -73,10 +73,10 @@ impl Perform for Noop {
                 tell_now(tell, task.id);
                 stop.cancelled().await;
                 tell_now(tell, task.id);
-                return Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(1)) };
+                return Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(1)), observation: None };
             }
         }
-        Performed { outcome: Outcome::Generated(generation()), cost: Some(Picodollars(1)) }
+        Performed { outcome: Outcome::Generated(generation()), cost: Some(Picodollars(1)), observation: None }
     }
 }
 

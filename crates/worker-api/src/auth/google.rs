@@ -112,6 +112,14 @@ impl GoogleAccount {
         Ok(Self { project: written.project_id.or(written.quota_project_id), kind })
     }
 
+    /// What tells it from other accounts.
+    pub(crate) fn name(&self) -> &str {
+        match &self.kind {
+            Kind::Service { email, .. } => email,
+            Kind::User { client_id, .. } => client_id,
+        }
+    }
+
     /// What a token is asked for with.
     #[must_use]
     pub fn token_request(&self, now: UnixMs) -> Option<TokenRequest> {

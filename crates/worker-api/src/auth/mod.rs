@@ -64,6 +64,24 @@ impl Credentials {
         }
     }
 
+    /// What tells one account of a provider from another.
+    pub(crate) fn account(&self) -> &str {
+        match self {
+            Self::None => "",
+            Self::Key(key) | Self::Ibm { key, .. } => key.reveal(),
+            Self::Aws(credentials) => &credentials.access_key,
+            Self::Google(account) => account.name(),
+        }
+    }
+
+    /// The same with another key, where calls are proven by keys.
+    pub(crate) fn with_key(&self, key: &Secret) -> Self {
+        match self {
+            Self::Ibm { token_uri, .. } => Self::Ibm { key: key.clone(), token_uri: token_uri.clone() },
+            Self::None | Self::Key(_) | Self::Aws(_) | Self::Google(_) => Self::Key(key.clone()),
+        }
+    }
+
     /// The request for a token, where one is needed.
     fn token_request(&self, now: UnixMs) -> Option<TokenRequest> {
         match self {

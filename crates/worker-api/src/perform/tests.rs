@@ -7,6 +7,7 @@ use crate::fixture::{messages, spec};
 use crate::http::Settings;
 use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation, Usage};
+use genmill_core::gate::{KeyId, Signal};
 use genmill_core::ids::{Epoch, LaneNumber};
 use genmill_core::request::Role;
 use genmill_daemon::config;
@@ -78,7 +79,17 @@ fn performer_in(
 
 /// Performs one job and returns what came of it, and the text that was reported.
 async fn perform(performer: &Performer, spec: JobSpec, stop: CancellationToken) -> (Performed, String) {
-    let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec };
+    perform_with(performer, spec, None, stop).await
+}
+
+/// The same with a key.
+async fn perform_with(
+    performer: &Performer,
+    spec: JobSpec,
+    key: Option<KeyId>,
+    stop: CancellationToken,
+) -> (Performed, String) {
+    let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec, key };
     let (report, mut reported) = mpsc::channel(1);
     let progress = Progress::new(&task, Started::default(), report);
     let listen = async {
@@ -303,7 +314,8 @@ async fn a_job_that_cannot_wait_in_the_worker_goes_back_and_has_lost_nothing() {
     let mut hasty = job("hi");
     hasty.timeout_ms = Some(100);
     let (performed, _) = bench.perform(hasty).await;
-    assert_eq!(performed, Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(0)) });
+    let back = Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(0)), observation: None };
+    assert_eq!(performed, back);
     assert!(bench.performer.metrics().contains("model=\"gpt-4o-mini\"} 1"), "{}", bench.performer.metrics());
     assert_eq!(bench.standin.bill().calls, 1);
 }
@@ -366,7 +378,7 @@ async fn a_broken_answer_costs_what_its_providers_record_says() {
         stop.cancel();
     };
     let ((stopped, _), ()) = tokio::join!(broken("!stall-after=2 !cost=0.5 a b c", stop.clone()), begun);
-    assert_eq!(stopped, Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(500_000_000_000)) });
+    assert_eq!((stopped.outcome, stopped.cost), (Outcome::HandedBack, Some(Picodollars(500_000_000_000))));
     // What no record tells stays unknown, and what is only estimated is told as such.
     let (lost, _) = broken("!cut-after=2 word word", CancellationToken::new()).await;
     assert_eq!(lost.cost, None);
@@ -477,7 +489,9 @@ async fn a_call_ends_when_told_to_stop() {
             told.cancel();
         };
         let ((performed, _), ()) = tokio::join!(perform(&bench.performer, job(prompt), stop), wait_then_tell);
-        assert_eq!(performed, Performed { outcome: Outcome::HandedBack, cost: None }, "{prompt}");
+        assert_eq!((performed.outcome, performed.cost), (Outcome::HandedBack, None), "{prompt}");
+        let told = performed.observation.map(|told| told.signal);
+        assert_eq!(told, Some(Signal::GivenUp), "a call was made, and given up");
     }
 }
 
@@ -644,4 +658,57 @@ async fn a_parameter_that_a_provider_does_not_take_fails_the_job_or_is_left_out(
     let performer = performer_of(name, &settings, leaving_out, |_| ());
     let (performed, _) = perform(&performer, job(), CancellationToken::new()).await;
     assert_eq!(generation(performed).left_out, ["seed", "frequency_penalty"]);
+}
+
+#[tokio::test]
+async fn a_job_is_called_with_the_key_of_its_permit() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!(
+        "openai = {{ base_url = '{}', api_key = 'sk-a', api_keys = ['sk-b', 'sk-a', ''] }}",
+        standin.base_url()
+    );
+    let row = |provider: &str, model: Option<&str>| config::Limit {
+        provider: provider.to_owned(),
+        model: model.map(str::to_owned),
+        requests_per_minute: Some(3),
+        tokens_per_minute: None,
+        concurrency: None,
+    };
+    let rows =
+        vec![row("openai", Some("gpt-4o-mini")), row("openai", None), row("openai", Some("o1")), row("groq", None)];
+    let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ()).within(7, rows);
+    let spec = job("a");
+    let declared = performer.declares(&spec.model.lane()).unwrap();
+    assert_eq!((declared.keys.len(), declared.start), (2, 7));
+    let models: Vec<&str> = declared.limits.iter().map(|limit| limit.model.as_str()).collect();
+    assert_eq!(
+        models,
+        ["litellm_gpt-4o-mini", ""],
+        "those of other lanes and of models that are not listed are left out"
+    );
+    for (key, secret) in declared.keys.iter().zip(["sk-a", "sk-b"]) {
+        assert!(!key.as_str().contains(secret));
+        perform_with(&performer, spec.clone(), Some(key.clone()), CancellationToken::new()).await;
+        assert_eq!(standin.calls().last().unwrap().key, secret);
+    }
+}
+
+#[tokio::test]
+async fn a_call_tells_of_its_providers_limits() {
+    let bench = Bench::new("sk-a").await;
+    for (prompt, signal, retry_after_ms, used_tokens) in [
+        ("one two three", Signal::Answered, None, Some(6)),
+        ("!status=429 retry-after=1.5 a", Signal::Throttled, Some(1_500), Some(0)),
+        ("!status=503 a", Signal::Overloaded, None, Some(0)),
+        ("!status=400 a", Signal::Answered, None, Some(0)),
+        ("!cut-after=2 a b c", Signal::Overloaded, None, None),
+    ] {
+        let (performed, _) = bench.perform(job(prompt)).await;
+        let told = performed.observation.unwrap();
+        assert_eq!(
+            (told.signal, told.retry_after_ms, told.used_tokens),
+            (signal, retry_after_ms, used_tokens),
+            "{prompt}"
+        );
+    }
 }
