@@ -6,7 +6,7 @@ use crate::failure::{Fault, Kind};
 use crate::guard::Guarded;
 use genmill_daemon::config;
 use reqwest::redirect::Policy;
-use reqwest::{Certificate, Client, ClientBuilder, Proxy, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{Certificate, Client, ClientBuilder, Proxy, Request, RequestBuilder, Response, StatusCode, Url};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -109,18 +109,27 @@ impl Http {
 
     /// Sends a request to a provider, proven by its credentials.
     pub(crate) async fn send(&self, endpoint: &Endpoint, request: RequestBuilder) -> Result<Response, Unsent> {
-        let mut request = request.build().map_err(Unsent::Lost)?;
+        let request = request.build().map_err(Unsent::Lost)?;
         // Whatever was put together, a key leaves for the host alone that it is bound to.
         if request.url().origin() != endpoint.base_url.origin() {
             return Err(Unsent::Fault(Fault::new(Kind::Invalid, &endpoint.name, "was to be called at another host")));
         }
+        let spare = request.try_clone().filter(|_| endpoint.credentials.are_exchanged());
+        let response = self.execute(endpoint, request).await?;
+        match spare {
+            // A token may be taken back before its time: another one is asked for once.
+            Some(again) if response.status() == StatusCode::UNAUTHORIZED => {
+                self.tokens.forget(&endpoint.name);
+                self.execute(endpoint, again).await
+            }
+            _ => Ok(response),
+        }
+    }
+
+    async fn execute(&self, endpoint: &Endpoint, mut request: Request) -> Result<Response, Unsent> {
         let proven = endpoint.credentials.prove(&endpoint.name, endpoint.key_header(), &mut request, self);
         proven.await.map_err(Unsent::Fault)?;
-        let response = self.client(&endpoint.base_url).execute(request).await.map_err(Unsent::Lost)?;
-        if response.status() == StatusCode::UNAUTHORIZED {
-            self.tokens.forget(&endpoint.name);
-        }
-        Ok(response)
+        self.client(&endpoint.base_url).execute(request).await.map_err(Unsent::Lost)
     }
 
     /// The pool for a URL.

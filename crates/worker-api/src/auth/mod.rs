@@ -82,6 +82,12 @@ impl Credentials {
         }
     }
 
+    /// Whether they are exchanged for tokens.
+    #[must_use]
+    pub fn are_exchanged(&self) -> bool {
+        matches!(self, Self::Google(_) | Self::Ibm { .. })
+    }
+
     /// The request for a token, where one is needed.
     fn token_request(&self, now: UnixMs) -> Option<TokenRequest> {
         match self {

@@ -617,6 +617,21 @@ async fn every_dialect_answers_counts_and_prices() {
 }
 
 #[tokio::test]
+async fn a_token_that_was_taken_back_is_asked_for_anew() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    for (name, calls) in [("watsonx/ibm/granite", 2), ("gpt-4o-mini", 1)] {
+        let spoken = spoken(&standin, "sk-a").into_iter().find(|(model, ..)| *model == name);
+        let (_, settings, variables) = spoken.unwrap();
+        let performer = performer_in(name, &settings, &variables, LIMITS, |_| ());
+        let before = standin.bill().calls;
+        let job = spec(&format!("litellm_{name}"), "!status=401 times=1 hi");
+        let (performed, _) = perform(&performer, job, CancellationToken::new()).await;
+        let answered = matches!(performed.outcome, Outcome::Generated(_));
+        assert_eq!((answered, standin.bill().calls - before), (calls == 2, calls), "{name}: {performed:?}");
+    }
+}
+
+#[tokio::test]
 async fn every_dialect_tells_what_went_wrong() {
     let class = |prompt: &'static str, key: &'static str, expect: FailureClass| {
         in_every_dialect(key, prompt, move |case, performed, _| {
