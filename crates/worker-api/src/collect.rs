@@ -127,6 +127,12 @@ impl Collected {
         Some(piece)
     }
 
+    /// Whether the tokens of the call are told.
+    #[must_use]
+    pub fn usage_is_told(&self) -> bool {
+        self.usage.is_some()
+    }
+
     /// Tokens of the prompt; 0 until they are told.
     #[must_use]
     pub fn prompt_tokens(&self) -> u64 {

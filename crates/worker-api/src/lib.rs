@@ -1,8 +1,8 @@
 //! The API worker: calls remote providers.
 //!
 //! A provider is a row of `providers.toml`, a dialect a row of [`dialect::DIALECTS`], a price a row of `prices.csv`, a
-//! kind of failure a row in [`failure`]. [`perform`] joins them: one call for each attempt. Never here: when a job is
-//! tried again (`genmill-core`), leases (`genmill-worker`), Redis (`genmill-queue`).
+//! kind of failure a row in [`failure`]. [`perform`] joins them: one call for each attempt and model. Never here: when
+//! a job is tried again (`genmill-core`), leases (`genmill-worker`), Redis (`genmill-queue`).
 
 pub mod auth;
 pub mod breaker;

@@ -291,6 +291,8 @@ impl Performer {
         let rates = self.prices.rates(priced_as, spec.model.backend_name(), Class::Standard, &day, prompt);
         match collected.cost(rates.as_ref()) {
             Some(cost) => Some(cost),
+            // An answer that told its tokens told all that its provider knows.
+            None if collected.usage_is_told() => None,
             None => settle(&self.http, endpoint, collected.id()).await,
         }
     }

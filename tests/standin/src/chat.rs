@@ -21,6 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::sleep;
 
+/// What calls cost that tell it, by their ids, and how often that was asked for.
+pub(crate) type Generations = Mutex<BTreeMap<String, (Value, u32)>>;
+
 /// What the handlers share.
 #[derive(Debug)]
 pub(crate) struct Provider {
@@ -29,7 +32,7 @@ pub(crate) struct Provider {
     /// Answers that wait to be looked at.
     pub(crate) predictions: Arc<Mutex<Vec<Option<Response>>>>,
     /// What calls cost that tell it, by their ids, and how often that was asked for.
-    pub(crate) generations: Mutex<BTreeMap<String, (Value, u32)>>,
+    pub(crate) generations: Arc<Generations>,
 }
 
 impl Provider {
@@ -47,11 +50,9 @@ pub(crate) async fn generation(provider: State<Arc<Provider>>, address: Uri, hea
     }
     let id = address.query().and_then(|query| query.strip_prefix("id=")).unwrap_or_default();
     let mut generations = provider.generations.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((cost, asked)) = generations.get_mut(id) else {
-        return Refusal::new(404, "404", "Generation not found").respond(&OpenAi);
-    };
+    let (cost, asked) = generations.entry(id.to_owned()).or_default();
     *asked += 1;
-    if *asked == 1 {
+    if *asked == 1 || cost.is_null() {
         return Refusal::new(404, "404", "Generation not found").respond(&OpenAi);
     }
     Json(json!({"data": {"id": id, "total_cost": cost, "cancelled": true, "streamed": true}})).into_response()

@@ -19,7 +19,7 @@ use axum::serve::ListenerExt as _;
 use bill::{Bill, Books, Call, Received};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, PoisonError};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -52,6 +52,7 @@ impl Default for Options {
 pub struct Standin {
     address: SocketAddr,
     books: Arc<Books>,
+    generations: Arc<chat::Generations>,
     // Dropping the set ends the server.
     _serving: JoinSet<io::Result<()>>,
 }
@@ -64,18 +65,18 @@ impl Standin {
     pub async fn start(options: Options) -> io::Result<Self> {
         let listener = TcpListener::bind(options.listen).await?;
         let address = listener.local_addr()?;
-        let books = Arc::new(Books::default());
+        let (books, generations) = (Arc::new(Books::default()), Arc::<chat::Generations>::default());
         let app = router(Arc::new(chat::Provider {
             books: Arc::clone(&books),
             models: options.models,
             predictions: Arc::default(),
-            generations: Mutex::default(),
+            generations: Arc::clone(&generations),
         }));
         let mut serving = JoinSet::new();
         // A small piece of an answer must not wait until the one before it is acknowledged: that takes 40 ms.
         let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
         serving.spawn(async move { axum::serve(listener, app).await });
-        Ok(Self { address, books, _serving: serving })
+        Ok(Self { address, books, generations, _serving: serving })
     }
 
     /// Where it listens.
@@ -106,6 +107,13 @@ impl Standin {
     #[must_use]
     pub fn calls(&self) -> Vec<Call> {
         self.books.calls()
+    }
+
+    /// How often records of calls were asked for (`GET /v1/generation`).
+    #[must_use]
+    pub fn records_asked(&self) -> u32 {
+        let generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        generations.values().map(|(_, asked)| asked).sum()
     }
 
     /// The calls received, oldest first; the newest ten thousand.

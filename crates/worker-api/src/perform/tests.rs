@@ -379,6 +379,11 @@ async fn a_broken_answer_costs_what_its_providers_record_says() {
     };
     let ((stopped, _), ()) = tokio::join!(broken("!stall-after=2 !cost=0.5 a b c", stop.clone()), begun);
     assert_eq!((stopped.outcome, stopped.cost), (Outcome::HandedBack, Some(Picodollars(500_000_000_000))));
+    // An answer that came whole is not held up by looking for what it did not tell.
+    let asked = standin.records_asked();
+    let (whole, _) = broken("a b c", CancellationToken::new()).await;
+    assert_eq!((whole.cost, generation(whole).text.as_str()), (None, "a b c"));
+    assert_eq!(standin.records_asked(), asked);
     // What no record tells stays unknown, and what is only estimated is told as such.
     let (lost, _) = broken("!cut-after=2 word word", CancellationToken::new()).await;
     assert_eq!(lost.cost, None);
