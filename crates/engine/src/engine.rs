@@ -446,7 +446,7 @@ impl Engine {
             id,
             end_tokens,
             // By themselves, some tokenizers drop a text's first space. An echo needs it, and a form knows of it.
-            stream: match request.echo || request.form.is_some() {
+            stream: match request.form.is_some() || request.echo && request.prompt != Prompt::Text(String::new()) {
                 true => self.card.stream_after(&prompt),
                 false => self.card.stream(),
             },

@@ -207,7 +207,15 @@ impl Words {
     #[must_use]
     pub fn stream_after(&self, ids: &[u32]) -> TokenStream {
         match self.stream() {
-            TokenStream(Mode::Window(words, _)) => TokenStream(Mode::Window(words, Window::after(ids))),
+            TokenStream(Mode::Window(words, _)) => {
+                // Special tokens alone are no text; then any other goes before.
+                let window = Window::after(ids);
+                let window = match window.is_text(&words) {
+                    true => window,
+                    false => Window::after(&self.encode("a", Special::Leave).unwrap_or_default()),
+                };
+                TokenStream(Mode::Window(words, window))
+            }
             whole => whole,
         }
     }

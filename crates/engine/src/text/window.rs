@@ -36,6 +36,11 @@ impl Window {
         Self { given: ids.len(), ids, ..Self::default() }
     }
 
+    /// Whether what it holds is any text.
+    pub(super) fn is_text(&self, words: &Words) -> bool {
+        !words.decode(&self.ids).is_empty()
+    }
+
     pub(super) fn push(&mut self, words: &Words, id: u32) -> String {
         match words.kind(id) {
             Kind::Nothing => String::new(),
@@ -161,9 +166,9 @@ mod tests {
         for (before, ids, expected) in [
             (&[7, 0][..], &[1, 3][..], " isa"),
             (&[0, 3, 3, 3, 3, 3, 3, 3, 3, 3], &[2, 1], "  is"),
-            (&[7], &[1, 3], "isa"),
+            (&[7], &[1, 3], " isa"),
             (&[0, 4, 5, 6], &[4, 5, 6, 1], "你 is"),
-            (&[], &[1], "is"),
+            (&[], &[1], " is"),
         ] {
             let mut stream = words.stream_after(before);
             let text: String = ids.iter().map(|id| stream.push(*id)).collect();
