@@ -1,7 +1,8 @@
-//! Quantised weights in panels, unpacked to float32 a chunk of inputs at a time, just before they are used.
+//! Quantised weights in panels, unpacked to float32 just before they are used.
 //!
-//! Never here: sums. A chunk stays in the first-level cache while all rows are multiplied with it, so a batch pays for
-//! unpacking once, and a single row reads a quarter of what float32 weights would be or less.
+//! Never here: another order of sums than that of dense panels. For a batch, a chunk of inputs is unpacked at a time, which
+//! stays in the first-level cache while all rows are multiplied with it. For a single row that would cost more than the
+//! products, so its weights go from words to sums without leaving the registers. Both do the same operations for an output.
 
 use pulp::Simd;
 
@@ -10,6 +11,9 @@ use crate::quantized::Quantized;
 
 /// Inputs that are unpacked at a time; a multiple of every format's block. A chunk has 16 KiB.
 pub(super) const CHUNK: usize = 128;
+
+/// Panels that a single row goes through at a time.
+pub(super) const PANELS: usize = 2;
 
 /// Values of an unpacked chunk.
 pub(super) type Chunk = [f32; CHUNK * PANEL];
@@ -92,26 +96,79 @@ impl QuantPanels {
         (scales, minimums): (&[f32; PANEL], Option<&[f32; PANEL]>),
         lines: &mut [[f32; PANEL]],
     ) {
-        let bits = simd.splat_u32s(u32::from(self.bits));
-        let mask = simd.splat_u32s((1 << self.bits) - 1);
-        let whole = simd.splat_u32s(WHOLE.to_bits());
-        let zero = simd.splat_f32s(WHOLE - f32::from(self.lowest));
+        let unpack = Unpack::new(simd, self);
         let scales = S::as_simd_f32s(scales).0;
         let minimums = minimums.map(|minimums| S::as_simd_f32s(minimums).0);
         for (words, lines) in words.iter().zip(lines.chunks_exact_mut(self.per_word())) {
             for (vector, word) in S::as_simd_u32s(words).0.iter().enumerate() {
                 let (mut word, scale, minimum) = (*word, scales[vector], minimums.map(|minimums| minimums[vector]));
                 for line in &mut *lines {
-                    let above = simd.or_u32s(simd.and_u32s(word, mask), whole);
-                    let quant = simd.sub_f32s(simd.transmute_f32s_u32s(above), zero);
-                    let product = simd.mul_f32s(scale, quant);
-                    S::as_mut_simd_f32s(line).0[vector] = match minimum {
-                        None => product,
-                        Some(minimum) => simd.sub_f32s(product, minimum),
-                    };
-                    word = simd.wrapping_dyn_shr_u32s(word, bits);
+                    S::as_mut_simd_f32s(line).0[vector] = unpack.weights(word, scale, minimum);
+                    word = unpack.next(word);
                 }
             }
+        }
+    }
+
+    /// The sums of a single row for [`PANELS`] panels from `panel` on.
+    #[inline(always)]
+    pub(super) fn row<S: Simd>(&self, simd: S, panel: usize, x: &[f32], sums: &mut [[f32; PANEL]; PANELS]) {
+        match (self.bits, self.minimums.is_some()) {
+            (4, false) => self.row_of::<S, 8, false>(simd, panel, x, sums),
+            (4, true) => self.row_of::<S, 8, true>(simd, panel, x, sums),
+            (_, false) => self.row_of::<S, 4, false>(simd, panel, x, sums),
+            (_, true) => self.row_of::<S, 4, true>(simd, panel, x, sums),
+        }
+    }
+
+    /// [`Self::row`] for so many quants in a word, so that the compiler lays out all that one word needs.
+    #[inline(always)]
+    fn row_of<S: Simd, const PER_WORD: usize, const MINIMUMS: bool>(
+        &self,
+        simd: S,
+        panel: usize,
+        x: &[f32],
+        sums: &mut [[f32; PANEL]; PANELS],
+    ) {
+        let unpack = Unpack::new(simd, self);
+        let (blocks, groups) = (self.inputs / self.block, self.block / PER_WORD);
+        let words = |index: usize| {
+            let words = &self.words.as_chunks::<PANEL>().0[(panel + index) * blocks * groups..][..blocks * groups];
+            words.chunks_exact(groups)
+        };
+        let scales = |index: usize| &self.scales.as_chunks::<PANEL>().0[(panel + index) * blocks..][..blocks];
+        let minimums = |index: usize| match &self.minimums {
+            Some(all) if MINIMUMS => &all.as_chunks::<PANEL>().0[(panel + index) * blocks..][..blocks],
+            _ => scales(index),
+        };
+        let (x, _) = x.as_chunks::<PER_WORD>();
+        let [left, right] = sums;
+        // Strips of two vectors in two panels: four chains of sums, which hide how long one addition takes.
+        for strip in 0..PANEL / (2 * S::F32_LANES) {
+            let [mut a, mut b] = S::as_simd_f32s(left.as_slice()).0.as_chunks::<2>().0[strip];
+            let [mut c, mut d] = S::as_simd_f32s(right.as_slice()).0.as_chunks::<2>().0[strip];
+            let floats = |line: &[f32; PANEL]| S::as_simd_f32s(line).0.as_chunks::<2>().0[strip];
+            let whole = |line: &[u32; PANEL]| S::as_simd_u32s(line).0.as_chunks::<2>().0[strip];
+            let of_left = words(0).zip(scales(0)).zip(minimums(0));
+            let of_right = words(1).zip(scales(1)).zip(minimums(1));
+            for ((((left, sa), ma), ((right, sc), mc)), x) in of_left.zip(of_right).zip(x.chunks_exact(groups)) {
+                let ([sa, sb], [sc, sd]) = (floats(sa), floats(sc));
+                let ([ma, mb], [mc, md]) = (floats(ma), floats(mc));
+                for ((left, right), x) in left.iter().zip(right).zip(x) {
+                    let ([mut wa, mut wb], [mut wc, mut wd]) = (whole(left), whole(right));
+                    for x in x {
+                        let x = simd.splat_f32s(*x);
+                        let minimum = |minimum| MINIMUMS.then_some(minimum);
+                        a = simd.mul_add_f32s(x, unpack.weights(wa, sa, minimum(ma)), a);
+                        b = simd.mul_add_f32s(x, unpack.weights(wb, sb, minimum(mb)), b);
+                        c = simd.mul_add_f32s(x, unpack.weights(wc, sc, minimum(mc)), c);
+                        d = simd.mul_add_f32s(x, unpack.weights(wd, sd, minimum(md)), d);
+                        (wa, wb, wc, wd) = (unpack.next(wa), unpack.next(wb), unpack.next(wc), unpack.next(wd));
+                    }
+                }
+            }
+            S::as_mut_simd_f32s(left.as_mut_slice()).0.as_chunks_mut::<2>().0[strip] = [a, b];
+            S::as_mut_simd_f32s(right.as_mut_slice()).0.as_chunks_mut::<2>().0[strip] = [c, d];
         }
     }
 
@@ -125,5 +182,46 @@ impl QuantPanels {
         let quant = f32::from_bits(WHOLE.to_bits() | above) - (WHOLE - f32::from(self.lowest));
         let place = at / self.block * PANEL + column;
         self.scales[place] * quant - self.minimums.as_ref().map_or(0.0, |all| all[place])
+    }
+}
+
+/// From words to weights.
+#[derive(Clone, Copy)]
+struct Unpack<S: Simd> {
+    simd: S,
+    bits: S::u32s,
+    mask: S::u32s,
+    whole: S::u32s,
+    zero: S::f32s,
+}
+
+impl<S: Simd> Unpack<S> {
+    #[inline(always)]
+    fn new(simd: S, panels: &QuantPanels) -> Self {
+        Self {
+            simd,
+            bits: simd.splat_u32s(u32::from(panels.bits)),
+            mask: simd.splat_u32s((1 << panels.bits) - 1),
+            whole: simd.splat_u32s(WHOLE.to_bits()),
+            zero: simd.splat_f32s(WHOLE - f32::from(panels.lowest)),
+        }
+    }
+
+    /// What the lowest quants of these words stand for.
+    #[inline(always)]
+    fn weights(self, words: S::u32s, scales: S::f32s, minimums: Option<S::f32s>) -> S::f32s {
+        let simd = self.simd;
+        let above = simd.or_u32s(simd.and_u32s(words, self.mask), self.whole);
+        let product = simd.mul_f32s(scales, simd.sub_f32s(simd.transmute_f32s_u32s(above), self.zero));
+        match minimums {
+            None => product,
+            Some(minimums) => simd.sub_f32s(product, minimums),
+        }
+    }
+
+    /// The words whose lowest quants are the next ones.
+    #[inline(always)]
+    fn next(self, words: S::u32s) -> S::u32s {
+        self.simd.wrapping_dyn_shr_u32s(words, self.bits)
     }
 }
