@@ -281,7 +281,8 @@ impl<B: Backend> Body<B> {
             Position::Rope(_) => None,
             Position::Learned(name) => {
                 let name = format!("{prefix}{name}");
-                Some(Linear::table(backend, weights, &name, config.context, hidden)?)
+                // Nothing is multiplied with it, so nothing is gained by another format.
+                Some(weights.exactly(|weights| Linear::table(backend, weights, &name, config.context, hidden))?)
             }
         };
         let layers = (0..config.layers)

@@ -41,7 +41,8 @@ impl Footprint {
     /// # Errors
     /// Whatever is missing, malformed or unsupported in them.
     pub fn read(path: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
-        let (config, weights) = open(path)?;
+        let (config, mut weights) = open(path)?;
+        weights.quantise(options.quantize);
         let (values, weights_bytes) = weights.size();
         let lanes = Cpu::new(options.threads)?.lanes(usize::try_from(values).unwrap_or(usize::MAX));
         Ok(Self::of(&config, weights_bytes, lanes, FLOAT32))
@@ -117,7 +118,7 @@ mod tests {
     #[test]
     fn the_headers_tell_what_a_model_takes() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2");
-        let footprint = Footprint::read(&folder, &LoadOptions { threads: 1 }).unwrap();
+        let footprint = Footprint::read(&folder, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
         let config = Config::read(&folder).unwrap();
         // The file holds bfloat16 or float32 values and a header; in memory all are float32.
         let file = std::fs::metadata(folder.join("model.safetensors")).unwrap().len();

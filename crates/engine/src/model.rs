@@ -18,6 +18,7 @@ use crate::decoder::{Decoder, Forward};
 use crate::engine::Prompt;
 use crate::error::LoadError;
 use crate::gguf::Gguf;
+use crate::quantized::Format;
 use crate::sim::{Device, Simulated};
 use crate::text::{EncodeError, Special, TokenStream, Words, pairs};
 use crate::tools::{Call, Tool};
@@ -39,6 +40,10 @@ pub struct ModelPaths {
 pub struct LoadOptions {
     /// Compute threads; 0 takes as many as the machine has.
     pub threads: usize,
+    /// What float weights are brought to: a quarter of the memory and several times the speed, for slightly other weights.
+    /// Norms, biases, positions, routers of experts and rows without whole blocks stay as they are; so do weights that
+    /// are quantised in the file.
+    pub quantize: Option<Format>,
 }
 
 /// What decides the bits of a model's output. Workers with equal fingerprints give equal tokens
@@ -47,7 +52,7 @@ pub struct LoadOptions {
 pub struct Fingerprint {
     /// SHA-256 of weights, config, tokenizer and chat template, in hexadecimal.
     pub model: String,
-    /// The type that the arithmetic is done in.
+    /// The type that the arithmetic is done in, or the format that weights were brought to at load.
     pub dtype: &'static str,
     /// The backend's name.
     pub backend: &'static str,
@@ -135,17 +140,18 @@ pub struct ModelCard {
 }
 
 impl Model {
-    /// Loads a model onto the CPU: float weights as float32, quantised ones as they are.
+    /// Loads a model onto the CPU: float weights as float32 unless told otherwise, quantised ones as they are.
     ///
     /// # Errors
     /// Whatever is missing, malformed or unsupported, naming file and tensor or field.
     pub fn load(paths: &ModelPaths, options: &LoadOptions) -> Result<Self, LoadError> {
         let (config, mut weights) = open(&paths.model_path)?;
         let front = Front::read(paths, config.architecture, &mut weights)?;
+        weights.quantise(options.quantize);
         let decoder = Decoder::load(Cpu::new(options.threads)?, config.clone(), &mut weights)?;
         let fingerprint = Fingerprint {
             model: weights.finish(),
-            dtype: "float32",
+            dtype: options.quantize.map_or("float32", Format::name),
             backend: decoder.backend().name(),
             level: decoder.backend().level(),
             version: env!("CARGO_PKG_VERSION"),

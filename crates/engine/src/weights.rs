@@ -20,7 +20,7 @@ use crate::architectures::Orientation;
 use crate::config::Fields;
 use crate::error::LoadError;
 use crate::gguf::Gguf;
-use crate::quantized::Rows;
+use crate::quantized::{Format, Rows};
 
 /// An opened checkpoint.
 pub(crate) struct Weights {
@@ -33,6 +33,8 @@ pub(crate) struct Weights {
     hash: Sha256,
     /// Bytes that the tensors read so far have in memory.
     bytes: u64,
+    /// What float projections and embeddings are brought to.
+    format: Option<Format>,
 }
 
 /// One safetensors file.
@@ -75,7 +77,21 @@ impl Weights {
             gguf: None,
             hash: Sha256::new(),
             bytes: 0,
+            format: None,
         }
+    }
+
+    /// From now on brings float projections and embeddings to a format, where there is one.
+    pub(crate) fn quantise(&mut self, format: Option<Format>) {
+        self.format = format;
+    }
+
+    /// Loads something whose values stay as they are.
+    pub(crate) fn exactly<T>(&mut self, load: impl FnOnce(&mut Self) -> T) -> T {
+        let format = self.format.take();
+        let loaded = load(self);
+        self.format = format;
+        loaded
     }
 
     /// The GGUF model, when it is one.
@@ -88,10 +104,16 @@ impl Weights {
         if let Some(gguf) = &self.gguf {
             return gguf.size();
         }
-        let count =
-            |place: &TensorInfo| place.shape.iter().fold(1_u64, |count, size| count.saturating_mul(*size as u64));
-        let values = self.tensors.values().map(|(_, place)| count(place)).sum();
-        (values, 4 * values)
+        let (mut values, mut bytes) = (0_u64, 0_u64);
+        for (_, place) in self.tensors.values() {
+            let count = place.shape.iter().fold(1_u64, |count, size| count.saturating_mul(*size as u64));
+            values = values.saturating_add(count);
+            bytes = bytes.saturating_add(match (self.format, place.shape.as_slice()) {
+                (Some(format), [_, width]) if format.takes(*width) => format.bytes(count),
+                _ => count.saturating_mul(4),
+            });
+        }
+        (values, bytes)
     }
 
     /// Whether a tensor of that name exists.
@@ -99,7 +121,8 @@ impl Weights {
         self.gguf.as_ref().map_or_else(|| self.tensors.contains_key(name), |gguf| gguf.has(name))
     }
 
-    /// A projection or an embedding as it is stored: `outputs` rows of `inputs`, quantised where the file has it so.
+    /// A projection or an embedding as it is stored: `outputs` rows of `inputs`, quantised where the file has it so or
+    /// that was asked for.
     pub(crate) fn rows(
         &mut self,
         name: &str,
@@ -107,11 +130,18 @@ impl Weights {
         inputs: usize,
         orientation: Orientation,
     ) -> Result<Rows, LoadError> {
-        match self.gguf {
+        let before = self.bytes;
+        let rows = match self.gguf {
             // GGUF has all projections in one orientation.
             Some(_) => self.rows_of_gguf(name, &[outputs, inputs]),
             None => self.projection(name, outputs, inputs, orientation).map(Rows::Dense),
+        };
+        let Some(format) = self.format else { return rows };
+        let rows = rows?.quantised(format, outputs, inputs);
+        if matches!(rows, Rows::Quantized(_)) {
+            self.bytes = self.bytes.min(before + format.bytes((outputs * inputs) as u64));
         }
+        Ok(rows)
     }
 
     fn rows_of_gguf(&mut self, name: &str, shape: &[usize]) -> Result<Rows, LoadError> {
@@ -156,7 +186,7 @@ impl Weights {
         self.hash.update(bytes);
     }
 
-    /// Bytes that the tensors read so far have in memory: those of a file that is quantised, 4 for every other value.
+    /// Bytes that the tensors read so far have in memory: those of a file for what is quantised, 4 for every other value.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }

@@ -152,7 +152,7 @@ mod tests {
 
     fn needs(kv_tokens: usize, context_limit: Option<usize>) -> Needs {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/fixtures/qwen2");
-        let footprint = Footprint::read(&folder, &LoadOptions { threads: 1 }).unwrap();
+        let footprint = Footprint::read(&folder, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
         Needs::new(footprint, &EngineOptions { kv_tokens, ..EngineOptions::default() }, context_limit)
     }
 

@@ -47,7 +47,7 @@ impl Settings {
         let price = gpu.dollars_per_hour.as_deref().map(Picodollars::parse_dollars).transpose();
         let memory = gpu.memory.as_deref().map(parse_bytes).transpose();
         Ok(Self {
-            load: LoadOptions { threads: gpu.threads },
+            load: LoadOptions { threads: gpu.threads, ..LoadOptions::default() },
             engine: sized(
                 EngineOptions { kv_tokens: gpu.kv_tokens, step_tokens: gpu.step_tokens, ..EngineOptions::default() },
                 sequences,
@@ -156,7 +156,7 @@ fn entry(name: ModelName, model: &ListedModel, settings: &Settings) -> anyhow::R
         memory_part: model.local.memory_utilization.unwrap_or(1.0),
         engine: sized(settings.engine, sequences.unwrap_or(settings.engine.max_sequences)),
         context_tokens: model.context_tokens.or(settings.context_tokens),
-        load: LoadOptions { threads: model.threads.unwrap_or(settings.load.threads) },
+        load: LoadOptions { threads: model.threads.unwrap_or(settings.load.threads), ..settings.load },
         prefix: model.prefix,
         path: model.path.clone(),
         tokenizer: model.tokenizer.clone(),

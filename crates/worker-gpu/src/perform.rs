@@ -413,7 +413,7 @@ mod tests {
         }
         std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
         let paths = ModelPaths { model_path: folder.path().to_owned(), tokenizer_path: None };
-        Model::load(&paths, &LoadOptions { threads: 1 }).unwrap().card().clone()
+        Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap().card().clone()
     }
 
     #[test]

@@ -22,7 +22,7 @@ impl Ours {
     /// Loads a model.
     pub(crate) fn start(path: &Path, threads: usize, prefix_cache: bool) -> anyhow::Result<Self> {
         let paths = ModelPaths { model_path: path.to_owned(), tokenizer_path: None };
-        let model = Model::load(&paths, &LoadOptions { threads })?;
+        let model = Model::load(&paths, &LoadOptions { threads, ..LoadOptions::default() })?;
         let options =
             EngineOptions { kv_tokens: 40_960, step_tokens: SHARED, prefix_cache, ..EngineOptions::default() };
         Ok(Self(Engine::start(model, options)?))

@@ -23,7 +23,7 @@ pub(crate) fn copy(name: &str) -> TempDir {
 
 fn error(folder: &Path) -> String {
     let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
-    Model::load(&paths, &LoadOptions { threads: 1 }).unwrap_err().to_string()
+    Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap_err().to_string()
 }
 
 /// Sets one field of config.json (null removes nothing: it is null) and expects this error.
@@ -310,6 +310,6 @@ proptest! {
         bytes[at] = value;
         fs::write(&path, bytes).unwrap();
         let paths = ModelPaths { model_path: folder.path().to_owned(), tokenizer_path: None };
-        drop(Model::load(&paths, &LoadOptions { threads: 1 }));
+        drop(Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }));
     }
 }

@@ -21,7 +21,7 @@ fn engine(path: &Path) -> Engine {
 
 fn error(path: &Path) -> String {
     let paths = ModelPaths { model_path: path.to_owned(), tokenizer_path: None };
-    Model::load(&paths, &LoadOptions { threads: 1 }).unwrap_err().to_string()
+    Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap_err().to_string()
 }
 
 #[test]
@@ -203,6 +203,6 @@ proptest! {
         bytes[at] = value;
         fs::write(&path, bytes).unwrap();
         let paths = ModelPaths { model_path: path, tokenizer_path: None };
-        drop(Model::load(&paths, &LoadOptions { threads: 1 }));
+        drop(Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }));
     }
 }
