@@ -44,8 +44,8 @@ pub struct ListedModel {
     pub file: PathBuf,
 }
 
-/// Numbers that an entry of a local model has in place of those of `[gpu]`.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// What an entry of a local model has in place of those of `[gpu]`.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LocalSettings {
     /// How many of its sequences run at once.
     pub sequences_max: Option<u32>,
@@ -53,6 +53,8 @@ pub struct LocalSettings {
     pub memory_utilization: Option<f64>,
     /// Layers to compute on a GPU; below 0: all.
     pub gpu_layers: Option<i64>,
+    /// What its float weights are brought to at load: `q8_0`, or `none`.
+    pub quantize: Option<String>,
 }
 
 /// A path, as written and as meant.
@@ -124,6 +126,7 @@ struct Fields {
     gpu_layers: Option<i64>,
     max_num_seqs: Option<u32>,
     gpu_memory_utilization: Option<f64>,
+    quantize: Option<String>,
 }
 
 /// What entries of local models may say.
@@ -139,6 +142,7 @@ const LOCAL: &[&str] = &[
     "gpu_memory_utilization",
     "threads",
     "gpu_layers",
+    "quantize",
 ];
 
 fn allowed(prefix: &str) -> &'static [&'static str] {
@@ -291,6 +295,7 @@ fn listed_model(prefix: &'static str, fields: Fields, file: &Path, root: Option<
             sequences_max: fields.max_num_seqs,
             memory_utilization: fields.gpu_memory_utilization,
             gpu_layers: fields.gpu_layers,
+            quantize: fields.quantize,
         },
         file: file.to_owned(),
     }
@@ -335,10 +340,15 @@ mod tests {
     #[test]
     fn an_entry_may_have_numbers_of_its_own() {
         let text = "models: [{name: x, model_path: /x, max_model_len: 99, max_num_seqs: 3, gpu_memory_utilization: 0.5, \
-                    threads: 1, gpu_layers: -1}]";
+                    threads: 1, gpu_layers: -1, quantize: q8_0}]";
         let listed = read_file(Path::new("/configs/vllm_models.yaml"), text, None).unwrap();
-        let own = LocalSettings { sequences_max: Some(3), memory_utilization: Some(0.5), gpu_layers: Some(-1) };
-        assert_eq!((listed[0].context_tokens, listed[0].threads, listed[0].local), (Some(99), Some(1), own));
+        let own = LocalSettings {
+            sequences_max: Some(3),
+            memory_utilization: Some(0.5),
+            gpu_layers: Some(-1),
+            quantize: Some("q8_0".to_owned()),
+        };
+        assert_eq!((listed[0].context_tokens, listed[0].threads, &listed[0].local), (Some(99), Some(1), &own));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use genmill_core::model::{ModelName, Prefix};
 use genmill_core::money::Picodollars;
 use genmill_daemon::config::Gpu;
 use genmill_daemon::models::{ListedModel, ModelPath};
+use genmill_engine::quantized::Format;
 use genmill_engine::sim::Device;
 use genmill_engine::{Engine, EngineOptions, Event, Footprint, LoadOptions, Model, ModelPaths, Prompt, Request};
 use std::path::{Path, PathBuf};
@@ -47,7 +48,7 @@ impl Settings {
         let price = gpu.dollars_per_hour.as_deref().map(Picodollars::parse_dollars).transpose();
         let memory = gpu.memory.as_deref().map(parse_bytes).transpose();
         Ok(Self {
-            load: LoadOptions { threads: gpu.threads, ..LoadOptions::default() },
+            load: LoadOptions { threads: gpu.threads, quantize: format(&gpu.quantize).context("gpu.quantize")? },
             engine: sized(
                 EngineOptions { kv_tokens: gpu.kv_tokens, step_tokens: gpu.step_tokens, ..EngineOptions::default() },
                 sequences,
@@ -83,6 +84,11 @@ fn sized(engine: EngineOptions, sequences: usize) -> EngineOptions {
 }
 
 /// What to say about a type that the CPU does not compute in.
+/// What weights are brought to; `None`: they stay as they are.
+fn format(name: &str) -> anyhow::Result<Option<Format>> {
+    if name == "none" { Ok(None) } else { Ok(Some(name.parse()?)) }
+}
+
 fn dtype_note(dtype: &str) -> anyhow::Result<Option<String>> {
     let name = dtype.trim().trim_start_matches("torch.").to_ascii_lowercase();
     match name.as_str() {
@@ -146,6 +152,10 @@ pub fn entries(listed: &[ListedModel], settings: &Settings) -> anyhow::Result<(V
 
 fn entry(name: ModelName, model: &ListedModel, settings: &Settings) -> anyhow::Result<Entry> {
     let device = model.device.as_deref().map(Device::parse).transpose();
+    let quantize = match &model.local.quantize {
+        Some(name) => format(name).with_context(|| format!("{}, model {}", model.file.display(), model.name))?,
+        None => settings.load.quantize,
+    };
     let sequences = model.local.sequences_max.and_then(|sequences| usize::try_from(sequences).ok());
     Ok(Entry {
         name,
@@ -156,7 +166,7 @@ fn entry(name: ModelName, model: &ListedModel, settings: &Settings) -> anyhow::R
         memory_part: model.local.memory_utilization.unwrap_or(1.0),
         engine: sized(settings.engine, sequences.unwrap_or(settings.engine.max_sequences)),
         context_tokens: model.context_tokens.or(settings.context_tokens),
-        load: LoadOptions { threads: model.threads.unwrap_or(settings.load.threads), ..settings.load },
+        load: LoadOptions { threads: model.threads.unwrap_or(settings.load.threads), quantize },
         prefix: model.prefix,
         path: model.path.clone(),
         tokenizer: model.tokenizer.clone(),
@@ -338,7 +348,12 @@ mod tests {
     #[test]
     fn an_entry_goes_before_the_section() {
         let settings = settings(|gpu| (gpu.threads, gpu.context_tokens, gpu.sequences_max) = (2, Some(100), 8));
-        let own = LocalSettings { sequences_max: Some(3), memory_utilization: Some(0.5), gpu_layers: Some(0) };
+        let own = LocalSettings {
+            sequences_max: Some(3),
+            memory_utilization: Some(0.5),
+            gpu_layers: Some(0),
+            quantize: None,
+        };
         let own = ListedModel { threads: Some(1), context_tokens: Some(50), ..listed("vllm", "own", own) };
         let plain = listed("hf", "plain", LocalSettings::default());
         let (entries, notes) = entries(&[own, plain], &settings).unwrap();
@@ -346,6 +361,24 @@ mod tests {
         assert_eq!(numbers(&entries[0]), (3, 1, Some(50)));
         assert_eq!(numbers(&entries[1]), (8, 2, Some(100)));
         assert!((entries[0].memory_part - 0.5).abs() < 1e-9 && notes.is_empty());
+    }
+
+    #[test]
+    fn weights_are_quantised_by_the_entry_then_by_the_section() {
+        let quantize = |name: &str| LocalSettings { quantize: Some(name.to_owned()), ..LocalSettings::default() };
+        let listed = [listed("hf", "a", LocalSettings::default()), listed("hf", "b", quantize("none"))];
+        let (entries_of_q8_0, _) = entries(&listed, &settings(|gpu| gpu.quantize = "q8_0".to_owned())).unwrap();
+        let formats: Vec<_> = entries_of_q8_0.iter().map(|entry| entry.load.quantize).collect();
+        assert_eq!(formats, [Some(Format::Q8_0), None]);
+
+        let section = Settings::new(&Gpu { quantize: "q3".to_owned(), ..Gpu::default() }).unwrap_err();
+        assert_eq!(
+            format!("{section:#}"),
+            "gpu.quantize: weights cannot be quantised to \"q3\" while they are loaded, only to q8_0"
+        );
+        let entry = entries(&[ListedModel { local: quantize("q3"), ..listed[0].clone() }], &settings(|_| {}));
+        let entry = format!("{:#}", entry.unwrap_err());
+        assert!(entry.contains("model a: weights cannot be quantised to \"q3\""), "{entry}");
     }
 
     #[test]
