@@ -85,7 +85,8 @@ pub struct Quantized {
     pub bits: u8,
     /// `outputs * inputs` whole numbers.
     pub quants: Vec<i8>,
-    /// One scale for each block.
+    /// One scale for each block, of at most 20 significant bits, so that its products with whole numbers below 16 are exact:
+    /// formats have half-precision scales, or such ones times a whole number of 8 bits.
     pub scales: Vec<f32>,
     /// One minimum for each block, where the format has them.
     pub minimums: Option<Vec<f32>>,
@@ -98,7 +99,8 @@ impl Quantized {
         let mut values = Vec::with_capacity(self.quants.len());
         for (block, quants) in self.quants.chunks_exact(self.block).enumerate() {
             let (scale, minimum) = (self.scales[block], self.minimums.as_ref().map_or(0.0, |all| all[block]));
-            values.extend(quants.iter().map(|quant| scale * f32::from(*quant) - minimum));
+            // Zero has no sign here.
+            values.extend(quants.iter().map(|quant| scale * f32::from(*quant) - minimum + 0.0));
         }
         values
     }

@@ -18,9 +18,8 @@ pub(super) const PANELS: usize = 2;
 /// Values of an unpacked chunk.
 pub(super) type Chunk = [f32; CHUNK * PANEL];
 
-/// 2^23 as float32: its lowest bits count whole numbers, so a small one is put there and becomes a float by a subtraction,
-/// exactly.
-const WHOLE: f32 = 8_388_608.0;
+/// The bits of a float32's fraction.
+const FRACTION: u32 = 23;
 
 /// The quants of a panel's outputs, and their scales for each block.
 #[derive(Debug)]
@@ -30,7 +29,8 @@ pub(super) struct QuantPanels {
     bits: u8,
     /// What a word holds is larger than the quant by this much, negated.
     lowest: i8,
-    /// For each panel and each [`Self::per_word`] inputs a word for each output, the first input in the lowest bits.
+    /// For each panel and each [`Self::per_word`] inputs a word for each output, rotated so that the first input's bits are
+    /// the upper ones of a float32's fraction; the others follow by rotations to the right.
     words: Vec<u32>,
     scales: Vec<f32>,
     minimums: Option<Vec<f32>>,
@@ -46,7 +46,8 @@ impl QuantPanels {
             let column = words[row / PANEL * groups * PANEL + row % PANEL..].iter_mut().step_by(PANEL);
             for (word, quants) in column.zip(quants.chunks_exact(per_word)) {
                 let above = quants.iter().map(|quant| u32::from(quant.wrapping_sub(lowest).cast_unsigned()));
-                *word = above.rev().fold(0, |word, quant| word << bits | quant);
+                let all: u32 = above.rev().fold(0, |word, quant| word << bits | quant);
+                *word = all.rotate_left(FRACTION - u32::from(bits));
             }
         }
         let per_block = |values: &[f32]| {
@@ -101,7 +102,8 @@ impl QuantPanels {
         let minimums = minimums.map(|minimums| S::as_simd_f32s(minimums).0);
         for (words, lines) in words.iter().zip(lines.chunks_exact_mut(self.per_word())) {
             for (vector, word) in S::as_simd_u32s(words).0.iter().enumerate() {
-                let (mut word, scale, minimum) = (*word, scales[vector], minimums.map(|minimums| minimums[vector]));
+                let (mut word, scale) = (*word, unpack.scales(scales[vector]));
+                let minimum = minimums.map(|minimums| minimums[vector]);
                 for line in &mut *lines {
                     S::as_mut_simd_f32s(line).0[vector] = unpack.weights(word, scale, minimum);
                     word = unpack.next(word);
@@ -152,7 +154,7 @@ impl QuantPanels {
             let of_left = words(0).zip(scales(0)).zip(minimums(0));
             let of_right = words(1).zip(scales(1)).zip(minimums(1));
             for ((((left, sa), ma), ((right, sc), mc)), x) in of_left.zip(of_right).zip(x.chunks_exact(groups)) {
-                let ([sa, sb], [sc, sd]) = (floats(sa), floats(sc));
+                let ([sa, sb], [sc, sd]) = (floats(sa).map(|s| unpack.scales(s)), floats(sc).map(|s| unpack.scales(s)));
                 let ([ma, mb], [mc, md]) = (floats(ma), floats(mc));
                 for ((left, right), x) in left.iter().zip(right).zip(x) {
                     let ([mut wa, mut wb], [mut wc, mut wd]) = (whole(left), whole(right));
@@ -177,51 +179,67 @@ impl QuantPanels {
         let (panel, column) = (output / PANEL, output % PANEL);
         let at = panel * self.inputs + input;
         let word = self.words[at / self.per_word() * PANEL + column];
-        let shifted = word >> (usize::from(self.bits) * (input % self.per_word()));
-        let above = shifted & ((1 << self.bits) - 1);
-        let quant = f32::from_bits(WHOLE.to_bits() | above) - (WHOLE - f32::from(self.lowest));
+        let turned = word.rotate_right(u32::from(self.bits) * u32::try_from(input % self.per_word()).unwrap_or(0));
         let place = at / self.block * PANEL + column;
-        self.scales[place] * quant - self.minimums.as_ref().map_or(0.0, |all| all[place])
+        let unpack = Unpack::new(pulp::Scalar, self);
+        let minimum = self.minimums.as_ref().map(|all| all[place]);
+        unpack.weights(turned, unpack.scales(self.scales[place]), minimum)
     }
 }
 
-/// From words to weights.
+/// From words to weights. A quant's bits, put below the exponent of 2^`bits`, make that number plus the quant above the
+/// lowest one; times the scale, less what that is too much, it is the weight. What is subtracted is exact, for scales have
+/// few bits (see [`Quantized::scales`]), so the one rounding is that of `scale * quant`.
 #[derive(Clone, Copy)]
 struct Unpack<S: Simd> {
     simd: S,
-    bits: S::u32s,
+    right: S::u32s,
+    left: S::u32s,
     mask: S::u32s,
-    whole: S::u32s,
-    zero: S::f32s,
+    exponent: S::u32s,
+    too_much: S::f32s,
 }
+
+/// The scales of a block, and what is added after them.
+#[derive(Clone, Copy)]
+struct Scales<S: Simd>(S::f32s, S::f32s);
 
 impl<S: Simd> Unpack<S> {
     #[inline(always)]
     fn new(simd: S, panels: &QuantPanels) -> Self {
+        let bits = u32::from(panels.bits);
+        let base = f32::from(1_u16 << bits);
         Self {
             simd,
-            bits: simd.splat_u32s(u32::from(panels.bits)),
-            mask: simd.splat_u32s((1 << panels.bits) - 1),
-            whole: simd.splat_u32s(WHOLE.to_bits()),
-            zero: simd.splat_f32s(WHOLE - f32::from(panels.lowest)),
+            right: simd.splat_u32s(bits),
+            left: simd.splat_u32s(u32::BITS - bits),
+            mask: simd.splat_u32s(((1 << bits) - 1) << (FRACTION - bits)),
+            exponent: simd.splat_u32s(base.to_bits()),
+            too_much: simd.splat_f32s(f32::from(panels.lowest) - base),
         }
     }
 
-    /// What the lowest quants of these words stand for.
     #[inline(always)]
-    fn weights(self, words: S::u32s, scales: S::f32s, minimums: Option<S::f32s>) -> S::f32s {
+    fn scales(self, scales: S::f32s) -> Scales<S> {
+        Scales(scales, self.simd.mul_f32s(scales, self.too_much))
+    }
+
+    /// What the first quants of these words stand for.
+    #[inline(always)]
+    fn weights(self, words: S::u32s, Scales(scales, added): Scales<S>, minimums: Option<S::f32s>) -> S::f32s {
         let simd = self.simd;
-        let above = simd.or_u32s(simd.and_u32s(words, self.mask), self.whole);
-        let product = simd.mul_f32s(scales, simd.sub_f32s(simd.transmute_f32s_u32s(above), self.zero));
+        let above = simd.or_u32s(simd.and_u32s(words, self.mask), self.exponent);
+        let product = simd.mul_add_f32s(simd.transmute_f32s_u32s(above), scales, added);
         match minimums {
             None => product,
             Some(minimums) => simd.sub_f32s(product, minimums),
         }
     }
 
-    /// The words whose lowest quants are the next ones.
+    /// The words whose first quants are the next ones.
     #[inline(always)]
     fn next(self, words: S::u32s) -> S::u32s {
-        self.simd.wrapping_dyn_shr_u32s(words, self.bits)
+        let simd = self.simd;
+        simd.or_u32s(simd.wrapping_dyn_shr_u32s(words, self.right), simd.wrapping_dyn_shl_u32s(words, self.left))
     }
 }
