@@ -95,7 +95,7 @@ pub const POLICIES: &[Policy] = &[
         "check the model's name and the provider's base_url",
     ),
     policy(Kind::Throttled, "throttled", FailureClass::Throttled, Health::Spare, "asked to slow down", ""),
-    policy(Kind::Overloaded, "overloaded", FailureClass::Throttled, Health::Fails, "is overloaded", ""),
+    policy(Kind::Overloaded, "overloaded", FailureClass::Transient, Health::Fails, "is overloaded", ""),
     policy(Kind::Invalid, "invalid", FailureClass::Invalid, Health::Works, "refused the request", ""),
     policy(
         Kind::ContentFilter,
