@@ -40,7 +40,8 @@ impl Asked {
     pub fn succeed(self, text: &str) {
         let text = text.to_owned();
         let generation = Generation::new(text, FinishReason::Stop);
-        let performed = Performed { outcome: Outcome::Generated(generation), cost: Some(Picodollars(7)) };
+        let performed =
+            Performed { outcome: Outcome::Generated(generation), cost: Some(Picodollars(7)), observation: None };
         // Whoever was told to stop no longer listens.
         drop(self.answer.send(performed));
     }
@@ -53,7 +54,10 @@ struct Performer {
 
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
-        self.models.iter().map(|model| Offer { lane: model.lane(), capacity: CAPACITY, tokens: None }).collect()
+        self.models
+            .iter()
+            .map(|model| Offer { lane: model.lane(), capacity: CAPACITY, tokens: None, changes: None })
+            .collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {
@@ -72,7 +76,7 @@ impl Perform for Performer {
         self.asks.send(Asked { task, progress, answer }).unwrap();
         tokio::select! {
             Ok(performed) = answered => performed,
-            () = stop.cancelled() => Performed { outcome: Outcome::HandedBack, cost: None },
+            () = stop.cancelled() => Performed { outcome: Outcome::HandedBack, cost: None, observation: None },
         }
     }
 }

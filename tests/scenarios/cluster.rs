@@ -92,11 +92,11 @@ impl Bench {
     }
 
     async fn claim(&self, place: usize) -> Result<Vec<Lease>, QueueError> {
-        self.queue.claim(self.lanes[place].0, &worker(), Room { free: 100, tokens: None }, LEASE_MS).await
+        self.queue.claim(self.lanes[place].0, &worker(), Room { free: 100, tokens: None, keys: &[] }, LEASE_MS).await
     }
 
     async fn finish(&self, lease: &Lease, verdict: Verdict) -> Result<Kept, QueueError> {
-        let finish = Finish { verdict, cost: None };
+        let finish = Finish { verdict, cost: None, observation: None };
         let ended = Ended { held: lease.held(), started_at: lease.started_at, finish: &finish };
         Ok(self.queue.finish(lease.id.lane(), &worker(), &[ended]).await?[0])
     }
@@ -196,7 +196,7 @@ async fn a_lane_is_looked_after_while_the_node_of_another_is_away() {
     let lease = bench.promoted(2, &lease).await;
     bench.redis.kill(0).unwrap();
     let held = [Holding { held: bench.promoted(2, &lease).await.held(), started: true }];
-    let slots = Slots { capacity: 1, free: 0, tokens: None };
+    let slots = Slots { capacity: 1, free: 0, tokens: None, declared: None };
     bench.queue.heartbeat(bench.lanes[2].0, &worker(), slots, 0, &held).await.unwrap();
     timeout(WITHIN, async { while bench.queue.get(id).await.unwrap().losses == 0 {} }).await.unwrap();
 }

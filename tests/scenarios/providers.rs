@@ -15,6 +15,9 @@ const WITHIN: Duration = Duration::from_secs(60);
 const MODELS: [&str; 4] =
     ["litellm_gpt-4o-mini", "litellm_claude-haiku-4-5", "litellm_gemini-2.5-flash", "litellm_mine/some-model"];
 
+/// A model whose provider wants to be paid first; another answers in its place.
+const POOR: &str = "litellm_mine/poor!status=402";
+
 /// A scheduler and an API worker, without the rest of a mill.
 struct Mill {
     // Processes end before the Redis and the folder they work with.
@@ -28,10 +31,12 @@ impl Mill {
     async fn new() -> Self {
         let place = Place::new().await;
         let (configs, provider) = (place.path().join("configs"), &place.provider);
-        let listed = "models: [gpt-4o-mini, claude-haiku-4-5, gemini-2.5-flash, mine/some-model, xai/grok-4]";
+        let listed = "models: [gpt-4o-mini, claude-haiku-4-5, gemini-2.5-flash, mine/some-model, mine/poor!status=402, xai/grok-4]";
         std::fs::write(configs.join("litellm_models.yaml"), listed).unwrap();
         let own = format!("[mine]\nbase_url = '{}'\nkeys = ['MINE_KEY']\ndialect = 'openai'\n", provider.base_url());
         std::fs::write(configs.join("providers.toml"), own).unwrap();
+        let fallbacks = format!("[[api.fallbacks]]\nmodel = '{}'\nto = ['{}']\non = ['quota']\n", POOR, MODELS[0]);
+        std::fs::write(place.path().join("genmill.toml"), fallbacks).unwrap();
         std::fs::write(configs.join(".env"), "MINE_KEY=sk-mine\nANTHROPIC_API_KEY=sk-far\n").unwrap();
         std::fs::write(place.path().join(".env"), "ANTHROPIC_API_KEY=sk-near\nGOOGLE_API_KEY=sk-google\n").unwrap();
         let redis = RedisServer::start().unwrap();
@@ -51,7 +56,12 @@ impl Mill {
     }
 
     fn providers(&self, arguments: &[&str]) -> (Option<i32>, String) {
-        let output = start(&self.place, &self.redis, "genmill").args(&["providers"]).args(arguments).output().unwrap();
+        self.told("providers", arguments)
+    }
+
+    /// What `genmill COMMAND` says.
+    fn told(&self, command: &str, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = start(&self.place, &self.redis, "genmill").args(&[command]).args(arguments).output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (output.status.code(), text(output.stdout) + &text(output.stderr))
     }
@@ -99,8 +109,71 @@ async fn every_provider_answers_through_the_queue_each_in_its_dialect() {
     let mut keys: Vec<String> = mill.place.provider.calls().into_iter().map(|call| call.key).collect();
     keys.dedup();
     assert_eq!(keys, ["sk-test", "sk-near", "sk-google", "sk-mine"]);
+    let replaced = finished(&client, POOR, "hi").await;
+    assert_eq!(replaced.attempt_history.len(), 1, "another model answers within the attempt: {replaced:?}");
+    let result = replaced.result.unwrap();
+    assert_eq!((result.text.as_str(), result.answered_by.as_str()), ("hi", MODELS[0]));
     let refused = finished(&client, MODELS[1], "!status=400").await;
     assert_eq!(refused.error.unwrap().error_class(), v1::ErrorClass::Invalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_wait_while_their_provider_asks_to_be_spared() {
+    let mill = Mill::new().await;
+    let client = mill.client().await;
+    let model = MODELS[0];
+    let throttled =
+        "!status=429 times=1 header=x-ratelimit-remaining-requests:0 header=x-ratelimit-reset-requests:2s a";
+    let first = client.submit(Request::new(model).prompt(throttled)).await.unwrap().job.id;
+    let refused = async {
+        while !mill.place.provider.bill().statuses.contains_key(&429) {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(WITHIN, refused).await.expect("the first call is refused");
+    // These find the gate shut; they wait without a failure, and without a call before the time.
+    let waiting = futures_util::future::join_all((0..5).map(|n| {
+        let client = &client;
+        async move { finished(client, model, &format!("wait {n}")).await }
+    }));
+    for job in waiting.await {
+        assert_eq!((job.state(), job.failures), (v1::JobState::Succeeded, 0), "{:?}", job.attempt_history);
+    }
+    let calls = mill.place.provider.calls();
+    let refused_at = calls[0].ended.unwrap();
+    assert!(calls[1..].iter().all(|call| call.begun >= refused_at + Duration::from_millis(1_900)), "{calls:?}");
+    let ending = async { while client.get(&first).await.unwrap().finished_at.is_none() {} };
+    timeout(WITHIN, ending).await.expect("the first job does not end");
+    let first = client.get(&first).await.unwrap();
+    assert_eq!((first.state(), first.failures), (v1::JobState::Succeeded, 0), "to be asked to wait is no failure");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn published_prices_are_compared_taken_over_and_charged() {
+    let mill = Mill::new().await;
+    let client = mill.client().await;
+    // 1 and 2 dollars per million tokens, where nothing was known before.
+    let published = mill.place.path().join("published.json");
+    let json = r#"{"mine/some-model": {"litellm_provider": "mine", "mode": "chat", "input_cost_per_token": 1e-06, "output_cost_per_token": 2e-06}}"#;
+    std::fs::write(&published, json).unwrap();
+    let from = published.to_str().unwrap();
+    let (code, out) = mill.told("prices", &["show", "litellm_mine/some-model"]);
+    assert!(code == Some(1) && out.contains("no price is known"), "{out}");
+    let (code, out) = mill.told("prices", &["diff", "--from", from]);
+    assert!(code == Some(0) && out.contains("+ mine some-model") && out.contains("input 1, output 2"), "{out}");
+    let (code, out) = mill.told("prices", &["update", "--from", from, "--day", "2026-01-02"]);
+    assert!(code == Some(0) && out.contains("1 prices are new, 0 are others from 2026-01-02 on"), "{out}");
+    let (code, out) = mill.told("prices", &["show", "litellm_mine/some-model"]);
+    assert!(code == Some(0) && out.contains("mine some-model, from 2026-01-02: input 1, output 2"), "{out}");
+    let (code, out) = mill.told("prices", &["diff", "--from", "genmill.toml"]);
+    assert!(code == Some(2) && out.contains("is neither LiteLLM's JSON file of prices nor CSV"), "{out}");
+    let before = finished(&client, MODELS[3], "one two").await;
+    assert_eq!(before.cost, None, "a worker takes prices over when it starts");
+    let Mill { scheduler: _scheduler, _worker, redis, place } = mill;
+    drop(_worker);
+    let _worker = start(&place, &redis, "genmill-worker-api").until_ready().unwrap();
+    let after = finished(&client, MODELS[3], "one two three").await;
+    assert_eq!(after.cost.unwrap().nanodollars, 3 * 1_000 + 3 * 2_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -127,6 +200,23 @@ async fn providers_are_listed_shown_and_tested() {
     }
     let (code, out) = mill.providers(&["test", "mine", "--model", "nope"]);
     assert!(code == Some(1) && out.contains("lists 2 models, but not nope"), "{out}");
+    let openrouter = |key: &str| {
+        let start = start(&mill.place, &mill.redis, "genmill").env("OPENROUTER_API_KEY", key);
+        let start = start.env("OPENROUTER_BASE_URL", &mill.place.provider.base_url());
+        let output = start.args(&["providers", "test", "openrouter"]).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    for (key, code, says) in [
+        ("sk-management-left-74.75", 0, "openrouter: credit of $74.75"),
+        ("sk-management-left-4.5", 0, "openrouter: WARNING: credit of $4.50"),
+        ("sk-left-0.25", 0, "openrouter: LOW: credit of $0.25"),
+        ("sk-plain", 0, "openrouter: WARNING: its credit is not known"),
+        ("sk-management-left--3", 1, "openrouter: FAILED: its credit is used up (-$3.00)"),
+        ("bad-key", 1, "openrouter: FAILED: openrouter refused the key (HTTP 401"),
+    ] {
+        let (exited, out) = openrouter(key);
+        assert!(exited == Some(code) && out.contains(says) && !out.contains("bad-key"), "{key}: {out}");
+    }
     let (code, out) = mill.providers(&["test", "xai"]);
     assert!(code == Some(1) && out.contains("set XAI_API_KEY"), "{out}");
 }

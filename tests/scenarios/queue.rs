@@ -48,8 +48,8 @@ fn spec() -> JobSpec {
     plain(ModelName::parse("vllm_m").unwrap())
 }
 
-fn slots(capacity: u32) -> Slots {
-    Slots { capacity, free: 0, tokens: None }
+fn slots(capacity: u32) -> Slots<'static> {
+    Slots { capacity, free: 0, tokens: None, declared: None }
 }
 
 fn tenant(name: &str) -> Tenant {
@@ -62,7 +62,7 @@ fn experiment(name: &str) -> Experiment {
 
 fn done(text: &str) -> Finish {
     let generation = Generation::new(text.to_owned(), FinishReason::Stop);
-    Finish { verdict: Verdict::Succeed(generation), cost: Some(Picodollars(7)) }
+    Finish { verdict: Verdict::Succeed(generation), cost: Some(Picodollars(7)), observation: None }
 }
 
 fn failed(delay_ms: Option<u64>) -> Finish {
@@ -71,7 +71,7 @@ fn failed(delay_ms: Option<u64>) -> Finish {
         Some(delay_ms) => Verdict::Retry { delay_ms, failure },
         None => Verdict::Fail(failure),
     };
-    Finish { verdict, cost: Some(Picodollars(2)) }
+    Finish { verdict, cost: Some(Picodollars(2)), observation: None }
 }
 
 fn held(id: JobId, lease: &Lease) -> Holding {
@@ -98,7 +98,7 @@ impl Bench {
     }
 
     async fn claim(&self, name: &str, free: u32) -> Vec<Lease> {
-        let room = Room { free, tokens: None };
+        let room = Room { free, tokens: None, keys: &[] };
         self.queue.claim(self.lane, &worker(name), room, LEASE_MS).await.unwrap()
     }
 
@@ -307,7 +307,7 @@ async fn a_handed_back_job_keeps_its_place() {
     let first = bench.submit(|_| ()).await;
     let second = bench.submit(|_| ()).await;
     let lease = bench.claim_one("leaving").await;
-    bench.finish(&lease, "leaving", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.finish(&lease, "leaving", Finish { verdict: Verdict::HandBack, cost: None, observation: None }).await;
     assert_eq!(bench.queue.leave(bench.lane, &worker("leaving")).await.unwrap(), Booked::Gone);
     assert_eq!(bench.claimed("w", 2).await, [first, second]);
     let job = bench.queue.get(first).await.unwrap();
@@ -349,7 +349,7 @@ async fn the_worker_of_a_running_job_is_told_of_its_cancelling() {
     assert_eq!(beat().await, [Beat::Ok]);
     bench.queue.cancel(bench.lane, &[id]).await.unwrap();
     assert_eq!(beat().await, [Beat::Cancel]);
-    bench.finish(&lease, "w", Finish { verdict: Verdict::Cancel, cost: None }).await;
+    bench.finish(&lease, "w", Finish { verdict: Verdict::Cancel, cost: None, observation: None }).await;
     assert_eq!(bench.state(id).await, State::Cancelled);
     assert_eq!(beat().await, [Beat::Lost]);
 }
@@ -363,7 +363,7 @@ async fn a_finished_result_wins_over_a_late_cancel_and_a_lost_worker_does_not_sa
     bench.finish(&lease, "w", done("x")).await;
     assert_eq!(bench.state(id).await, State::Succeeded);
 
-    for how in [failed(Some(0)), Finish { verdict: Verdict::HandBack, cost: None }] {
+    for how in [failed(Some(0)), Finish { verdict: Verdict::HandBack, cost: None, observation: None }] {
         let id = bench.submit(|_| ()).await;
         let lease = bench.claim_one("w").await;
         bench.queue.cancel(bench.lane, &[id]).await.unwrap();
@@ -391,7 +391,7 @@ async fn a_deadline_ends_waiting_jobs_and_tells_workers_of_running_ones() {
     let held = [held(running, &lease)];
     let beats = bench.queue.heartbeat(bench.lane, &worker("w"), slots(1), LEASE_MS, &held).await.unwrap();
     assert_eq!(beats, [Beat::DeadlinePassed]);
-    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None, observation: None }).await;
     assert_eq!(bench.state(running).await, State::Expired);
     assert_eq!(bench.claimed("w", 5).await, [unhurried]);
 }
@@ -632,7 +632,7 @@ async fn a_pause_holds_in_lanes_that_are_opened_later() {
     let lane = bench.queue.open_lane(&spec.model.lane()).await.unwrap();
     let id = JobId::new(now(), lane, 1);
     bench.queue.enqueue(&spec.model.lane(), &[NewJob { id, spec }]).await.unwrap();
-    let room = Room { free: 1, tokens: None };
+    let room = Room { free: 1, tokens: None, keys: &[] };
     assert!(bench.queue.claim(lane, &worker("w"), room, LEASE_MS).await.unwrap().is_empty());
 }
 
@@ -751,7 +751,7 @@ async fn jobs_with_the_same_prefix_go_together_longest_first() {
     bench.queue.cancel(bench.lane, &[cancelled]).await.unwrap();
     let lease = bench.claim_one("w").await;
     assert_eq!(lease.id, again);
-    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None, observation: None }).await;
     assert_eq!(bench.claimed("w", 9).await, [again]);
 }
 
@@ -772,7 +772,7 @@ async fn groups_that_start_together_are_not_mixed() {
     // Where a job stood, it waits again.
     bench.submit(|spec| spec.prefix = Some(PrefixKey(1 << 32))).await;
     let lease = bench.claim_one("w").await;
-    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None, observation: None }).await;
     bench.queue.cancel(bench.lane, &[lease.id]).await.unwrap();
     assert!(bench.claim("w", 1).await.is_empty());
 }
@@ -800,7 +800,7 @@ async fn a_worker_gets_no_more_than_its_tokens_hold() {
         bench.submit(|spec| spec.sampling.max_tokens = 99).await;
     }
     let claim = async |tokens| {
-        let room = Room { free: 9, tokens: Some(tokens) };
+        let room = Room { free: 9, tokens: Some(tokens), keys: &[] };
         bench.queue.claim(bench.lane, &worker("w"), room, LEASE_MS).await.unwrap().len()
     };
     assert_eq!(claim(0).await, 0);
@@ -857,7 +857,7 @@ async fn what_has_not_started_is_handed_to_an_idle_worker() {
         bench.queue.heartbeat(bench.lane, &worker("busy"), slots(2), LEASE_MS, &held).await.unwrap()
     };
     assert_eq!(beat(false).await, [Beat::Ok, Beat::Ok], "nobody is idle");
-    let idle = Slots { capacity: 2, free: 2, tokens: None };
+    let idle = Slots { capacity: 2, free: 2, tokens: None, declared: None };
     bench.queue.heartbeat(bench.lane, &worker("idle"), idle, LEASE_MS, &[]).await.unwrap();
     assert_eq!(beat(true).await, [Beat::Ok, Beat::Ok], "both have started");
     let small = Slots { tokens: Some(1), ..idle };
@@ -865,7 +865,7 @@ async fn what_has_not_started_is_handed_to_an_idle_worker() {
     assert_eq!(beat(false).await, [Beat::Ok, Beat::Ok], "it has no room for the tokens");
     bench.queue.heartbeat(bench.lane, &worker("idle"), idle, LEASE_MS, &[]).await.unwrap();
     assert_eq!(beat(false).await, [Beat::Ok, Beat::HandBack]);
-    bench.finish(&leases[1], "busy", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.finish(&leases[1], "busy", Finish { verdict: Verdict::HandBack, cost: None, observation: None }).await;
     assert_eq!(bench.claimed("idle", 2).await, [second]);
 }
 
@@ -890,7 +890,7 @@ async fn a_worker_that_leaves_with_a_lease_is_gone_when_that_is_taken_back() {
     assert_eq!(bench.queue.leave(bench.lane, &worker("w")).await.unwrap(), Booked::Pending);
     assert_eq!(bench.queue.lane_state(bench.lane).await.unwrap().capacity, 0);
     // Its heartbeat would bring it back, so the lease is let run out by the job's next worker.
-    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None }).await;
+    bench.finish(&lease, "w", Finish { verdict: Verdict::HandBack, cost: None, observation: None }).await;
     bench.queue.reclaim(bench.lane, &Policy::default(), 0).await.unwrap();
     assert_eq!(bench.queue.leave(bench.lane, &worker("w")).await.unwrap(), Booked::Gone);
     assert_eq!(bench.claim("other", 1).await.len(), 1);

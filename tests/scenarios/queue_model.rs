@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_core::attempt::{AttemptEnd, Failure, FailureClass, FinishReason, Generation};
+use genmill_core::gate::{Declaration, KeyId, Limit, Observation, Signal};
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
@@ -19,7 +20,7 @@ use genmill_queue::{
     Redriven, RequestId, Reservation, Room, Setting, Slots, Which,
 };
 use genmill_tests::dice::Dice;
-use genmill_tests::redis_cluster::RedisCluster;
+use genmill_tests::redis_cluster::{Redis, RedisCluster, ask};
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::plain;
 use std::cell::RefCell;
@@ -32,6 +33,11 @@ const COMMANDS: u64 = 300;
 const MODELS: [&str; 4] = ["vllm_a", "vllm_b", "vllm_c", "litellm_d"];
 const LEASE_MS: u64 = 3_600_000;
 const WORKERS: [&str; 3] = ["a", "b", "c"];
+/// The keys of these workers, in lanes that have gates.
+const KEYS: [&[&str]; 3] = [&["k"], &["k", "l"], &["l"]];
+/// Two models of one lane: calls at once with a key for each of them, and for both.
+const GATED: [&str; 2] = ["litellm_d", "litellm_e"];
+const CALLS_MAX: (u64, u64) = (3, 5);
 const TENANTS: [&str; 3] = ["x", "y", "z"];
 const REQUEST_IDS: [&str; 3] = ["r", "s", "t"];
 
@@ -82,6 +88,26 @@ struct Run {
     settings: Rc<RefCell<BTreeMap<Setting, u64>>>,
     /// Jobs that finished and were purged.
     purged: usize,
+    /// Where gates are: the workers that live, as far as anybody told.
+    gated: Option<BTreeSet<&'static str>>,
+    redis: Rc<Redis>,
+    namespace: String,
+}
+
+/// What a worker has declared where gates are.
+fn declared(name: &str) -> Declaration {
+    let limit = |model: &str, most: u64| Limit {
+        model: model.to_owned(),
+        concurrency: Some(u32::try_from(most).unwrap()),
+        ..Limit::default()
+    };
+    let limits = vec![limit(GATED[0], CALLS_MAX.0), limit(GATED[1], CALLS_MAX.0), limit("", CALLS_MAX.1)];
+    Declaration { keys: keys_of(name), start: 20, limits }
+}
+
+fn keys_of(name: &str) -> Vec<KeyId> {
+    let at = WORKERS.iter().position(|worker| *worker == name).unwrap();
+    KEYS[at].iter().map(|key| KeyId::from_stored((*key).to_owned())).collect()
 }
 
 fn spec(dice: &mut Dice, model: &ModelName) -> JobSpec {
@@ -116,7 +142,9 @@ impl Run {
     async fn submit(&mut self) {
         let mut jobs = Vec::new();
         for _ in 0..=self.dice.roll(4) {
-            let spec = spec(&mut self.dice, &self.model);
+            let model = if self.gated.is_some() { self.dice.pick(&GATED).unwrap() } else { self.model.as_str() };
+            let model = ModelName::parse(model).unwrap();
+            let spec = spec(&mut self.dice, &model);
             let id = JobId::new(UnixMs(1), self.lane, self.dice.roll(u64::MAX));
             let overdue = spec.deadline.is_some();
             let known = Known {
@@ -143,18 +171,23 @@ impl Run {
     }
 
     async fn claim(&mut self) {
-        let worker = WorkerId::from_stored((*self.dice.pick(&WORKERS).unwrap()).to_owned());
+        let name = *self.dice.pick(&WORKERS).unwrap();
+        let worker = WorkerId::from_stored(name.to_owned());
         let free = u32::try_from(1 + self.dice.roll(4)).unwrap();
         let tokens = (self.dice.roll(3) == 0).then(|| self.dice.roll(20));
-        let room = Room { free, tokens };
+        let keys = if self.gated.is_some() { keys_of(name) } else { Vec::new() };
+        let room = Room { free, tokens, keys: &keys };
         let claimed = self.queue.claim(self.lane, &worker, room, LEASE_MS).await.unwrap();
         let may_start = self.may_start().min(u64::from(free));
         let taken: Vec<u64> = claimed.iter().map(|lease| lease.spec.estimated_tokens()).collect();
         let is_full = |taken: &[u64]| tokens.is_some_and(|tokens| taken.iter().sum::<u64>() >= tokens);
         assert!(!taken.split_last().is_some_and(|(_, before)| is_full(before)), "{taken:?} for {tokens:?} tokens");
         if !is_full(&taken) {
-            assert_eq!(u64::try_from(claimed.len()).unwrap(), may_start, "all places are filled while jobs wait");
+            let filled = u64::try_from(claimed.len()).unwrap() == may_start;
+            assert!(filled || self.gates_are_shut(name).await, "all places are filled while jobs wait: {claimed:?}");
         }
+        let with_own = |lease: &Lease| lease.key.as_ref().is_none_or(|key| keys.contains(key));
+        assert!(claimed.iter().all(with_own), "{claimed:?}");
         for lease in claimed {
             let job = self.jobs.get_mut(&lease.id).unwrap();
             job.happens(Event::Claim);
@@ -163,9 +196,70 @@ impl Run {
             self.leases.push((lease, worker.clone()));
         }
         if self.dice.roll(2) == 0 {
-            let slots = Slots { capacity: free, free: 0, tokens: None };
+            let declared = self.lives(name);
+            let slots = Slots { capacity: free, free: 0, tokens: None, declared: declared.as_ref() };
             self.queue.heartbeat(self.lane, &worker, slots, LEASE_MS, &[]).await.unwrap();
         }
+    }
+
+    /// What a worker declares when it tells what it has.
+    fn lives(&mut self, name: &'static str) -> Option<Declaration> {
+        let living = self.gated.as_mut()?;
+        living.insert(name);
+        Some(declared(name))
+    }
+
+    fn dies(&mut self, name: &str) {
+        if let Some(living) = &mut self.gated {
+            living.remove(name);
+        }
+    }
+
+    /// Whether gates explain that a worker got less than waits: there is a model for which all of its keys are used up,
+    /// or others live, and it did not tell that it does.
+    async fn gates_are_shut(&self, worker: &str) -> bool {
+        let Some(living) = &self.gated else { return false };
+        let known: BTreeSet<KeyId> = living.iter().flat_map(|name| keys_of(name)).collect();
+        let gates = self.queue.gates(self.lane).await.unwrap().gates;
+        let used = |key: &KeyId, model: &str| {
+            gates.iter().find(|gate| gate.key == *key && gate.model == model).map_or(0, |gate| gate.in_flight)
+        };
+        let is_shut = |key: &KeyId, model: &str| used(key, model) == CALLS_MAX.0 || used(key, "") == CALLS_MAX.1;
+        let mine: Vec<KeyId> = keys_of(worker).into_iter().filter(|key| known.contains(key)).collect();
+        !known.is_empty() && GATED.iter().any(|model| mine.iter().all(|key| is_shut(key, model)))
+    }
+
+    /// Each gate counts the jobs that hold its permit, and no job holds one that is neither delivered nor runs.
+    async fn compare_permits(&self) {
+        if self.gated.is_none() {
+            return;
+        }
+        let mut holders: BTreeMap<(String, String), u64> = BTreeMap::new();
+        let jobs: Vec<JobId> = self.jobs.keys().copied().collect();
+        let jobs = self.queue.get_many(&jobs).await.unwrap();
+        for node in self.redis.nodes() {
+            for job in &jobs {
+                let mut held = redis::cmd("HGET");
+                let prefix = format!("{}:{{{}}}:j:", self.namespace, self.lane.0);
+                held.arg([prefix.as_bytes(), job.id.as_bytes().as_slice()].concat()).arg("pm");
+                // Of a cluster, only one node has it.
+                let Ok(Some(permit)) = ask::<Option<String>>(node, &held) else { continue };
+                assert!(matches!(job.state, State::Queued | State::Running), "{} holds {permit}", job.id);
+                let key = permit.trim_end_matches('+').to_owned();
+                *holders.entry((key.clone(), job.spec.model.as_str().to_owned())).or_default() += 1;
+                *holders.entry((key, String::new())).or_default() += 1;
+                assert!(permit.ends_with('+'));
+            }
+        }
+        let gates = self.queue.gates(self.lane).await.unwrap().gates;
+        let counted = gates.into_iter().map(|gate| ((gate.key.as_str().to_owned(), gate.model), gate.in_flight));
+        let counted: BTreeMap<(String, String), u64> = counted.filter(|(_, count)| *count > 0).collect();
+        assert_eq!(counted, holders);
+        assert!(
+            counted
+                .iter()
+                .all(|((_, model), count)| { *count <= if model.is_empty() { CALLS_MAX.1 } else { CALLS_MAX.0 } })
+        );
     }
 
     /// How many jobs may start, by what is paused and capped.
@@ -232,9 +326,11 @@ impl Run {
 
     /// A worker renews all that it thinks it holds, and says what it has free.
     async fn beat(&mut self) {
-        let worker = WorkerId::from_stored((*self.dice.pick(&WORKERS).unwrap()).to_owned());
+        let name = *self.dice.pick(&WORKERS).unwrap();
+        let worker = WorkerId::from_stored(name.to_owned());
         let (free, tokens) = (u32::try_from(self.dice.roll(3)).unwrap(), (self.dice.roll(3) == 0).then_some(100));
-        let slots = Slots { capacity: 4, free, tokens };
+        let declared = self.lives(name);
+        let slots = Slots { capacity: 4, free, tokens, declared: declared.as_ref() };
         let mine = self.leases.iter().filter(|(_, holder)| *holder == worker);
         let held: Vec<(Lease, bool)> = mine.map(|(lease, _)| (lease.clone(), self.dice.roll(2) == 0)).collect();
         let holdings: Vec<Holding> =
@@ -264,7 +360,9 @@ impl Run {
     }
 
     async fn leave(&mut self) {
-        let worker = WorkerId::from_stored((*self.dice.pick(&WORKERS).unwrap()).to_owned());
+        let name = *self.dice.pick(&WORKERS).unwrap();
+        let worker = WorkerId::from_stored(name.to_owned());
+        self.dies(name);
         let holds = self.leases.iter().any(|(lease, holder)| *holder == worker && self.holds(lease));
         let booked = self.queue.leave(self.lane, &worker).await.unwrap();
         assert_eq!(booked, if holds { Booked::Pending } else { Booked::Gone });
@@ -275,14 +373,17 @@ impl Run {
         let Some((lease, worker)) = self.dice.pick(&self.leases).cloned() else { return };
         let failure = Failure::new(FailureClass::Transient, "x");
         let generation = Generation::new("x".to_owned(), FinishReason::Stop);
-        let verdict = match self.dice.roll(6) {
+        let verdict = match self.dice.roll(7) {
             0 => Verdict::Fail(failure),
+            6 => Verdict::Wait { delay_ms: self.dice.roll(2), failure },
             1 => Verdict::Retry { delay_ms: 0, failure },
             2 => Verdict::HandBack,
             3 => Verdict::Cancel,
             _ => Verdict::Succeed(generation),
         };
-        let finish = Finish { verdict, cost: Some(Picodollars(1)) };
+        let signal = *self.dice.pick(&[Signal::Answered, Signal::GivenUp]).unwrap();
+        let observation = (self.dice.roll(2) == 0).then_some(Observation { signal, ..Observation::default() });
+        let finish = Finish { verdict, cost: Some(Picodollars(1)), observation };
         let ended = Ended { held: lease.held(), started_at: lease.started_at, finish: &finish };
         let kept = self.queue.finish(lease.id.lane(), &worker, &[ended]).await.unwrap()[0];
         let job = self.jobs.get_mut(&lease.id).unwrap();
@@ -298,7 +399,7 @@ impl Run {
         assert_eq!(kept, Kept::Kept);
         job.kept.insert(lease.epoch.0);
         job.ends.push(finish.verdict.attempt_end());
-        job.failures += u32::from(finish.verdict.failure().is_some());
+        job.failures += u32::from(finish.verdict.counts());
         job.happens(finish.verdict.event());
         if matches!(job.state, State::Queued | State::Delayed) {
             job.ends_instead_of_waiting();
@@ -322,7 +423,8 @@ impl Run {
         let running: Vec<(Lease, WorkerId)> =
             self.leases.iter().filter(|(lease, _)| self.holds(lease)).cloned().collect();
         let Some((lease, worker)) = self.dice.pick(&running).cloned() else { return };
-        let slots = Slots { capacity: 1, free: 0, tokens: None };
+        self.dies(worker.as_str());
+        let slots = Slots { capacity: 1, free: 0, tokens: None, declared: None };
         let held = [Holding { held: lease.held(), started: true }];
         let told = self.queue.heartbeat(self.lane, &worker, slots, 0, &held).await.unwrap();
         let job = &self.jobs[&lease.id];
@@ -369,6 +471,7 @@ impl Run {
     }
 
     async fn compare(&self) {
+        self.compare_permits().await;
         let ids: Vec<JobId> = self.jobs.keys().copied().collect();
         for job in self.queue.get_many(&ids).await.unwrap() {
             let known = &self.jobs[&job.id];
@@ -454,9 +557,10 @@ async fn compare_lanes(runs: &[Run]) {
 }
 
 #[expect(clippy::print_stderr, reason = "shown only when the test fails: with it, a failing run replays")]
-async fn agree(url: &str) {
+async fn agree(redis: Redis) {
+    let redis = Rc::new(redis);
     for seed in 0..SEEDS {
-        let options = Options { url: url.to_owned(), namespace: format!("seed-{seed}") };
+        let options = Options { url: redis.url(), namespace: format!("seed-{seed}") };
         let queue = Queue::connect(&options).await.unwrap();
         let mut dice = Dice::new(seed);
         let mut runs = Vec::new();
@@ -465,7 +569,11 @@ async fn agree(url: &str) {
             let model = ModelName::parse(model).unwrap();
             let lane = queue.open_lane(&model.lane()).await.unwrap();
             let dice = Dice::new(dice.roll(u64::MAX));
+            let gated = GATED.contains(&model.as_str()).then(BTreeSet::new);
             runs.push(Run {
+                gated,
+                redis: redis.clone(),
+                namespace: options.namespace.clone(),
                 queue: queue.clone(),
                 model,
                 lane,
@@ -492,7 +600,7 @@ async fn agree(url: &str) {
 
 #[tokio::test]
 async fn scripts_and_model_agree_whatever_is_asked() {
-    agree(&RedisServer::start().unwrap().url()).await;
+    agree(Redis::Server(RedisServer::start().unwrap())).await;
 }
 
 #[tokio::test]
@@ -501,5 +609,5 @@ async fn scripts_and_model_agree_on_a_cluster() {
     let nodes: BTreeSet<usize> =
         (1..=MODELS.len()).map(|lane| cluster.slot_of(&format!("{{{lane}}}")).unwrap().1).collect();
     assert_eq!(nodes.len(), cluster.nodes().len(), "every node has a lane");
-    agree(&cluster.url()).await;
+    agree(Redis::Cluster(cluster)).await;
 }

@@ -129,6 +129,25 @@ async fn fifty_simulated_gpus_share_thousands_of_jobs_and_give_the_same_texts() 
     println!("{summary}");
 }
 
+/// Each of the two takes nearly all of the memory, so they take turns, which the times of loading decide.
+#[tokio::test(flavor = "multi_thread")]
+async fn models_on_one_simulated_gpu_take_turns_in_its_memory() {
+    let mill = Mill::up().await;
+    let worker = mill.worker("w", 2, "simulated:h200,pace=0.01,index=0").until_ready().unwrap();
+    let held = || metric(&worker, "genmill_engine_resident");
+    assert!((held() - 1.0).abs() < 0.5, "one is preloaded");
+    let request = |n: u64| Request::new(format!("vllm_m{}", n % 2)).prompt("Go on").seed(n).max_tokens(10);
+    let requests = (0..200).map(|n| request(n).experiment("all")).collect();
+    let ids = submit_all(&mill.client, requests).await;
+    check_all_succeeded_once(&results(&mill.client, "all").await.unwrap(), &ids);
+    assert!((held() - 1.0).abs() < 0.5, "never both");
+    let log = std::fs::read_to_string(mill.place("w").join("log")).unwrap();
+    let loads = log.matches("took=").count();
+    assert!((2..=20).contains(&loads), "{loads} loads:\n{log}");
+    let decoded = metric(&worker, "genmill_engine_decode_tokens_total");
+    assert!(decoded > 0.0 && log.contains("gives its memory to others"), "{decoded}\n{log}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_whose_device_hangs_writes_down_its_jobs_and_ends_and_others_do_them() {
     let mill = Mill::up().await;

@@ -7,7 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation, Outcome};
-use genmill_core::judge::{Policy, judge, judge_loss};
+use genmill_core::judge::{Policy, Throttle, judge, judge_loss};
 use genmill_core::state::{Event, State, TRANSITIONS, transition};
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::collections::BTreeSet;
@@ -321,9 +321,9 @@ impl Mill {
             }
             Step::End(worker, outcome) => {
                 let run = self.workers[worker].run.unwrap();
-                let verdict = judge(*outcome, run.failures, &POLICY, 0);
+                let verdict = judge(*outcome, run.failures, &POLICY, Throttle::Delay, 0);
                 let to = transition(State::Running, verdict.event()).unwrap();
-                self.calls.insert(Call { worker, run, to, failed: verdict.failure().is_some() });
+                self.calls.insert(Call { worker, run, to, failed: verdict.counts() });
             }
             Step::Finish(call) => {
                 self.jobs[call.run.job].finish(&call, protocol);

@@ -54,9 +54,9 @@ async fn ten_thousand_watchers_share_the_connections_of_their_scheduler() {
     assert_eq!((watching.len(), connected()), (WATCHERS, alone));
 
     let worker = WorkerId::from_stored("w".to_owned());
-    let leases = queue.claim(lane, &worker, Room { free: 100, tokens: None }, 60_000).await.unwrap();
+    let leases = queue.claim(lane, &worker, Room { free: 100, tokens: None, keys: &[] }, 60_000).await.unwrap();
     let generation = Generation::new("hi".to_owned(), FinishReason::Stop);
-    let finish = Finish { verdict: Verdict::Succeed(generation), cost: None };
+    let finish = Finish { verdict: Verdict::Succeed(generation), cost: None, observation: None };
     let ended: Vec<Ended<'_>> = leases
         .iter()
         .map(|lease| Ended { held: lease.held(), started_at: lease.started_at, finish: &finish })

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: figures for docs/benchmarks.md, in release, on this machine.
 
+use crate::peers;
 use crate::redis;
 use crate::tool::{cargo, is_there, root, run, say};
 use std::path::PathBuf;
@@ -13,12 +14,31 @@ const BULLMQ: [&str; 2] = ["bullmq@6.7.0", "ioredis@5"];
 pub(crate) enum What {
     /// Submission, claim to finish, latencies, a deep backlog, and what each costs Redis
     Queue,
+    /// Decoding, prefill and shared prefixes on the CPU, against llama.cpp and transformers on the same weights
+    Engine,
 }
 
 /// Builds and runs a benchmark; `rest` goes on to it.
 pub(crate) fn run_bench(what: What, rest: &[String]) -> anyhow::Result<()> {
+    match what {
+        What::Queue => queue(rest),
+        What::Engine => engine(rest),
+    }
+}
+
+fn engine(rest: &[String]) -> anyhow::Result<()> {
+    let mut bench = cargo();
+    bench.args(["run", "--release", "--package", "genmill-bench-engine", "--"]);
+    // Whoever names pythons has what they want there.
+    let named = std::env::var_os(peers::VARIABLE).is_some() || rest.iter().any(|word| word.starts_with("--python"));
+    if !named {
+        bench.arg("--python").arg(peers::python());
+    }
+    run(bench.args(rest))
+}
+
+fn queue(rest: &[String]) -> anyhow::Result<()> {
     redis::install_if_missing()?;
-    let What::Queue = what;
     // The benchmark starts a real scheduler, which lies beside it.
     run(cargo().args(["build", "--release", "--package", "genmill-scheduler", "--bins"]))?;
     let mut bench = cargo();

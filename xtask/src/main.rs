@@ -7,6 +7,7 @@ mod bench;
 mod chaos;
 mod cuda;
 mod demo;
+mod peers;
 mod redis;
 mod tests;
 mod tool;
@@ -41,7 +42,7 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Measure the queue, through gRPC with a worker that does nothing, and print a table
+    /// Measure the queue or the engine on this machine, with peers in the same run, and print a table
     Bench {
         /// What is measured
         what: bench::What,

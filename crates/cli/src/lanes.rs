@@ -33,6 +33,11 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     }
     let nothing = "no lanes yet: they come with the workers that serve them";
     table::print(COLUMNS, lanes.iter().map(row).collect(), nothing)?;
+    for lane in &lanes {
+        for held in &lane.held_back {
+            output::line(&format!("\n{}", held_back(held)))?;
+        }
+    }
     let away: Vec<&str> = lanes.iter().filter(|lane| lane.away).map(|lane| lane.name.as_str()).collect();
     if !away.is_empty() {
         output::line(&format!("\naway for now, with their node of Redis: {}", away.join(", ")))?;
@@ -72,6 +77,20 @@ fn row(lane: &v1::Lane) -> [String; 8] {
         number_or_nothing(lane.max_running),
         count(lane.failed),
     ]
+}
+
+/// Why a model waits, and until when.
+fn held_back(held: &v1::HeldBack) -> String {
+    let why = match held.reason() {
+        v1::HeldBackReason::Throttled => "its provider asked to slow down",
+        v1::HeldBackReason::Failing => "its provider failed too often in a row",
+        v1::HeldBackReason::Requests => "the calls of a minute are used up",
+        v1::HeldBackReason::Tokens => "the tokens of a minute are used up",
+        v1::HeldBackReason::Calls => "as many calls as may be are in flight",
+        v1::HeldBackReason::Unspecified => "of an unknown reason",
+    };
+    let until = held.until.as_ref().map_or_else(|| "a call ends".to_owned(), |at| show::time(Some(at)));
+    format!("{} is held back until {until}: {why}", held.model)
 }
 
 const TENANT_COLUMNS: [Column; 4] =

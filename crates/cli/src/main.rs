@@ -52,6 +52,7 @@ enum Command {
     Purge(purge::Args),
     Models(models::Args),
     Providers(providers::Args),
+    Prices(providers::PricesArgs),
     Lanes(lanes::Args),
     Pause(pause::PauseArgs),
     Resume(pause::ResumeArgs),
@@ -88,6 +89,9 @@ fn run(cli: Cli) -> anyhow::Result<Ending> {
     if let Command::Providers(args) = cli.command {
         return providers::run(args);
     }
+    if let Command::Prices(args) = cli.command {
+        return providers::run_prices(args);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(run_command(cli.command, &cli.server))
 }
@@ -109,6 +113,7 @@ async fn run_command(command: Command, server: &str) -> anyhow::Result<Ending> {
         Command::Experiment(args) => experiment::run(args, server).await,
         Command::Up(args) => up::run(args).await,
         Command::Providers(args) => providers::run(args),
+        Command::Prices(args) => providers::run_prices(args),
         Command::ExecWithParent(args) => exec_with_parent::run(args),
     }
 }

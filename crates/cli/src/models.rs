@@ -33,14 +33,31 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     Ok(Ending::Done)
 }
 
-const COLUMNS: [Column; 4] =
-    [Column::Text("name"), Column::Text("available"), Column::Text("workers"), Column::Text("why not")];
+const COLUMNS: [Column; 5] = [
+    Column::Text("name"),
+    Column::Text("available"),
+    Column::Text("loaded"),
+    Column::Text("workers"),
+    Column::Text("why not"),
+];
 
-fn row(model: &v1::Model) -> [String; 4] {
+/// Whether a job would start at once: on how many of its workers, or whether one is loading it.
+fn loaded(model: &v1::Model) -> String {
+    match (model.ready_workers.len(), model.loading_workers.len()) {
+        (0, 0) if model.available => "no".to_owned(),
+        (0, 0) => show::NOTHING.to_owned(),
+        (0, _) => "loading".to_owned(),
+        (ready, _) if ready == model.workers.len() => "yes".to_owned(),
+        (ready, _) => format!("{ready} of {}", model.workers.len()),
+    }
+}
+
+fn row(model: &v1::Model) -> [String; 5] {
     let or_nothing = |text: String| if text.is_empty() { show::NOTHING.to_owned() } else { text };
     [
         model.name.clone(),
         if model.available { "yes" } else { "no" }.to_owned(),
+        loaded(model),
         or_nothing(model.workers.join(" ")),
         or_nothing(model.unavailable_reason.clone()),
     ]

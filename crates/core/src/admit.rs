@@ -112,9 +112,15 @@ impl Facts {
     }
 
     /// The workers that take jobs for the model.
-    pub fn ready(&self) -> impl Iterator<Item = &WorkerId> {
-        let ready = self.listed.iter().filter(|(_, served)| served.availability == Availability::Ready);
-        ready.map(|(worker, _)| worker)
+    pub fn serving(&self) -> impl Iterator<Item = &WorkerId> {
+        let serving = self.listed.iter().filter(|(_, served)| served.availability.takes_jobs());
+        serving.map(|(worker, _)| worker)
+    }
+
+    /// The workers whose availability of the model is this one.
+    pub fn that_are(&self, availability: &Availability) -> impl Iterator<Item = &WorkerId> {
+        let those = self.listed.iter().filter(move |(_, served)| served.availability == *availability);
+        those.map(|(worker, _)| worker)
     }
 
     /// Whether a job for `model` has a worker, and if not, why.
@@ -122,7 +128,7 @@ impl Facts {
     /// # Errors
     /// The [`Refusal`] that tells what is missing.
     pub fn check(&self, model: &ModelName) -> Result<(), Refusal> {
-        if self.ready().next().is_some() {
+        if self.serving().next().is_some() {
             return Ok(());
         }
         let section = model.prefix().section();
@@ -133,12 +139,10 @@ impl Facts {
             Some(Availability::Unavailable { reason }) => {
                 Refusal::Unavailable { model: model.clone(), reason: reason.clone() }
             }
-            Some(Availability::Ready) | None if self.backend_is_live => {
+            _ if self.backend_is_live => {
                 Refusal::NotListed { model: model.clone(), section, nearest: self.nearest.clone() }
             }
-            Some(Availability::Ready) | None => {
-                Refusal::NoLiveWorker { model: model.clone(), daemon: model.prefix().daemon, section }
-            }
+            _ => Refusal::NoLiveWorker { model: model.clone(), daemon: model.prefix().daemon, section },
         })
     }
 }

@@ -3,7 +3,9 @@
 //! Never here: what follows from it (see `judge`).
 
 use crate::controls::ToolCall;
+use crate::gate::Observation;
 use crate::ids::{Epoch, WorkerId};
+use crate::model::ModelName;
 use crate::money::Picodollars;
 use crate::time::UnixMs;
 use serde::{Deserialize, Serialize};
@@ -132,6 +134,9 @@ pub struct Generation {
     /// Parameters of the request that the provider does not take: it was asked without them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
+    /// The model that answered, when that is not the one that was asked for: a fallback.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answered_by: Option<ModelName>,
 }
 
 impl Generation {
@@ -155,6 +160,7 @@ impl Generation {
             usage_details: None,
             reasoning: String::new(),
             left_out: Vec::new(),
+            answered_by: None,
         }
     }
 
@@ -270,6 +276,8 @@ pub struct Performed {
     pub outcome: Outcome,
     /// What the attempt cost; `None` when unknown.
     pub cost: Option<Picodollars>,
+    /// What its call tells of the provider's limits; `None` when it made none.
+    pub observation: Option<Observation>,
 }
 
 /// How an attempt ended, as kept.

@@ -39,6 +39,13 @@ pub enum Verdict {
         /// Why.
         failure: Failure,
     },
+    /// Let it wait until its provider takes calls again: its failures do not count it.
+    Wait {
+        /// How long, in milliseconds; 0: back in its place, its gate tells.
+        delay_ms: u64,
+        /// Why.
+        failure: Failure,
+    },
     /// Give up.
     Fail(Failure),
     /// End as cancelled.
@@ -55,7 +62,8 @@ impl Verdict {
     pub const fn event(&self) -> Event {
         match self {
             Self::Succeed(_) => Event::Succeed,
-            Self::Retry { .. } => Event::Retry,
+            Self::Wait { delay_ms: 0, .. } => Event::HandBack,
+            Self::Retry { .. } | Self::Wait { .. } => Event::Retry,
             Self::Fail(_) => Event::Fail,
             Self::Cancel => Event::Cancel,
             Self::Expire => Event::Expire,
@@ -68,7 +76,7 @@ impl Verdict {
     pub const fn attempt_end(&self) -> AttemptEnd {
         match self {
             Self::Succeed(_) => AttemptEnd::Succeeded,
-            Self::Retry { .. } | Self::Fail(_) => AttemptEnd::Failed,
+            Self::Retry { .. } | Self::Wait { .. } | Self::Fail(_) => AttemptEnd::Failed,
             Self::Cancel => AttemptEnd::Cancelled,
             Self::Expire => AttemptEnd::Expired,
             Self::HandBack => AttemptEnd::HandedBack,
@@ -79,21 +87,43 @@ impl Verdict {
     #[must_use]
     pub const fn failure(&self) -> Option<&Failure> {
         match self {
-            Self::Retry { failure, .. } | Self::Fail(failure) => Some(failure),
+            Self::Retry { failure, .. } | Self::Wait { failure, .. } | Self::Fail(failure) => Some(failure),
             Self::Succeed(_) | Self::Cancel | Self::Expire | Self::HandBack => None,
         }
     }
+
+    /// Whether it counts among the job's failures.
+    #[must_use]
+    pub const fn counts(&self) -> bool {
+        matches!(self, Self::Retry { .. } | Self::Fail(_))
+    }
+}
+
+/// What holds calls back that a provider throttles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Throttle {
+    /// The gate through which the job came.
+    Gate,
+    /// Nothing but the job's own delay.
+    Delay,
 }
 
 /// Decides what follows from `outcome` when `failures` attempts of the job had failed before. `random` spreads retries
-/// of jobs that failed together.
+/// of jobs that failed together. A throttled job has not failed: it waits for as long as it takes.
 #[must_use]
-pub fn judge(outcome: Outcome, failures: u32, policy: &Policy, random: u64) -> Verdict {
+pub fn judge(outcome: Outcome, failures: u32, policy: &Policy, throttle: Throttle, random: u64) -> Verdict {
     match outcome {
         Outcome::Generated(generation) => Verdict::Succeed(generation),
         Outcome::Cancelled => Verdict::Cancel,
         Outcome::DeadlinePassed => Verdict::Expire,
         Outcome::HandedBack => Verdict::HandBack,
+        Outcome::Failed(failure) if failure.class == FailureClass::Throttled => {
+            let delay_ms = match throttle {
+                Throttle::Gate => 0,
+                Throttle::Delay => delay_ms(failures, &failure, policy, random).max(1),
+            };
+            Verdict::Wait { delay_ms, failure }
+        }
         Outcome::Failed(failure) if failure.class.is_retried() && failures < policy.retries_max => {
             Verdict::Retry { delay_ms: delay_ms(failures, &failure, policy, random), failure }
         }
@@ -132,7 +162,8 @@ mod tests {
     }
 
     fn check(outcome: Outcome, failures: u32, delay_ms: Option<u64>) {
-        let verdict = judge(outcome, failures, &Policy::default(), 0);
+        let verdict = judge(outcome, failures, &Policy::default(), Throttle::Delay, 0);
+        assert!(verdict.counts());
         let delay = match verdict {
             Verdict::Retry { delay_ms, .. } => Some(delay_ms),
             Verdict::Fail(_) => None,
@@ -143,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_passing_fault_is_retried_three_times_with_doubled_delays() {
-        for class in [FailureClass::Throttled, FailureClass::Transient, FailureClass::Timeout] {
+        for class in [FailureClass::Transient, FailureClass::Timeout] {
             check(failed(class, None), 0, Some(1_000));
             check(failed(class, None), 1, Some(2_000));
             check(failed(class, None), 2, Some(4_000));
@@ -166,10 +197,25 @@ mod tests {
 
     #[test]
     fn the_provider_may_ask_for_a_longer_wait_but_not_for_a_shorter_one() {
-        check(failed(FailureClass::Throttled, Some(30_000)), 0, Some(30_000));
-        check(failed(FailureClass::Throttled, Some(1)), 1, Some(2_000));
-        check(failed(FailureClass::Throttled, Some(3_600_000)), 0, Some(3_600_000));
-        check(failed(FailureClass::Throttled, Some(u64::MAX)), 0, Some(RETRY_AFTER_MS_MAX));
+        check(failed(FailureClass::Transient, Some(30_000)), 0, Some(30_000));
+        check(failed(FailureClass::Transient, Some(1)), 1, Some(2_000));
+        check(failed(FailureClass::Transient, Some(3_600_000)), 0, Some(3_600_000));
+        check(failed(FailureClass::Transient, Some(u64::MAX)), 0, Some(RETRY_AFTER_MS_MAX));
+    }
+
+    #[test]
+    fn a_throttled_job_waits_however_often_it_was() {
+        for (throttle, asked_ms, delay_ms, event) in [
+            (Throttle::Gate, Some(30_000), 0, Event::HandBack),
+            (Throttle::Delay, Some(30_000), 30_000, Event::Retry),
+            (Throttle::Delay, None, 20_000, Event::Retry),
+        ] {
+            let policy = Policy { delay_ms_max: 20_000, ..Policy::default() };
+            let verdict = judge(failed(FailureClass::Throttled, asked_ms), 100, &policy, throttle, 0);
+            assert!(matches!(verdict, Verdict::Wait { delay_ms: ms, .. } if ms == delay_ms), "{verdict:?}");
+            assert_eq!((verdict.event(), verdict.attempt_end()), (event, AttemptEnd::Failed));
+            assert!(!verdict.counts() && verdict.failure().is_some());
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod admit;
 pub mod attempt;
 pub mod controls;
+pub mod gate;
 pub mod ids;
 pub mod job;
 pub mod judge;

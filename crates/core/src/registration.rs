@@ -37,8 +37,12 @@ pub struct ServedModel {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Availability {
-    /// It takes jobs for it.
+    /// It takes jobs for it, which start at once.
     Ready,
+    /// It takes jobs for it, and is loading it.
+    Loading,
+    /// It takes jobs for it, and loads it when it is worth it.
+    Available,
     /// The provider's key is missing.
     KeyMissing {
         /// The environment variable to set.
@@ -49,4 +53,12 @@ pub enum Availability {
         /// What, and what to set and where.
         reason: String,
     },
+}
+
+impl Availability {
+    /// Whether jobs for the model are taken, now or once it is loaded.
+    #[must_use]
+    pub const fn takes_jobs(&self) -> bool {
+        matches!(self, Self::Ready | Self::Loading | Self::Available)
+    }
 }

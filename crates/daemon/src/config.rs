@@ -20,6 +20,12 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("MAX_TOKENS", "scheduler.max_tokens"),
     ("TEMPERATURE", "scheduler.temperature"),
     ("MODELS_DIR", "models.root"),
+    ("MODEL_CONTEXT_SIZE", "gpu.context_tokens"),
+    ("MODEL_N_THREADS", "gpu.threads"),
+    ("MODEL_GPU_LAYERS", "gpu.gpu_layers"),
+    ("MODEL_PRELOAD", "gpu.preload"),
+    ("GPU_MAX_MEMORY", "gpu.memory"),
+    ("GPU_TORCH_DTYPE", "gpu.dtype"),
     ("HF_ENDPOINT", "hub.endpoint"),
     ("HF_TOKEN", "hub.token"),
     ("HF_HOME", "hub.home"),
@@ -49,6 +55,8 @@ pub struct Config {
     pub hub: Hub,
     /// Settings of remote providers, by name.
     pub providers: BTreeMap<String, Provider>,
+    /// Limits of remote providers.
+    pub limits: Vec<Limit>,
 }
 
 /// Logging.
@@ -168,23 +176,45 @@ impl Default for Worker {
     }
 }
 
-/// The GPU worker's engine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The GPU worker's engines. An entry of a model file may have numbers of its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Gpu {
-    /// Threads of each engine on the CPU; 0: one for every core.
+    /// Threads of each engine on the CPU (also `MODEL_N_THREADS`); 0: one for every core.
     pub threads: usize,
-    /// How many sequences of a model run at once.
+    /// How many sequences of a model run at once (also `max_num_seqs`).
+    #[serde(alias = "max_num_seqs")]
     pub sequences_max: u32,
     /// How many tokens one step of an engine computes at most.
     pub step_tokens: usize,
-    /// Tokens that the KV cache of each model holds.
+    /// Tokens that the KV cache of each model holds at most; fewer where memory is short.
     pub kv_tokens: usize,
     /// How long one step of an engine may take, in milliseconds. After that the worker writes down what the engine was
     /// at, and ends, so that its jobs go to others.
     pub step_timeout_ms: u64,
     /// The folder for what is written down then. Made when it is needed.
     pub reports_dir: PathBuf,
+    /// Longest prompt plus output in tokens (also `max_model_len`, `MODEL_CONTEXT_SIZE`). Unset: what the model can.
+    #[serde(alias = "max_model_len")]
+    pub context_tokens: Option<u64>,
+    /// The memory of all models together, such as `24GiB` (also `GPU_MAX_MEMORY`). Unset: `memory_utilization` of what
+    /// is available when the worker starts.
+    pub memory: Option<String>,
+    /// The part of the available memory that the models may take together, above 0 and at most 1 (also
+    /// `gpu_memory_utilization`). Without effect where `memory` is set.
+    #[serde(alias = "gpu_memory_utilization")]
+    pub memory_utilization: f64,
+    /// The models to load before the worker is ready (also `MODEL_PRELOAD`): names with commas between, `none`, or
+    /// `all`, which loads as many as fit. The others are loaded when jobs come for them.
+    pub preload: String,
+    /// Layers to compute on a GPU (also `MODEL_GPU_LAYERS`); below 0: all. The CPU backend has none to give.
+    pub gpu_layers: Option<i64>,
+    /// The type to compute in (also `GPU_TORCH_DTYPE`): `auto`, `float32`, `bfloat16` or `float16`. The CPU backend
+    /// computes in float32.
+    pub dtype: String,
+    /// What the float weights of checkpoints are brought to at load: `q8_0`, or `none`. A quarter of the memory and
+    /// several times the speed, for slightly other weights.
+    pub quantize: String,
     /// What an hour of an engine costs in dollars, as a decimal number. Unset: unknown, and so is the cost of its jobs.
     pub dollars_per_hour: Option<String>,
 }
@@ -198,6 +228,13 @@ impl Default for Gpu {
             kv_tokens: 65_536,
             step_timeout_ms: 120_000,
             reports_dir: PathBuf::from("reports"),
+            context_tokens: None,
+            memory: None,
+            memory_utilization: 0.9,
+            preload: "all".to_owned(),
+            gpu_layers: None,
+            dtype: "auto".to_owned(),
+            quantize: "none".to_owned(),
             dollars_per_hour: None,
         }
     }
@@ -211,13 +248,53 @@ pub struct Api {
     pub calls_max: u32,
     /// How long connecting to a provider may take, in milliseconds.
     pub connect_timeout_ms: u64,
+    /// The proxy through which providers on other machines are called, such as `http://proxy:3128`. Unset: what
+    /// `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` say.
+    #[serde(serialize_with = "masked_url")]
+    pub proxy: Option<String>,
+    /// A file of certificates (PEM) of authorities that are trusted beside those of the system.
+    pub ca_file: Option<PathBuf>,
+    /// How long the first byte of an answer may take, in milliseconds; 0: as long as the whole attempt, whose bound is the
+    /// job's `timeout_ms`.
+    pub first_byte_timeout_ms: u64,
+    /// How long a provider may be silent in the middle of an answer, in milliseconds; 0: as long as the whole attempt.
+    pub idle_timeout_ms: u64,
+    /// How many calls with a key for a model are made at once before anything is known of its limits. Answers make it
+    /// more, throttled calls less.
+    pub calls_start: u32,
     /// Whether a parameter that a provider does not take is left out and noted in the result, instead of failing the job.
     pub drop_params: bool,
+    /// Which models answer in place of others that fail.
+    pub fallbacks: Vec<Fallback>,
+}
+
+/// Which models answer in place of one that fails.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Fallback {
+    /// The model, with its prefix.
+    pub model: String,
+    /// The models that are asked in its place, one after the other, with their prefixes.
+    pub to: Vec<String>,
+    /// On which kinds of failure. Unset: on all that another model may not have (auth, quota, not_found, throttled,
+    /// overloaded, transient, timeout, cut). Others: invalid, content_filter, context_overflow, repeated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on: Option<Vec<String>>,
 }
 
 impl Default for Api {
     fn default() -> Self {
-        Self { calls_max: 64, connect_timeout_ms: 10_000, drop_params: false }
+        Self {
+            calls_max: 64,
+            connect_timeout_ms: 10_000,
+            proxy: None,
+            ca_file: None,
+            first_byte_timeout_ms: 300_000,
+            idle_timeout_ms: 60_000,
+            calls_start: 20,
+            drop_params: false,
+            fallbacks: Vec::new(),
+        }
     }
 }
 
@@ -268,6 +345,29 @@ pub struct Provider {
     pub base_url: Option<String>,
     /// Its key, instead of the variable that the provider table names.
     pub api_key: Option<Secret>,
+    /// More keys of the same account or of others: each job is called with the one that has most room left.
+    pub api_keys: Vec<Secret>,
+}
+
+/// What a provider allows for each key, as far as it does not tell by itself. All workers together keep it. Whatever the
+/// provider tells may only lower it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limit {
+    /// The provider's name.
+    pub provider: String,
+    /// The model, as the provider calls it or with its prefix. Unset: all of its models together.
+    #[serde(default)]
+    pub model: Option<String>,
+    /// Calls in a minute.
+    #[serde(default)]
+    pub requests_per_minute: Option<u64>,
+    /// Tokens in a minute, of prompts and answers.
+    #[serde(default)]
+    pub tokens_per_minute: Option<u64>,
+    /// Calls at once.
+    #[serde(default)]
+    pub concurrency: Option<u32>,
 }
 
 /// Why there is no configuration.
@@ -370,20 +470,39 @@ fn check(config: &Config) -> Result<(), ConfigError> {
             return wrong(&format!("providers.{name}.base_url"), "must begin with http:// or https://");
         }
     }
+    let is_nothing = |limit: &&Limit| {
+        let bounds = [limit.requests_per_minute, limit.tokens_per_minute, limit.concurrency.map(u64::from)];
+        bounds.contains(&Some(0)) || bounds == [None; 3]
+    };
+    if let Some(limit) = config.limits.iter().find(is_nothing) {
+        let problem =
+            format!("that of `{}` must set a bound of at least 1; to stop a provider, pause its lane", limit.provider);
+        return wrong("limits", &problem);
+    }
     if let Err(error) = crate::telemetry::filter(&config.telemetry) {
         return wrong("telemetry.log", &error.to_string());
     }
     if !(0.0..=2.0).contains(&config.scheduler.temperature) {
         return wrong("scheduler.temperature (TEMPERATURE)", "must be 0 to 2");
     }
-    if config.api.calls_max == 0 || config.gpu.sequences_max == 0 || config.gpu.step_tokens == 0 {
-        return wrong("api.calls_max, gpu.sequences_max, gpu.step_tokens", "must be at least 1");
+    if config.api.calls_max == 0
+        || config.api.calls_start == 0
+        || config.gpu.sequences_max == 0
+        || config.gpu.step_tokens == 0
+    {
+        return wrong("api.calls_max, api.calls_start, gpu.sequences_max, gpu.step_tokens", "must be at least 1");
     }
     if config.gpu.step_timeout_ms < STEP_TIMEOUT_MS_MIN {
         return wrong(
             "gpu.step_timeout_ms",
             "must be at least 100: steps that are well take as long on a busy machine",
         );
+    }
+    if !(config.gpu.memory_utilization > 0.0 && config.gpu.memory_utilization <= 1.0) {
+        return wrong("gpu.memory_utilization", "must be above 0 and at most 1");
+    }
+    if config.gpu.context_tokens == Some(0) {
+        return wrong("gpu.context_tokens (MODEL_CONTEXT_SIZE)", "must be at least 1");
     }
     if config.redis.namespace.is_empty() || config.redis.namespace.contains(['{', '}', '*', '?', '[']) {
         return wrong("redis.namespace", "must not be empty nor contain any of {}*?[");
@@ -444,6 +563,28 @@ mod tests {
     }
 
     #[test]
+    fn the_variables_and_names_of_other_engines_are_understood() {
+        let variables = [
+            ("MODEL_CONTEXT_SIZE", "2048"),
+            ("MODEL_N_THREADS", "3"),
+            ("MODEL_GPU_LAYERS", "-1"),
+            ("MODEL_PRELOAD", "vllm_a,hf_b"),
+            ("GPU_MAX_MEMORY", "8GiB"),
+            ("GPU_TORCH_DTYPE", "bfloat16"),
+        ];
+        let gpu = load_with("[gpu]\nmax_num_seqs = 5\ngpu_memory_utilization = 0.5", &variables).unwrap().gpu;
+        assert_eq!((gpu.context_tokens, gpu.threads, gpu.gpu_layers, gpu.sequences_max), (Some(2048), 3, Some(-1), 5));
+        assert_eq!(
+            (gpu.memory.as_deref(), gpu.preload.as_str(), gpu.dtype.as_str()),
+            (Some("8GiB"), "vllm_a,hf_b", "bfloat16")
+        );
+        assert!((gpu.memory_utilization - 0.5).abs() < 1e-9);
+        assert_eq!(load_with("[gpu]\nmax_model_len = 7", &[]).unwrap().gpu.context_tokens, Some(7));
+        refused("[gpu]\nmemory_utilization = 1.5", &[], "gpu.memory_utilization");
+        refused("", &[("MODEL_CONTEXT_SIZE", "0")], "MODEL_CONTEXT_SIZE");
+    }
+
+    #[test]
     fn later_sources_win() {
         let file = "[scheduler]\nmax_tokens = 5\ntemperature = 0.5\nlisten = \"a:1\"";
         let variables = [("MAX_TOKENS", "6"), ("TEMPERATURE", "0.7"), ("GENMILL__SCHEDULER__LISTEN", "b:2")];
@@ -467,6 +608,19 @@ mod tests {
                 .unwrap();
         assert_eq!(config.providers["openai"].base_url.as_deref(), Some("http://x"));
         assert_eq!(config.providers["groq"].api_key.as_ref().map(Secret::reveal), Some("0123"));
+    }
+
+    #[test]
+    fn limits_of_providers_bound_something() {
+        let rows = "[[limits]]\nprovider = 'openai'\nmodel = 'gpt-4o'\nrequests_per_minute = 60\n[[limits]]\nprovider = 'groq'\nconcurrency = 2";
+        let config = load_with(rows, &[]).unwrap();
+        assert_eq!((config.limits[0].requests_per_minute, config.limits[0].tokens_per_minute), (Some(60), None));
+        assert_eq!((config.limits[1].model.as_deref(), config.limits[1].concurrency), (None, Some(2)));
+        assert!(show(&config).unwrap().contains("requests_per_minute = 60"));
+        refused("[[limits]]\nprovider = 'openai'", &[], "`openai` must set a bound");
+        refused("[[limits]]\nprovider = 'openai'\nconcurrency = 0", &[], "at least 1");
+        refused("[[limits]]\nprovider = 'openai'\nrequest_per_minute = 1", &[], "did you mean `requests_per_minute`?");
+        refused("[api]\ncalls_start = 0", &[], "api.calls_start");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What every daemon needs: configuration, telemetry, shutdown, health endpoints, the clock and random numbers.
+//! What every daemon needs: configuration, telemetry, shutdown, health endpoints, the clock, memory and random numbers.
 //!
 //! Never here: what a daemon is for. This crate does not know what a job is.
 
@@ -8,6 +8,7 @@ pub mod documents;
 pub mod environment;
 pub mod health;
 pub mod host;
+pub mod memory;
 pub mod models;
 pub mod parent;
 pub mod random;

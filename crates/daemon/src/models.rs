@@ -20,7 +20,7 @@ pub const SECTIONS: &[(&str, &str)] = &[
 ];
 
 /// A model that a configuration lists.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ListedModel {
     /// The backend prefix of its section.
     pub prefix: &'static str,
@@ -38,8 +38,23 @@ pub struct ListedModel {
     pub threads: Option<usize>,
     /// The device that it runs on, when the configuration names one: `simulated:h200`.
     pub device: Option<String>,
+    /// What else the configuration gives it of its own, for the engine.
+    pub local: LocalSettings,
     /// The file that lists it.
     pub file: PathBuf,
+}
+
+/// What an entry of a local model has in place of those of `[gpu]`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LocalSettings {
+    /// How many of its sequences run at once.
+    pub sequences_max: Option<u32>,
+    /// The part of the worker's memory for models that it may take, above 0 and at most 1.
+    pub memory_utilization: Option<f64>,
+    /// Layers to compute on a GPU; below 0: all.
+    pub gpu_layers: Option<i64>,
+    /// What its float weights are brought to at load: `q8_0`, or `none`.
+    pub quantize: Option<String>,
 }
 
 /// A path, as written and as meant.
@@ -104,15 +119,35 @@ struct Fields {
     tokenizer_path: Option<PathBuf>,
     #[serde(default)]
     description: Option<String>,
+    #[serde(alias = "max_model_len")]
     context: Option<u64>,
     threads: Option<usize>,
     device: Option<String>,
+    gpu_layers: Option<i64>,
+    max_num_seqs: Option<u32>,
+    gpu_memory_utilization: Option<f64>,
+    quantize: Option<String>,
 }
+
+/// What entries of local models may say.
+const LOCAL: &[&str] = &[
+    "name",
+    "model_path",
+    "tokenizer_path",
+    "description",
+    "device",
+    "context",
+    "max_model_len",
+    "max_num_seqs",
+    "gpu_memory_utilization",
+    "threads",
+    "gpu_layers",
+    "quantize",
+];
 
 fn allowed(prefix: &str) -> &'static [&'static str] {
     match prefix {
-        "vllm" | "hf" => &["name", "model_path", "tokenizer_path", "description", "device"],
-        "llamacpp" => &["name", "model_path", "description", "device", "context", "threads", "gpu_layers"],
+        "vllm" | "hf" | "llamacpp" => LOCAL,
         _ => &["name", "description"],
     }
 }
@@ -233,6 +268,11 @@ fn fields(prefix: &str, entry: Value) -> Result<Fields, String> {
     match () {
         () if fields.name.trim().is_empty() => Err("`name` must not be empty".to_owned()),
         () if needs_path && fields.model_path.is_none() => Err("`model_path` must be set".to_owned()),
+        () if fields.context == Some(0) => Err("`context` must be at least 1".to_owned()),
+        () if fields.max_num_seqs == Some(0) => Err("`max_num_seqs` must be at least 1".to_owned()),
+        () if fields.gpu_memory_utilization.is_some_and(|part| !(part > 0.0 && part <= 1.0)) => {
+            Err("`gpu_memory_utilization` must be above 0 and at most 1".to_owned())
+        }
         () => Ok(fields),
     }
 }
@@ -251,6 +291,12 @@ fn listed_model(prefix: &'static str, fields: Fields, file: &Path, root: Option<
         context_tokens: fields.context,
         threads: fields.threads,
         device: fields.device,
+        local: LocalSettings {
+            sequences_max: fields.max_num_seqs,
+            memory_utilization: fields.gpu_memory_utilization,
+            gpu_layers: fields.gpu_layers,
+            quantize: fields.quantize,
+        },
         file: file.to_owned(),
     }
 }
@@ -292,6 +338,20 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_may_have_numbers_of_its_own() {
+        let text = "models: [{name: x, model_path: /x, max_model_len: 99, max_num_seqs: 3, gpu_memory_utilization: 0.5, \
+                    threads: 1, gpu_layers: -1, quantize: q8_0}]";
+        let listed = read_file(Path::new("/configs/vllm_models.yaml"), text, None).unwrap();
+        let own = LocalSettings {
+            sequences_max: Some(3),
+            memory_utilization: Some(0.5),
+            gpu_layers: Some(-1),
+            quantize: Some("q8_0".to_owned()),
+        };
+        assert_eq!((listed[0].context_tokens, listed[0].threads, &listed[0].local), (Some(99), Some(1), &own));
+    }
+
+    #[test]
     fn sections_may_share_a_file() {
         check(
             "models.yaml",
@@ -317,6 +377,10 @@ mod tests {
         refused("vllm_models.yaml", "modles: []", "did you mean `models`?");
         refused("vllm_models.yaml", "models: [{name: x, model_paht: /x}]", "did you mean `model_path`?");
         refused("vllm_models.yaml", "models: [{name: x}]", "entry 1: `model_path` must be set");
+        refused("vllm_models.yaml", "models: [{name: x, model_path: /x, max_num_seqs: 0}]", "entry 1: `max_num_seqs`");
+        refused("hf_models.yaml", "models: [{name: x, gpu_memory_utilization: 2}]", "at most 1");
+        refused("hf_models.yaml", "models: [{name: x, context: 1, max_model_len: 2}]", "duplicate field");
+        refused("litellm_models.yaml", "models: [{name: x, max_num_seqs: 2}]", "max_num_seqs");
         refused("litellm_models.yaml", "- gpt-4", "`models`");
         refused("litellm_models.yaml", "models: [5]", "entry 1: `5` is neither a name");
         refused("hf_models.yaml", "models: [a, {name: hf_a, model_path: /x}]", "listed twice");

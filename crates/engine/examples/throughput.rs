@@ -24,7 +24,10 @@ fn main() -> Result<()> {
     let mut number = |default| args.next().map_or(Ok(default), |text| text.parse::<usize>());
     let (requests, tokens, threads) = (number(32)?, number(128)?, number(0)?);
     let begun = Instant::now();
-    let model = Model::load(&ModelPaths { model_path, tokenizer_path: None }, &LoadOptions { threads })?;
+    let model = Model::load(
+        &ModelPaths { model_path, tokenizer_path: None },
+        &LoadOptions { threads, ..LoadOptions::default() },
+    )?;
     println!("loaded in {:.2?}, {}", begun.elapsed(), model.card().instructions());
     let options = EngineOptions { max_sequences: requests.max(1), ..EngineOptions::default() };
     let engine = Engine::start(model, options)?;

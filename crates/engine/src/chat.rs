@@ -3,6 +3,8 @@
 //! Never here: tokens. The clock is an argument: a template that prints the date prints the one
 //! it is given, so a retry of the same request gets the same prompt.
 
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -116,10 +118,14 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(wrong)?);
+        // What else an error would hold is the template's values, and whoever drops it has a small stack.
+        environment.set_debug(false);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", to_json);
+        // To Jinja, nothing is not iterable; to minijinja it is an empty list.
+        environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(wrong)?;
         Ok(Self { environment, special_tokens, call_format: CallFormat::of_template(source) })
     }
@@ -134,8 +140,25 @@ impl ChatTemplate {
     /// UTC.
     ///
     /// # Errors
-    /// When the template raises an exception or cannot handle these messages.
+    /// When the template raises an exception, cannot handle these messages, or would go on for ever.
     pub fn render(&self, messages: &[ChatMessage], tools: &[Tool], now_unix_s: u64) -> Result<String, Error> {
+        let failed = |reason: &str| Error::new(ErrorKind::InvalidOperation, reason.to_owned());
+        let render = || {
+            catch_unwind(AssertUnwindSafe(|| self.render_here(messages, tools, now_unix_s)))
+                .unwrap_or_else(|_| Err(failed("the template engine panicked")))
+        };
+        // Values in values, as deep as the fuel lets a template nest them, are shown and dropped by recursion.
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("genmill-template".to_owned()).stack_size(STACK_BYTES);
+            let rendering = thread.spawn_scoped(scope, render).map_err(|error| failed(&error.to_string()))?;
+            rendering.join().unwrap_or_else(|_| Err(failed("the template engine panicked")))
+        })
+    }
+
+    fn render_here(&self, messages: &[ChatMessage], tools: &[Tool], now_unix_s: u64) -> Result<String, Error> {
+        let mut environment = self.environment.clone();
+        let parts = u64::try_from(messages.len() + tools.len()).unwrap_or(u64::MAX);
+        environment.set_fuel(Some(parts.saturating_mul(FUEL_PER_PART).saturating_add(FUEL)));
         let tools = if tools.is_empty() { Value::from(()) } else { tools.iter().map(tool_value).collect() };
         let messages: Vec<Value> = messages.iter().cloned().map(Value::from_object).collect();
         let now = Value::from_function(move |format: &str| strftime(now_unix_s, format));
@@ -148,7 +171,37 @@ impl ChatTemplate {
             strftime_now => now,
             ..Value::from_pairs(special)
         };
-        self.environment.get_template(NAME)?.render(context)
+        let mut out = Bounded(Vec::new());
+        environment.get_template(NAME)?.render_captured_to(context, &mut out)?;
+        // A template writes strings.
+        Ok(String::from_utf8(out.0).unwrap_or_default())
+    }
+}
+
+/// Instructions that a template may take, and more for each message and tool. Those of known models take a few hundred
+/// for each.
+const FUEL: u64 = 100_000;
+const FUEL_PER_PART: u64 = 5_000;
+
+/// Enough to drop what so many instructions can nest; only what is used of it is ever memory.
+const STACK_BYTES: usize = 64 << 20;
+
+/// A longer text is no prompt of any model.
+const TEXT_BYTES_MAX: usize = 64 << 20;
+
+/// The text of a template on its way.
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > TEXT_BYTES_MAX {
+            return Err(io::Error::other(format!("the text is longer than {TEXT_BYTES_MAX} bytes")));
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -168,72 +221,112 @@ fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()))
 }
 
-/// `json.dumps` of Python with its default separators: unlike the filter of Jinja, it escapes
-/// neither HTML nor other alphabets.
+/// `json.dumps` of Python as transformers calls it: unlike the filter of Jinja, it escapes neither HTML nor, unless told
+/// to, other alphabets.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    // Accepted as transformers does; text stays as it is and keys are in order anyway.
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    let _: Option<bool> = options.get("sort_keys")?;
+    let ascii: Option<bool> = options.get("ensure_ascii")?;
+    let sorted: Option<bool> = options.get("sort_keys")?;
+    let separators: Option<Vec<String>> = options.get("separators")?;
     options.assert_all_used()?;
-    let mut out = String::new();
-    write_json(value, indent, 0, &mut out)?;
-    Ok(Value::from_safe_string(out))
-}
-
-fn write_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) -> Result<(), Error> {
-    let (open, close) = match value.kind() {
-        ValueKind::String => {
-            out.push_str(&quoted(value.as_str().unwrap_or_default()));
-            return Ok(());
-        }
-        ValueKind::Undefined | ValueKind::None => {
-            out.push_str("null");
-            return Ok(());
-        }
-        ValueKind::Bool => {
-            out.push_str(if value.is_true() { "true" } else { "false" });
-            return Ok(());
-        }
-        ValueKind::Seq | ValueKind::Iterable => ('[', ']'),
-        ValueKind::Map => ('{', '}'),
-        _ => {
-            out.push_str(&value.to_string());
-            return Ok(());
-        }
+    let separators = match separators.as_deref() {
+        None => [if indent.is_some() { "," } else { ", " }, ": "].map(str::to_owned),
+        Some([items, keys]) => [items.clone(), keys.clone()],
+        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "tojson takes two separators")),
     };
-    out.push(open);
-    let mut empty = true;
-    for item in value.try_iter()? {
-        if !empty {
-            out.push_str(if indent.is_some() { "," } else { ", " });
-        }
-        empty = false;
-        new_line(indent, depth + 1, out);
-        if open == '{' {
-            out.push_str(&quoted(&item.to_string()));
-            out.push_str(": ");
-            write_json(&value.get_item(&item)?, indent, depth + 1, out)?;
-        } else {
-            write_json(&item, indent, depth + 1, out)?;
-        }
-    }
-    if !empty {
-        new_line(indent, depth, out);
-    }
-    out.push(close);
-    Ok(())
+    let mut writer = JsonWriter {
+        indent,
+        ascii: ascii.unwrap_or_default(),
+        sorted: sorted.unwrap_or_default(),
+        separators,
+        out: String::new(),
+    };
+    writer.write(value, 0)?;
+    Ok(Value::from_safe_string(writer.out))
 }
 
-fn new_line(indent: Option<usize>, depth: usize, out: &mut String) {
-    if let Some(width) = indent {
-        out.push('\n');
-        out.extend(std::iter::repeat_n(' ', width * depth));
-    }
+struct JsonWriter {
+    indent: Option<usize>,
+    ascii: bool,
+    sorted: bool,
+    /// Between items, and after a key.
+    separators: [String; 2],
+    out: String,
 }
 
-fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
+impl JsonWriter {
+    fn write(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
+        match value.kind() {
+            ValueKind::String => self.quote(value.as_str().unwrap_or_default()),
+            ValueKind::Undefined | ValueKind::None => self.out.push_str("null"),
+            ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items: Vec<Value> = value.try_iter()?.collect();
+                self.surround("[]", items, depth, |writer, item| writer.write(item, depth + 1))?;
+            }
+            ValueKind::Map => {
+                let mut keys: Vec<Value> = value.try_iter()?.collect();
+                if self.sorted {
+                    keys.sort_by_key(ToString::to_string);
+                }
+                self.surround("{}", keys, depth, |writer, key| {
+                    writer.quote(&key.to_string());
+                    let separator = writer.separators[1].clone();
+                    writer.out.push_str(&separator);
+                    writer.write(&value.get_item(key)?, depth + 1)
+                })?;
+            }
+            _ => self.out.push_str(&value.to_string()),
+        }
+        Ok(())
+    }
+
+    /// Items between two brackets.
+    fn surround(
+        &mut self,
+        brackets: &str,
+        items: Vec<Value>,
+        depth: usize,
+        mut write: impl FnMut(&mut Self, &Value) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (open, close) = brackets.split_at(1);
+        self.out.push_str(open);
+        for (index, item) in items.iter().enumerate() {
+            if index > 0 {
+                let separator = self.separators[0].clone();
+                self.out.push_str(&separator);
+            }
+            self.new_line(depth + 1);
+            write(self, item)?;
+        }
+        if !items.is_empty() {
+            self.new_line(depth);
+        }
+        self.out.push_str(close);
+        Ok(())
+    }
+
+    fn new_line(&mut self, depth: usize) {
+        if let Some(width) = self.indent {
+            self.out.push('\n');
+            self.out.extend(std::iter::repeat_n(' ', width.saturating_mul(depth)));
+        }
+    }
+
+    fn quote(&mut self, text: &str) {
+        let quoted = serde_json::Value::from(text).to_string();
+        if !self.ascii {
+            return self.out.push_str(&quoted);
+        }
+        for letter in quoted.chars() {
+            if letter.is_ascii() {
+                self.out.push(letter);
+            } else {
+                let units = letter.encode_utf16(&mut [0; 2]).to_vec();
+                self.out.extend(units.iter().map(|unit| format!("\\u{unit:04x}")));
+            }
+        }
+    }
 }
 
 const MONTHS: [&str; 12] = [
@@ -339,6 +432,15 @@ mod tests {
         check("{{ messages[1] | tojson }}", "{\"role\": \"user\", \"content\": \"Où ?\"}");
         check("{{ [1, true, none, 'a<b'] | tojson }}", "[1, true, null, \"a<b\"]");
         check("{{ [1, []] | tojson(indent=2) }}", "[\n  1,\n  []\n]");
+        check(
+            "{{ messages[1].content | tojson(ensure_ascii=True) }}{{ '🚀' | tojson(ensure_ascii=True) }}",
+            r#""O\u00f9 ?""\ud83d\ude80""#,
+        );
+        check("{{ {'b': 1, 'a': [2, {}]} | tojson(sort_keys=True, separators=(',', ':')) }}", r#"{"a":[2,{}],"b":1}"#);
+        check(
+            "{{ tools is iterable }} {{ messages is iterable }} {{ 'a' is iterable }} {{ 1 is iterable }}",
+            "False True True False",
+        );
         check("{{ strftime_now('%d %b %Y %H:%M:%S %A %-d %p') }}", "21 Nov 2024 00:04:05 Thursday 21 AM");
         check(
             "{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}\n",
@@ -390,5 +492,28 @@ mod tests {
         let error = template.unwrap().render(&[], &[], 0).unwrap_err();
         assert!(error.to_string().contains("only users"));
         assert!(ChatTemplate::compile(Path::new("t"), "{% if %}", vec![]).is_err());
+    }
+
+    #[test]
+    fn a_template_that_would_go_on_for_ever_is_an_error() {
+        let loops = "{% for i in range(90000) %}".repeat(3) + &"{% endfor %}".repeat(3);
+        let nests =
+            "{% set n = namespace(x=[]) %}{% for i in range(90000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}";
+        for (source, expected) in [
+            (loops.as_str(), "fuel"),
+            (nests, "fuel"),
+            ("{% for i in range(9000) %}{{ 'x' * 9999 }}{% endfor %}", "failed to write"),
+            ("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "recursion limit"),
+            // minijinja 3.0.5 panics here.
+            ("{% for m in messages[::-1] %}{% endfor %}", "panicked"),
+        ] {
+            let template = ChatTemplate::compile(Path::new("t"), source, vec![]).unwrap();
+            let error = template.render(&[], &[], 0).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let nested =
+            "{% set n = namespace(x=[]) %}{% for i in range(9000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}";
+        let template = ChatTemplate::compile(Path::new("t"), nested, vec![]).unwrap();
+        assert_eq!(template.render(&[], &[], 0).unwrap().len(), 18_002);
     }
 }

@@ -155,6 +155,13 @@ impl Config {
         self.experts.as_ref().filter(|experts| experts.are_in(layer))
     }
 
+    /// Width inside the widest feed-forward part that there is: a width that no layer has may be any number.
+    #[must_use]
+    pub fn widest_inner(&self) -> usize {
+        let inner = |layer| self.experts(layer).map_or(self.inner, |experts| experts.inner);
+        (0..self.layers).map(inner).max().unwrap_or_default()
+    }
+
     /// Whether a projection has a bias.
     #[must_use]
     pub fn has_bias(&self, part: &Part) -> bool {

@@ -39,11 +39,6 @@ pub(crate) trait Forward: Send {
         Cost::default()
     }
 
-    /// Bytes that the device reads in a second, where its data sheet tells.
-    fn bytes_per_s(&self) -> Option<f64> {
-        None
-    }
-
     /// The time of the last step by the device's own clock, where that is not the time that passed.
     fn device_time(&mut self) -> Option<Duration> {
         None
@@ -297,7 +292,8 @@ impl<B: Backend> Body<B> {
             Position::Rope(_) => None,
             Position::Learned(name) => {
                 let name = format!("{prefix}{name}");
-                Some(Linear::table(backend, weights, &name, config.context, hidden)?)
+                // Nothing is multiplied with it, so nothing is gained by another format.
+                Some(weights.exactly(|weights| Linear::table(backend, weights, &name, config.context, hidden))?)
             }
         };
         let layers = (0..config.layers)
@@ -358,7 +354,7 @@ impl<B: Backend> Buffers<B> {
         let heads = heads(config, 0);
         let rows = room.rows;
         let experts = config.experts.as_ref();
-        let inner = config.inner.max(experts.map_or(0, |experts| experts.inner));
+        let inner = config.widest_inner();
         let zeros = |width: usize| backend.zeros(rows * width);
         Self {
             cache: backend.cache(config.layers, room.blocks, &heads),

@@ -5,6 +5,7 @@
 //! request's own sink. A request that goes wrong fails alone.
 
 mod check;
+mod dry_run;
 mod gauge;
 mod group;
 mod guided;
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 use genmill_grammar::Form;
 
 use crate::chat::ChatMessage;
-use crate::decoder::Room;
+use crate::decoder::{Forward, Room};
 use crate::engine::gauge::Gauge;
 use crate::kv::BLOCK_TOKENS;
 use crate::measure::{Cost, Totals};
@@ -76,6 +77,12 @@ pub enum StartError {
     #[error("cannot make room: {message}")]
     Device {
         /// What it could not do.
+        message: String,
+    },
+    /// The largest step cannot be computed.
+    #[error("the largest step cannot be computed: {message}")]
+    DryRun {
+        /// What went wrong.
         message: String,
     },
     /// The system refused the thread.
@@ -356,7 +363,6 @@ pub struct Engine {
     load: Arc<Load>,
     gauge: Arc<Gauge>,
     cost: Cost,
-    device_bytes_per_s: Option<f64>,
     next_id: AtomicU64,
     thread: Option<JoinHandle<()>>,
 }
@@ -376,6 +382,23 @@ impl Engine {
     /// # Errors
     /// When an option makes no sense, the device has no room, or the system refuses the thread.
     pub fn start(model: Model, options: EngineOptions) -> Result<Self, StartError> {
+        Self::start_with(model, options, |_, _, _, _| Ok(()))
+    }
+
+    /// The same, once the largest step has been computed: whatever breaks there breaks here, and later steps find their
+    /// memory taken and their weights laid out.
+    ///
+    /// # Errors
+    /// As [`Self::start`], and when that step fails.
+    pub fn start_after_dry_run(model: Model, options: EngineOptions) -> Result<Self, StartError> {
+        Self::start_with(model, options, dry_run::dry_run)
+    }
+
+    fn start_with(
+        model: Model,
+        options: EngineOptions,
+        rehearse: impl FnOnce(&mut dyn Forward, &Limits, u32, usize) -> Result<(), String>,
+    ) -> Result<Self, StartError> {
         let blocks = checked_blocks(&options)?;
         let (card, mut forward) = model.into_parts();
         forward.reserve(Room { rows: options.step_tokens, outputs: options.max_sequences, blocks: blocks as usize });
@@ -387,10 +410,11 @@ impl Engine {
         let (commands, receiver) = sync_channel(2 * options.places());
         let load = Arc::new(Load::default());
         let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
+        rehearse(forward.as_mut(), &limits, blocks, card.context_tokens())
+            .map_err(|message| StartError::DryRun { message })?;
         // Keys that depend on how long their sequence gets are no beginning for another.
         let keeps_prefixes = options.prefix_cache && forward.restarts_after().is_none();
         let schedule = Schedule::new(blocks, keeps_prefixes);
-        let device_bytes_per_s = forward.bytes_per_s();
         let (gauge, cost) = (Arc::new(Gauge::default()), forward.cost());
         let runner = run::Runner::new(forward, schedule, limits, (Arc::clone(&load), Arc::clone(&gauge)), receiver);
         let thread = std::thread::Builder::new()
@@ -398,7 +422,7 @@ impl Engine {
             .spawn(move || runner.run())
             .map_err(|source| StartError::Thread { source })?;
         let next_id = AtomicU64::new(1);
-        Ok(Self { card, options, commands, load, gauge, cost, device_bytes_per_s, next_id, thread: Some(thread) })
+        Ok(Self { card, options, commands, load, gauge, cost, next_id, thread: Some(thread) })
     }
 
     /// What the model says of itself, and its words.
@@ -430,7 +454,11 @@ impl Engine {
         let ticket = run::Ticket {
             id,
             end_tokens,
-            stream: self.card.stream(),
+            // By themselves, some tokenizers drop a text's first space. An echo needs it, and a form knows of it.
+            stream: match request.form.is_some() || request.echo && request.prompt != Prompt::Text(String::new()) {
+                true => self.card.stream_after(&prompt),
+                false => self.card.stream(),
+            },
             sampling: Sampling {
                 temperature: request.temperature,
                 top_k: request.top_k,
@@ -512,12 +540,6 @@ impl Engine {
     #[must_use]
     pub const fn cost(&self) -> &Cost {
         &self.cost
-    }
-
-    /// Bytes that its device reads in a second, where that is known without measuring.
-    #[must_use]
-    pub const fn device_bytes_per_s(&self) -> Option<f64> {
-        self.device_bytes_per_s
     }
 
     /// The options it was started with.

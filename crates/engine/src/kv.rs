@@ -5,9 +5,10 @@
 //! A block whose 16 tokens are computed may be kept under its tokens and the kept block before it. Both are compared, not
 //! only hashed: a wrong block would be a wrong answer. Kept blocks are immutable and may be read by many sequences. When
 //! room is short, those go that nobody reads: first what was never shared, the least lately used first, always from the
-//! ends of the chains, so that a beginning that is shared stays.
+//! ends of the chains, so that a beginning that is shared stays. Beginnings that somebody waits for are pinned: they go when
+//! nothing else is left.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// Tokens per block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -74,7 +75,13 @@ impl Blocks {
     }
 
     /// A table of `count` blocks that begins with these, which [`Self::find`] found just now. None when there is no room.
-    pub fn take(&mut self, found: &[u32], count: usize) -> Option<Vec<u32>> {
+    /// `pinned` is asked for whole beginnings that shall stay, where something has to go.
+    pub fn take(
+        &mut self,
+        found: &[u32],
+        count: usize,
+        pinned: impl FnOnce(&Self) -> HashSet<u32>,
+    ) -> Option<Vec<u32>> {
         let fresh = count.checked_sub(found.len())?;
         let idle = found.iter().filter(|block| self.state(**block).readers == 0).count();
         if fresh > self.free() - idle {
@@ -86,8 +93,9 @@ impl Blocks {
             self.add_reader(*block);
         }
         let mut table = found.to_vec();
+        let pinned = if fresh > self.free.len() { pinned(self) } else { HashSet::new() };
         for _ in 0..fresh {
-            let block = self.free.pop().or_else(|| self.evict())?;
+            let block = self.free.pop().or_else(|| self.evict(&pinned))?;
             let state = self.state_mut(block);
             state.readers = 1;
             if std::mem::take(&mut state.copied) {
@@ -182,9 +190,12 @@ impl Blocks {
     }
 
     /// The block that is missed least. No other begins with it: whoever reads a block reads those before it, which
-    /// therefore rest later and are shared as often.
-    fn evict(&mut self) -> Option<u32> {
-        let (_, _, block) = self.idle.pop_first()?;
+    /// therefore rest later and are shared as often; and what is pinned is pinned from its beginning.
+    fn evict(&mut self, pinned: &HashSet<u32>) -> Option<u32> {
+        let free = self.idle.iter().find(|(_, _, block)| !pinned.contains(block));
+        let place = *free.or_else(|| self.idle.first())?;
+        self.idle.remove(&place);
+        let (_, _, block) = place;
         if let Some(name) = self.state_mut(block).name.take() {
             self.kept.remove(&name);
         }

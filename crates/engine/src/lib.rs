@@ -16,6 +16,7 @@ pub mod config;
 mod decoder;
 pub mod engine;
 mod error;
+pub mod footprint;
 mod gguf;
 #[cfg(feature = "cuda")]
 pub mod gpu;
@@ -40,6 +41,7 @@ pub use engine::{
     SequenceUnderway, Sink, StartError, SubmitError, Underway,
 };
 pub use error::LoadError;
+pub use footprint::Footprint;
 pub use genmill_grammar::Form;
 pub use model::{Fingerprint, LoadOptions, Model, ModelCard, ModelPaths, PromptError};
 pub use sampler::Scored;

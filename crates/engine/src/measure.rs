@@ -166,6 +166,20 @@ pub struct Totals {
 }
 
 impl Totals {
+    /// Adds those of another engine.
+    pub fn join(&mut self, other: &Self) {
+        self.steps += other.steps;
+        self.prefill_tokens += other.prefill_tokens;
+        self.decode_tokens += other.decode_tokens;
+        self.prefill_time += other.prefill_time;
+        self.decode_time += other.decode_time;
+        self.sequences += other.sequences;
+        self.work.bytes += other.work.bytes;
+        self.work.operations += other.work.operations;
+        self.prompt_tokens += other.prompt_tokens;
+        self.cached_prompt_tokens += other.cached_prompt_tokens;
+    }
+
     /// Adds a step.
     pub fn add(&mut self, step: &Measured) {
         self.steps += 1;

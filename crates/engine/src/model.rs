@@ -20,6 +20,7 @@ use crate::decoder::{Decoder, Forward};
 use crate::engine::Prompt;
 use crate::error::LoadError;
 use crate::gguf::Gguf;
+use crate::quantized::Format;
 use crate::sim::{Device, Simulated};
 use crate::text::{EncodeError, Special, TokenStream, Words, pairs};
 use crate::tools::{Call, Tool};
@@ -41,6 +42,10 @@ pub struct ModelPaths {
 pub struct LoadOptions {
     /// Compute threads; 0 takes as many as the machine has.
     pub threads: usize,
+    /// What float weights are brought to: a quarter of the memory and several times the speed, for slightly other weights.
+    /// Norms, biases, positions, routers of experts and rows without whole blocks stay as they are; so do weights that
+    /// are quantised in the file.
+    pub quantize: Option<Format>,
 }
 
 /// What decides the bits of a model's output. Workers with equal fingerprints give equal tokens
@@ -49,7 +54,7 @@ pub struct LoadOptions {
 pub struct Fingerprint {
     /// SHA-256 of weights, config, tokenizer and chat template, in hexadecimal.
     pub model: String,
-    /// The type that the arithmetic is done in.
+    /// The type that the arithmetic is done in, or the format that weights were brought to at load.
     pub dtype: &'static str,
     /// The backend's name.
     pub backend: &'static str,
@@ -139,12 +144,13 @@ pub struct ModelCard {
 }
 
 impl Model {
-    /// Loads a model onto the CPU: float weights as float32, quantised ones as they are.
+    /// Loads a model onto the CPU: float weights as float32 unless told otherwise, quantised ones as they are.
     ///
     /// # Errors
     /// Whatever is missing, malformed or unsupported, naming file and tensor or field.
     pub fn load(paths: &ModelPaths, options: &LoadOptions) -> Result<Self, LoadError> {
-        Self::on(paths, "float32", || Cpu::new(options.threads))
+        let dtype = options.quantize.map_or("float32", Format::name);
+        Self::on(paths, (dtype, options.quantize), || Cpu::new(options.threads))
     }
 
     /// Loads a model onto the GPU of that number, in bfloat16.
@@ -153,35 +159,22 @@ impl Model {
     /// As [`Self::load`], and when there is no such GPU or it fails.
     #[cfg(feature = "cuda")]
     pub fn on_gpu(paths: &ModelPaths, ordinal: usize) -> Result<Self, LoadError> {
-        Self::on(paths, "bfloat16", || {
+        Self::on(paths, ("bfloat16", None), || {
             let driver = Driver::open(ordinal).map_err(|error| LoadError::Device { message: error.to_string() })?;
             Ok(Cuda::new(driver, Dtype::Bf16))
         })
     }
 
-    /// A model on a backend, which does its arithmetic in `dtype`.
+    /// A model on a backend, which does its arithmetic in `dtype`, with float weights brought to a format where there is
+    /// one.
     pub(crate) fn on<B: Backend>(
         paths: &ModelPaths,
-        dtype: &'static str,
+        (dtype, format): (&'static str, Option<Format>),
         backend: impl FnOnce() -> Result<B, LoadError>,
     ) -> Result<Self, LoadError> {
-        let (config, mut weights) = match Gguf::find(&paths.model_path) {
-            Some(path) => {
-                let gguf = Gguf::open(&path)?;
-                let config = Config::of(&Fields::of(gguf.path(), gguf.config()), None)?;
-                let text = gguf.config().to_string();
-                let mut weights = Weights::of_gguf(gguf);
-                weights.hash_bytes(text.as_bytes());
-                (config, weights)
-            }
-            None => {
-                let config = Config::read(&paths.model_path)?;
-                let mut weights = Weights::open(&paths.model_path)?;
-                weights.hash_bytes(&read(&paths.model_path.join("config.json"))?);
-                (config, weights)
-            }
-        };
+        let (config, mut weights) = open(&paths.model_path)?;
         let front = Front::read(paths, config.architecture, &mut weights)?;
+        weights.quantise(format);
         let decoder = Decoder::load(backend()?, config.clone(), &mut weights)?;
         let fingerprint = Fingerprint {
             model: weights.finish(),
@@ -203,32 +196,11 @@ impl Model {
     /// The shape and the words of a model on a simulated device: its weights are neither needed nor read.
     ///
     /// # Errors
-    /// Whatever of config and tokenizer is missing or malformed, and weights that the device has no room for.
+    /// Whatever of config and tokenizer is missing or malformed.
     pub fn simulated(paths: &ModelPaths, device: &Device) -> Result<Self, LoadError> {
-        let path = &paths.model_path;
-        let (config, mut weights) = match Gguf::find(path) {
-            Some(path) => {
-                let gguf = Gguf::open(&path)?;
-                (Config::of(&Fields::of(gguf.path(), gguf.config()), None)?, Weights::of_gguf(gguf))
-            }
-            None => {
-                let mut weights = Weights::empty(path);
-                weights.hash_bytes(&read(&path.join("config.json"))?);
-                (Config::read(path)?, weights)
-            }
-        };
+        let (config, mut weights) = shape(&paths.model_path)?;
         let front = Front::read(paths, config.architecture, &mut weights)?;
         let simulated = Simulated::new(&config, device);
-        let (needed_bytes, memory_bytes) = (simulated.cost().model_bytes(), device.gpu.memory_bytes);
-        if needed_bytes > memory_bytes {
-            return Err(LoadError::TooLarge {
-                path: path.clone(),
-                device: device.gpu.name,
-                needed_bytes,
-                memory_bytes,
-            });
-        }
-        let left = (memory_bytes - needed_bytes) / simulated.cost().kv_bytes.max(1);
         let fingerprint = Fingerprint {
             model: weights.finish(),
             dtype: device.dtype.name(),
@@ -237,11 +209,10 @@ impl Model {
             version: env!("CARGO_PKG_VERSION"),
         };
         let card = front.card(config, fingerprint, format!("simulated {}", device.gpu.name));
-        let kv_tokens_max = Some(usize::try_from(left).unwrap_or(usize::MAX));
-        Ok(Self { card: Arc::new(card), forward: Box::new(simulated), kv_tokens_max })
+        Ok(Self { card: Arc::new(card), forward: Box::new(simulated), kv_tokens_max: None })
     }
 
-    /// Tokens whose keys and values fit on the device beside the weights, where that is known.
+    /// Tokens whose keys and values fit on the device beside the weights, where it tells.
     #[must_use]
     pub const fn kv_tokens_max(&self) -> Option<usize> {
         self.kv_tokens_max
@@ -397,6 +368,43 @@ impl ModelCard {
     pub fn stream(&self) -> TokenStream {
         self.words.stream()
     }
+
+    /// A stream that decodes tokens which follow others, see [`Words::stream_after`].
+    #[must_use]
+    pub fn stream_after(&self, ids: &[u32]) -> TokenStream {
+        self.words.stream_after(ids)
+    }
+}
+
+/// Reads what stands before the weights.
+pub(crate) fn open(path: &Path) -> Result<(Config, Weights), LoadError> {
+    match Gguf::find(path) {
+        Some(file) => {
+            let gguf = Gguf::open(&file)?;
+            let config = Config::of(&Fields::of(gguf.path(), gguf.config()), None)?;
+            let text = gguf.config().to_string();
+            let mut weights = Weights::of_gguf(gguf);
+            weights.hash_bytes(text.as_bytes());
+            Ok((config, weights))
+        }
+        None => {
+            let config = Config::read(path)?;
+            let mut weights = Weights::open(path)?;
+            weights.hash_bytes(&read(&path.join("config.json"))?);
+            Ok((config, weights))
+        }
+    }
+}
+
+/// The shape of a model, and no weights.
+pub(crate) fn shape(path: &Path) -> Result<(Config, Weights), LoadError> {
+    if let Some(file) = Gguf::find(path) {
+        let gguf = Gguf::open(&file)?;
+        return Ok((Config::of(&Fields::of(gguf.path(), gguf.config()), None)?, Weights::of_gguf(gguf)));
+    }
+    let mut weights = Weights::empty(path);
+    weights.hash_bytes(&read(&path.join("config.json"))?);
+    Ok((Config::read(path)?, weights))
 }
 
 /// The tokenizer's files.

@@ -222,13 +222,14 @@ impl Reader<'_> {
         let stated = Stated { name, inside, width, theta };
         let kind = if self.rotation.long_names.contains(&kind.as_str()) { "longrope" } else { kind.as_str() };
         let scaling = match kind {
-            "default" => Scaling::None,
+            // Dynamic NTK scaling changes only what is beyond the stated context, and no sequence is.
+            "default" | "dynamic" => Scaling::None,
             "linear" => Scaling::Linear { factor: self.needed(&stated, "factor")? },
             "llama3" => self.llama3(&stated)?,
             "yarn" => self.yarn(&stated)?,
             "longrope" => self.long(&stated)?,
             _ => {
-                let known = "default, linear, llama3, yarn, longrope";
+                let known = "default, dynamic, linear, llama3, yarn, longrope";
                 return Err(self.fields.wrong(name, format!("has type {kind}; supported are: {known}")));
             }
         };

@@ -271,14 +271,16 @@ impl Schedule {
         while self.running.len() < limits.max_sequences
             && let Some(Waiting { id, arrival, .. }) = self.waiting.get(index)
         {
-            let found = self.found(arrival);
+            let found = if self.keeps_prefixes { beginning(&self.blocks, arrival) } else { Vec::new() };
             let waits = || self.running.iter().any(|other| other.will_have_more(arrival, found.len()));
             if self.keeps_prefixes && waits() {
                 index += 1;
                 continue;
             }
             let needed = Blocks::for_tokens(arrival.prompt.len() + arrival.max_tokens);
-            let Some(blocks) = self.blocks.take(&found, needed) else { break };
+            let others = self.waiting.iter().take(PINNING);
+            let pinned = |blocks: &Blocks| others.flat_map(|other| beginning(blocks, &other.arrival)).collect();
+            let Some(blocks) = self.blocks.take(&found, needed, pinned) else { break };
             let (kept, computed) = (found.len(), found.len() * BLOCK_TOKENS);
             admitted.push(Admitted { id: *id, cached: computed });
             self.running.push(Running {
@@ -294,13 +296,16 @@ impl Schedule {
         }
         admitted
     }
+}
 
-    /// Kept blocks with which a prompt begins. Its last token is left over, because something must be computed to sample.
-    fn found(&self, arrival: &Arrival) -> Vec<u32> {
-        match arrival.prompt.split_last() {
-            Some((_, tokens)) if self.keeps_prefixes && !arrival.scored => self.blocks.find(tokens),
-            _ => Vec::new(),
-        }
+/// Of so many that wait, what is kept of their beginnings stays while anything else can go.
+const PINNING: usize = 64;
+
+/// Kept blocks with which a prompt begins. Its last token is left over, because something must be computed to sample.
+fn beginning(blocks: &Blocks, arrival: &Arrival) -> Vec<u32> {
+    match arrival.prompt.split_last() {
+        Some((_, tokens)) if !arrival.scored => blocks.find(tokens),
+        _ => Vec::new(),
     }
 }
 

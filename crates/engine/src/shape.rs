@@ -111,9 +111,10 @@ impl Shaper {
     }
 }
 
+/// A finite logit stays one, however large what is asked for is.
 fn change(logits: &mut [f32], token: u32, change: impl FnOnce(f32) -> f32) {
-    if let Some(logit) = logits.get_mut(token as usize) {
-        *logit = change(*logit);
+    if let Some(logit) = logits.get_mut(token as usize).filter(|logit| logit.is_finite()) {
+        *logit = change(*logit).clamp(FORBIDDEN, f32::MAX);
     }
 }
 
@@ -222,6 +223,28 @@ mod tests {
                 prop_assert!((f64::from(*logprob) - expected[wanted as usize]).abs() < 1e-4);
             }
         }
+    }
+
+    #[test]
+    fn shaping_to_the_limits_leaves_numbers() {
+        let sampling = Sampling { temperature: 0.7, top_k: 0, top_p: 0.9, min_p: 0.0, seed: 3, sample: 0 };
+        let mut workspace = Workspace::default();
+        for (bias, penalty, repetition) in [(3e38, -3e38, 1e-38), (-3e38, 3e38, 3e38), (3e38, 3e38, 1e-38)] {
+            let shaping = Shaping {
+                logit_bias: BTreeMap::from([(2, bias), (3, -bias)]),
+                frequency_penalty: penalty,
+                presence_penalty: penalty,
+                repetition_penalty: repetition,
+                min_tokens: 0,
+            };
+            let logits = shaped(&shaping, &[1, 2], &[2, 2, 3, 0, 0, 0], &[5.0, -3.0, 2.0, 0.5, 1.0]);
+            assert!(logits.iter().all(|logit| logit.is_finite()), "{logits:?}");
+            assert!((0..50).all(|position| sampling.choose(&logits, position, &mut workspace).is_ok()));
+        }
+        // What was none before stays none.
+        let shaping = Shaping { logit_bias: BTreeMap::from([(0, 1.0)]), ..Shaping::default() };
+        assert!(shaped(&shaping, &[], &[], &[f32::NAN])[0].is_nan());
+        assert_eq!(shaped(&shaping, &[], &[], &[f32::INFINITY]), [f32::INFINITY]);
     }
 
     #[test]

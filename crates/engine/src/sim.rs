@@ -21,6 +21,8 @@ pub struct Gpu {
     pub memory_bytes: u64,
     /// Bytes read from it in a second.
     pub bytes_per_s: f64,
+    /// Bytes that come to it from the machine in a second: PCIe 4.0 or 5.0 with 16 lanes.
+    pub link_bytes_per_s: u64,
     /// Dense operations in a second: in float32 (outside tensor cores), in bfloat16, in float8 where it has that.
     pub operations_per_s: [Option<f64>; 3],
 }
@@ -29,18 +31,30 @@ const GB: u64 = 1_000_000_000;
 
 /// The GPUs that can be simulated, with the figures of NVIDIA's data sheets (SXM modules; without sparsity).
 pub const GPUS: &[Gpu] = &[
-    row("h200", 141, 4.8, [Some(67.0), Some(989.0), Some(1_979.0)]),
-    row("h100", 80, 3.35, [Some(67.0), Some(989.0), Some(1_979.0)]),
-    row("a100", 80, 2.039, [Some(19.5), Some(312.0), None]),
-    row("l40s", 48, 0.864, [Some(91.6), Some(362.0), Some(733.0)]),
-    row("rtx4090", 24, 1.008, [Some(82.6), Some(165.2), Some(330.3)]),
+    row("h200", 141, 4.8, 64, [Some(67.0), Some(989.0), Some(1_979.0)]),
+    row("h100", 80, 3.35, 64, [Some(67.0), Some(989.0), Some(1_979.0)]),
+    row("a100", 80, 2.039, 32, [Some(19.5), Some(312.0), None]),
+    row("l40s", 48, 0.864, 32, [Some(91.6), Some(362.0), Some(733.0)]),
+    row("rtx4090", 24, 1.008, 32, [Some(82.6), Some(165.2), Some(330.3)]),
 ];
 
-/// Gigabytes, terabytes in a second, tera-operations in a second.
-const fn row(name: &'static str, memory_gb: u64, tb_per_s: f64, tera_operations: [Option<f64>; 3]) -> Gpu {
+/// Gigabytes, terabytes in a second, gigabytes in a second, tera-operations in a second.
+const fn row(
+    name: &'static str,
+    memory_gb: u64,
+    tb_per_s: f64,
+    link_gb_per_s: u64,
+    tera_operations: [Option<f64>; 3],
+) -> Gpu {
     let [float32, bfloat16, float8] = tera_operations;
     let each = [tera(float32), tera(bfloat16), tera(float8)];
-    Gpu { name, memory_bytes: memory_gb * GB, bytes_per_s: tb_per_s * 1e12, operations_per_s: each }
+    Gpu {
+        name,
+        memory_bytes: memory_gb * GB,
+        bytes_per_s: tb_per_s * 1e12,
+        link_bytes_per_s: link_gb_per_s * GB,
+        operations_per_s: each,
+    }
 }
 
 const fn tera(count: Option<f64>) -> Option<f64> {
@@ -72,7 +86,7 @@ impl Dtype {
         DTYPES[self as usize].0
     }
 
-    const fn bytes(self) -> u64 {
+    pub(crate) const fn bytes(self) -> u64 {
         match self {
             Self::Float32 => 4,
             Self::Bfloat16 => 2,
@@ -93,6 +107,8 @@ pub struct Device {
     pub pace: f64,
     /// The step, from 1, which never ends: for trying what becomes of a device that hangs.
     pub hangs_at: Option<u64>,
+    /// Which of the worker's GPUs, where models share one; a model without has one for itself.
+    pub index: Option<u32>,
 }
 
 /// Why a text names no device.
@@ -107,7 +123,7 @@ pub struct NoDevice {
 
 impl Device {
     /// Reads `simulated:GPU`, which may be followed by `,pace=NUMBER` (1 unless told), `,dtype=NAME` (bfloat16 unless
-    /// told) and `,hang=STEP`.
+    /// told), `,hang=STEP` and `,index=NUMBER`.
     ///
     /// # Errors
     /// [`NoDevice`], with what there is to choose from.
@@ -120,12 +136,12 @@ impl Device {
         let known = || GPUS.iter().map(|gpu| gpu.name).collect::<Vec<_>>().join(", ");
         let gpu = GPUS.iter().find(|gpu| gpu.name == name);
         let gpu = gpu.ok_or_else(|| wrong(format!("known GPUs are {}", known())))?;
-        let mut device = Self { gpu, dtype: Dtype::Bfloat16, pace: 1.0, hangs_at: None };
+        let mut device = Self { gpu, dtype: Dtype::Bfloat16, pace: 1.0, hangs_at: None, index: None };
         for part in parts {
             let understood = part.split_once('=').is_some_and(|(key, value)| device.set(key, value).is_some());
             if !understood {
                 return Err(wrong(format!(
-                    "`{part}` is not one of pace=NUMBER, dtype=float32|bfloat16|float8, hang=STEP"
+                    "`{part}` is not one of pace=NUMBER, dtype=float32|bfloat16|float8, hang=STEP, index=NUMBER"
                 )));
             }
         }
@@ -140,9 +156,15 @@ impl Device {
             "pace" => self.pace = value.parse().ok().filter(|pace: &f64| pace.is_finite() && *pace >= 0.0)?,
             "dtype" => self.dtype = DTYPES.iter().find(|(name, _)| *name == value)?.1,
             "hang" => self.hangs_at = Some(value.parse().ok()?),
+            "index" => self.index = Some(value.parse().ok()?),
             _ => return None,
         }
         Some(())
+    }
+
+    /// What a model of that shape costs on it.
+    pub(crate) fn cost(&self, config: &Config) -> Cost {
+        Cost::of(config, Widths { weights: None, kv_value: self.dtype.bytes() })
     }
 
     /// Operations in a second in its dtype.
@@ -150,7 +172,19 @@ impl Device {
         self.gpu.operations_per_s[self.dtype as usize]
     }
 
-    /// The time that the GPU would need at best.
+    /// Whether a model on the other one is on this one too.
+    #[must_use]
+    pub fn is_shared_with(&self, other: &Self) -> bool {
+        self.index.is_some() && (self.gpu.name, self.index) == (other.gpu.name, other.index)
+    }
+
+    /// The time in which so many bytes of weights come to the GPU at best.
+    #[must_use]
+    pub fn load_time(&self, bytes: u64) -> Duration {
+        Duration::from_secs_f64(bytes as f64 / self.gpu.link_bytes_per_s as f64).mul_f64(self.pace)
+    }
+
+    /// The time that the GPU would need for a step at best.
     #[must_use]
     pub fn time(&self, work: Work) -> Duration {
         let reading = work.bytes as f64 / self.gpu.bytes_per_s;
@@ -181,10 +215,9 @@ pub(crate) struct Simulated {
 
 impl Simulated {
     pub(crate) fn new(config: &Config, device: &Device) -> Self {
-        let widths = Widths { weights: None, kv_value: device.dtype.bytes() };
         Self {
             device: *device,
-            cost: Cost::of(config, widths),
+            cost: device.cost(config),
             vocabulary: config.vocabulary,
             logits: Vec::new(),
             marks: Vec::new(),
@@ -245,10 +278,6 @@ impl Forward for Simulated {
         self.cost
     }
 
-    fn bytes_per_s(&self) -> Option<f64> {
-        Some(self.device.gpu.bytes_per_s)
-    }
-
     fn device_time(&mut self) -> Option<Duration> {
         Some(std::mem::take(&mut self.time))
     }
@@ -292,6 +321,7 @@ fn likely(token: u32, position: u32, vocabulary: usize) -> impl Iterator<Item = 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Footprint;
     use crate::engine::{Completion, Engine, EngineOptions, Event, Prompt, Request};
     use crate::model::{Model, ModelPaths};
     use std::path::Path;
@@ -348,8 +378,13 @@ mod tests {
 
     #[test]
     fn a_device_is_named_with_its_options() {
-        let device = Device::parse("simulated:h100,pace=0.5,dtype=float8,hang=9").unwrap();
+        let device = Device::parse("simulated:h100,pace=0.5,dtype=float8,hang=9,index=3").unwrap();
         assert_eq!((device.gpu.name, device.dtype, device.hangs_at), ("h100", Dtype::Float8, Some(9)));
+        assert_eq!(device.load_time(64_000_000_000), Duration::from_millis(500));
+        let other = |text| Device::parse(text).unwrap();
+        assert!(device.is_shared_with(&other("simulated:h100,index=3")));
+        assert!(!device.is_shared_with(&other("simulated:h100,index=2")));
+        assert!(!other("simulated:h100").is_shared_with(&other("simulated:h100")), "each has one for itself");
         for (text, says) in [
             ("h100", "begin with"),
             ("simulated:h10", "h200, h100"),
@@ -365,10 +400,12 @@ mod tests {
     #[test]
     fn a_model_that_does_not_fit_is_refused_with_the_numbers() {
         let folder = large();
-        let error = model(folder.path(), "simulated:h100").unwrap_err().to_string();
+        let footprint = |device| Footprint::simulated(folder.path(), &Device::parse(device).unwrap());
+        let error = footprint("simulated:h100").unwrap_err().to_string();
         assert!(error.contains("136912568320") && error.contains("80000000000"), "{error}");
         // 141 GB less 137 GB of weights, at 320 KiB for each token.
-        let tokens = model(folder.path(), "simulated:h200").unwrap().kv_tokens_max().unwrap();
+        let footprint = footprint("simulated:h200").unwrap();
+        let tokens = footprint.kv_tokens(141 * GB - footprint.weights_bytes);
         assert!((1_000..20_000).contains(&tokens), "{tokens}");
     }
 

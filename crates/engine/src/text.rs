@@ -6,10 +6,14 @@
 pub(crate) mod pairs;
 mod window;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
 use genmill_grammar::{Tokenize, Vocabulary};
+use tokenizers::normalizers::{self, NormalizerWrapper};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 use tokenizers::{DecoderWrapper, Tokenizer};
 
 use crate::error::LoadError;
@@ -105,11 +109,13 @@ impl Words {
     /// When the bytes are no tokenizer.
     pub fn load(path: &Path, bytes: &[u8]) -> Result<Self, LoadError> {
         let wrong = |source| LoadError::Tokenizer { path: path.to_owned(), source };
-        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(wrong)?;
+        let mut tokenizer = caught(|| Tokenizer::from_bytes(bytes)).map_err(wrong)?;
         // A prompt is never cut or filled up behind its sender's back; transformers does neither
         // unless asked.
         tokenizer.with_truncation(None).map_err(wrong)?;
         tokenizer.with_padding(None);
+        // A post-processor that adds a token which is not there panics whatever the text is.
+        caught(|| tokenizer.encode_fast("", true)).map_err(wrong)?;
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
         let bytes = byte_level.then(|| Arc::new(TokenBytes::new(&tokenizer)));
         let byte_tokens = tokenizer.get_decoder().is_some_and(has_byte_tokens);
@@ -121,8 +127,7 @@ impl Words {
     /// # Errors
     /// When the tokenizer has no token for some part of it.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, EncodeError> {
-        self.tokenizer
-            .encode_fast(text, special == Special::Add)
+        caught(|| self.tokenizer.encode_fast(text, special == Special::Add))
             .map(|encoding| encoding.get_ids().to_owned())
             .map_err(|source| EncodeError { source })
     }
@@ -152,13 +157,40 @@ impl Words {
             None => self.piece(id),
         };
         let tokens = (0..).map(bytes).take(count).collect();
-        let tokenizer = Arc::clone(&self.tokenizer);
-        let tokenize: Tokenize = Box::new(move |text| {
-            let encoding = tokenizer.encode_fast(text, false);
-            encoding.map(|encoding| encoding.get_ids().to_owned()).unwrap_or_default()
-        });
-        // Only where tokens are byte strings is a text's beginning written like its middle.
-        Vocabulary { tokens, end, tokenize: self.bytes.is_some().then_some(tokenize) }
+        let tokenizer = if self.bytes.is_some() { Some(Arc::clone(&self.tokenizer)) } else { self.of_middles() };
+        let tokenize = |tokenizer: Arc<Tokenizer>| -> Tokenize {
+            Box::new(move |text| {
+                let encoding = caught(|| tokenizer.encode_fast(text, false));
+                encoding.map(|encoding| encoding.get_ids().to_owned()).unwrap_or_default()
+            })
+        };
+        Vocabulary { tokens, end, tokenize: tokenizer.map(tokenize) }
+    }
+
+    /// The tokenizer without the space that it puts before a text, for what stands in the middle of one; `None` when it
+    /// does more to a text than spaces to `\u{2581}`.
+    fn of_middles(&self) -> Option<Arc<Tokenizer>> {
+        let mut tokenizer = (*self.tokenizer).clone();
+        let normalizers = match tokenizer.get_normalizer() {
+            None => Vec::new(),
+            Some(NormalizerWrapper::Sequence(sequence)) => sequence.as_ref().to_vec(),
+            Some(one) => vec![one.clone()],
+        };
+        let kept: Vec<_> =
+            normalizers.into_iter().filter(|one| !matches!(one, NormalizerWrapper::Prepend(_))).collect();
+        let only_spaces = kept.iter().all(|one| matches!(one, NormalizerWrapper::Replace(_)));
+        tokenizer.with_normalizer(Some(normalizers::Sequence::new(kept))).ok()?;
+        let splits = match tokenizer.get_pre_tokenizer().cloned() {
+            None => true,
+            Some(PreTokenizerWrapper::Metaspace(mut spaces)) => {
+                spaces.prepend_scheme = PrependScheme::Never;
+                tokenizer.with_pre_tokenizer(Some(spaces));
+                true
+            }
+            Some(PreTokenizerWrapper::Split(_)) => true,
+            Some(_) => false,
+        };
+        (self.byte_tokens && only_spaces && splits).then(|| Arc::new(tokenizer))
     }
 
     /// The bytes of one token of a tokenizer in the way of SentencePiece; none for special or unknown tokens.
@@ -169,6 +201,23 @@ impl Words {
         }
         let byte = token.strip_prefix("<0x").and_then(|rest| u8::from_str_radix(rest.strip_suffix('>')?, 16).ok());
         byte.map_or_else(|| token.replace('\u{2581}', " ").into_bytes(), |byte| vec![byte])
+    }
+
+    /// A stream that decodes tokens which follow others: the first keeps the space that it begins with.
+    #[must_use]
+    pub fn stream_after(&self, ids: &[u32]) -> TokenStream {
+        match self.stream() {
+            TokenStream(Mode::Window(words, _)) => {
+                // Special tokens alone are no text; then any other goes before.
+                let window = Window::after(ids);
+                let window = match window.is_text(&words) {
+                    true => window,
+                    false => Window::after(&self.encode("a", Special::Leave).unwrap_or_default()),
+                };
+                TokenStream(Mode::Window(words, window))
+            }
+            whole => whole,
+        }
     }
 
     /// A stream that decodes tokens as they come.
@@ -197,6 +246,11 @@ impl Words {
         // The decoders that tokenizer.json can name do not fail.
         self.tokenizer.decode(ids, true).unwrap_or_default()
     }
+}
+
+/// What the tokenizers library answers; a panic over a broken tokenizer is an error too.
+fn caught<T>(ask: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|_| Err("the tokenizers library panicked".into()))
 }
 
 fn has_byte_tokens(decoder: &DecoderWrapper) -> bool {

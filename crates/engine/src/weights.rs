@@ -10,15 +10,17 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use crate::architectures::Orientation;
 use crate::config::Fields;
 use crate::error::LoadError;
 use crate::gguf::Gguf;
-use crate::quantized::Rows;
+use crate::quantized::{Format, Rows};
 
 /// An opened checkpoint.
 pub(crate) struct Weights {
@@ -34,6 +36,8 @@ pub(crate) struct Weights {
     /// Numbers to make tensors of, and a name that there is none of.
     #[cfg(feature = "cuda")]
     made_up: Option<(Vec<f32>, &'static str)>,
+    /// What float projections and embeddings are brought to.
+    format: Option<Format>,
 }
 
 /// One safetensors file.
@@ -46,6 +50,9 @@ struct Shard {
 
 /// A header longer than this is a broken or hostile file, as in the safetensors library.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// The types that weights may have.
+const FLOATS: [Dtype; 4] = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16];
 
 impl Weights {
     /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names, and
@@ -73,6 +80,7 @@ impl Weights {
             gguf: None,
             hash: Sha256::new(),
             bytes: 0,
+            format: None,
             #[cfg(feature = "cuda")]
             made_up: None,
         }
@@ -87,9 +95,39 @@ impl Weights {
         Self { made_up: Some((numbers, but)), ..Self::empty(Path::new("made up")) }
     }
 
+    /// From now on brings float projections and embeddings to a format, where there is one.
+    pub(crate) fn quantise(&mut self, format: Option<Format>) {
+        self.format = format;
+    }
+
+    /// Loads something whose values stay as they are.
+    pub(crate) fn exactly<T>(&mut self, load: impl FnOnce(&mut Self) -> T) -> T {
+        let format = self.format.take();
+        let loaded = load(self);
+        self.format = format;
+        loaded
+    }
+
     /// The GGUF model, when it is one.
     pub(crate) fn gguf(&self) -> Option<&Gguf> {
         self.gguf.as_ref()
+    }
+
+    /// How many values all tensors have, and the bytes that they take in memory.
+    pub(crate) fn size(&self) -> (u64, u64) {
+        if let Some(gguf) = &self.gguf {
+            return gguf.size();
+        }
+        let (mut values, mut bytes) = (0_u64, 0_u64);
+        for (_, place) in self.tensors.values() {
+            let count = place.shape.iter().fold(1_u64, |count, size| count.saturating_mul(*size as u64));
+            values = values.saturating_add(count);
+            bytes = bytes.saturating_add(match (self.format, place.shape.as_slice()) {
+                (Some(format), [_, width]) if format.takes(*width) => format.bytes(count),
+                _ => count.saturating_mul(4),
+            });
+        }
+        (values, bytes)
     }
 
     /// Whether a tensor of that name exists.
@@ -101,7 +139,8 @@ impl Weights {
         self.gguf.as_ref().map_or_else(|| self.tensors.contains_key(name), |gguf| gguf.has(name))
     }
 
-    /// A projection or an embedding as it is stored: `outputs` rows of `inputs`, quantised where the file has it so.
+    /// A projection or an embedding as it is stored: `outputs` rows of `inputs`, quantised where the file has it so or
+    /// that was asked for.
     pub(crate) fn rows(
         &mut self,
         name: &str,
@@ -109,11 +148,18 @@ impl Weights {
         inputs: usize,
         orientation: Orientation,
     ) -> Result<Rows, LoadError> {
-        match self.gguf {
+        let before = self.bytes;
+        let rows = match self.gguf {
             // GGUF has all projections in one orientation.
             Some(_) => self.rows_of_gguf(name, &[outputs, inputs]),
             None => self.projection(name, outputs, inputs, orientation).map(Rows::Dense),
+        };
+        let Some(format) = self.format else { return rows };
+        let rows = rows?.quantised(format, outputs, inputs);
+        if matches!(rows, Rows::Quantized(_)) {
+            self.bytes = self.bytes.min(before + format.bytes((outputs * inputs) as u64));
         }
+        Ok(rows)
     }
 
     fn rows_of_gguf(&mut self, name: &str, shape: &[usize]) -> Result<Rows, LoadError> {
@@ -158,7 +204,7 @@ impl Weights {
         self.hash.update(bytes);
     }
 
-    /// Bytes that the tensors read so far have in memory: those of a file that is quantised, 4 for every other value.
+    /// Bytes that the tensors read so far have in memory: those of a file for what is quantised, 4 for every other value.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -171,13 +217,15 @@ impl Weights {
     fn add(&mut self, path: PathBuf) -> Result<(), LoadError> {
         let mut file = File::open(&path).map_err(|source| LoadError::Read { path: path.clone(), source })?;
         let (header, data_start, data_bytes) = header(&path, &mut file)?;
-        for (name, value) in header {
-            if name == "__metadata__" {
-                continue;
+        let mut places = Vec::new();
+        for (name, entry) in header {
+            if name != "__metadata__" {
+                let place = place(&path, &name, entry.get(), data_bytes)?;
+                places.push((name, place));
             }
-            let place = place(&path, &name, value, data_bytes)?;
-            self.tensors.insert(name, (self.shards.len(), place));
         }
+        check_order(&path, &mut places)?;
+        self.tensors.extend(places.into_iter().map(|(name, place)| (name, (self.shards.len(), place))));
         self.shards.push(Shard { path, file, data_start });
         Ok(())
     }
@@ -202,6 +250,12 @@ impl Weights {
                 tensor: name.to_owned(),
                 found: place.shape.clone(),
                 expected: shape.to_owned(),
+            });
+        }
+        if !FLOATS.contains(&place.dtype) {
+            return Err(LoadError::Checkpoint {
+                path: shard.path.clone(),
+                reason: format!("tensor {name} has type {:?}; weights are F32, F16 or BF16", place.dtype),
             });
         }
         let bytes = shard.read(place)?;
@@ -267,8 +321,12 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
 }
 
+/// The entries of a header, whose values are taken apart one by one: all of them at once would need many times the
+/// memory that the header has.
+type Entries = BTreeMap<String, Box<RawValue>>;
+
 /// The header of a safetensors file: its entries, where the data begins and how long it is.
-fn header(path: &Path, file: &mut File) -> Result<(serde_json::Map<String, Value>, u64, u64), LoadError> {
+fn header(path: &Path, file: &mut File) -> Result<(Entries, u64, u64), LoadError> {
     let read = |source| LoadError::Read { path: path.to_owned(), source };
     let broken = |reason: String| LoadError::Checkpoint { path: path.to_owned(), reason };
     let length = file.metadata().map_err(read)?.len();
@@ -288,9 +346,9 @@ fn header(path: &Path, file: &mut File) -> Result<(serde_json::Map<String, Value
 }
 
 /// One entry of a header, checked against the file's length and its own shape.
-fn place(path: &Path, name: &str, value: Value, data_bytes: u64) -> Result<TensorInfo, LoadError> {
+fn place(path: &Path, name: &str, entry: &str, data_bytes: u64) -> Result<TensorInfo, LoadError> {
     let broken = |reason: String| LoadError::Checkpoint { path: path.to_owned(), reason };
-    let place: TensorInfo = serde_json::from_value(value)
+    let place: TensorInfo = serde_json::from_str(entry)
         .map_err(|source| broken(format!("tensor {name} has a malformed entry ({source})")))?;
     let (start, end) = place.data_offsets;
     let fits = start <= end && u64::try_from(end).is_ok_and(|end| end <= data_bytes);
@@ -310,4 +368,17 @@ fn place(path: &Path, name: &str, value: Value, data_bytes: u64) -> Result<Tenso
         )));
     }
     Ok(place)
+}
+
+/// Tensors that share bytes are a damaged file, or one that would fill the memory many times over.
+fn check_order(path: &Path, places: &mut [(String, TensorInfo)]) -> Result<(), LoadError> {
+    places.sort_by_key(|(_, place)| place.data_offsets);
+    let overlap = places.windows(2).find(|pair| pair[1].1.data_offsets.0 < pair[0].1.data_offsets.1);
+    match overlap {
+        Some([(one, _), (other, _)]) => Err(LoadError::Checkpoint {
+            path: path.to_owned(),
+            reason: format!("tensors {one} and {other} overlap: it is damaged"),
+        }),
+        _ => Ok(()),
+    }
 }

@@ -12,7 +12,7 @@ pub struct Vocabulary {
     pub tokens: Vec<Vec<u8>>,
     /// The token that ends a text.
     pub end: u32,
-    /// How the model's tokenizer writes text. `None` when a text's tokens depend on what stands before them: then no
+    /// How the model's tokenizer writes text in the middle of another. `None` when a text's tokens depend on what stands before them: then no
     /// token is forced, only masked.
     pub tokenize: Option<Tokenize>,
 }
@@ -46,10 +46,10 @@ impl TokenizerEnv for Environment {
     }
 
     fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<TokenId> {
-        match &self.tokenize {
-            Some(tokenize) => self.trie.tokenize_with_greedy_fallback(bytes, tokenize),
-            None => self.trie.greedy_tokenize(bytes),
-        }
+        let tokenized = self.tokenize.as_ref().map(|tokenize| self.trie.tokenize_with_greedy_fallback(bytes, tokenize));
+        // A tokenizer that changes a text (composes letters, say) would force tokens of another one.
+        let exact = tokenized.filter(|tokens| self.trie.decode_raw(tokens) == bytes);
+        exact.unwrap_or_else(|| self.trie.greedy_tokenize(bytes))
     }
 
     fn tokenize_is_canonical(&self) -> bool {

@@ -17,6 +17,11 @@
 //! | `NS:{N}:b:LEAF` | sorted set | the waiting jobs of a leaf, by submission, those of a prefix group together |
 //! | `NS:{N}:numbers` | hash | number of each name of a flow or a leaf, `n` counts them |
 //! | `NS:{N}:leaves` | hash | what each leaf is part of: `FLOW:WEIGHT:TENANT:EXPERIMENT` |
+//! | `NS:{N}:models` | hash | the model of each leaf of a remote lane. Not in `leaves`, which earlier versions read |
+//! | `NS:{N}:gates` | hash | gates by `KEY:MODEL`, `KEY:` for all models of a key: MessagePack, told in gates.lua |
+//! | `NS:{N}:shut` | sorted set | models of which leaves are set aside because no gate lets them pass, by when to try again |
+//! | `NS:{N}:shut:MODEL` | sorted set | these leaves, by when they were set aside |
+//! | `NS:{N}:lent` | sorted set | permits of calls beside those of jobs, by when they end by themselves |
 //! | `NS:{N}:used` | hash | virtual time that a flow or leaf had used up when it left; `in/FLOW` virtual time among its leaves |
 //! | `NS:{N}:paused` | set | flows and leaves set aside because they are paused |
 //! | `NS:{N}:full:TENANT` | set | flows set aside because their tenant has reached its cap |
@@ -31,8 +36,8 @@
 //! | `NS:{N}:open` | hash | how many jobs are unfinished, by experiment; `` is the whole lane |
 //! | `NS:{N}:done` | stream | finished jobs, in order |
 //! | `NS:{N}:dead` | stream | failed jobs, in order |
-//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `ca` what live workers can run, `tb` whether tokens bound that, `ag` when flows were aged, `rc` when leases were looked at, `rw` until when they are left alone |
-//! | `NS:{N}:slots` | hash | of each live worker: places, until when they count, free places, tokens that these can hold |
+//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `ca` what live workers can run, `tb` whether tokens bound that, `gt` keys and limits that live workers have declared (MessagePack), `ag` when flows were aged, `rc` when leases were looked at, `rw` until when they are left alone |
+//! | `NS:{N}:slots` | hash | of each live worker: places, until when they count, free places, tokens that these can hold, what it declares of keys and limits |
 //! | `NS:{N}:hints` | channel | to workers: `w` there is work, `c` a running job was cancelled |
 //! | `NS:{N}:events` | channel | to schedulers: jobs' ids, after `t` (more text) or `f` (finished); several ids may follow each other |
 //! | `NS:{T:TENANT}:q:BUCKET` | hash | the job and content that each of a tenant's request ids stands for, by its hash |
@@ -44,7 +49,7 @@
 //! | `NS:{registry}:w:WORKER` | string | its registration, expiring |
 //!
 //! Fields of a job: `st` state, `ep` epoch, `lf` leaf, `tk` estimated tokens, `gp` order and start of its prefix group, `dl` deadline, `cr` created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses,
-//! `en` stream entry, `de` entry among failed jobs, `rd` job that it was redriven as, `rg` that job was purged, `cx` cancel
+//! `pm` the key of its permit, with a `+` when it passed the gate of all models too, `en` stream entry, `de` entry among failed jobs, `rd` job that it was redriven as, `rg` that job was purged, `cx` cancel
 //! asked for, `kN` once a verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
 
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
@@ -61,6 +66,9 @@ const GROUP_MS: u64 = 30_000;
 
 /// When nobody has looked for lost leases for so long, Redis or all schedulers were away.
 const RECLAIM_GAP_MS: u64 = 3_000;
+
+/// How long gates are remembered that nobody passes.
+const GATE_IDLE_MS: u64 = 7 * 24 * 3_600_000;
 
 /// How keys and values are laid out. Another number means that this program cannot read what is stored.
 pub(crate) const LAYOUT: u32 = 2;
@@ -199,7 +207,7 @@ pub(crate) fn lua_prelude() -> String {
     let finals = State::ALL.into_iter().filter(|state| state.is_final());
     let finals: Vec<String> = finals.map(|state| format!("['{}'] = true", state.name())).collect();
     format!(
-        "{}local FINAL = {{{}}}\nlocal GROUP, GROUP_MS, RECLAIM_GAP_MS, WEIGHT_MAX, AGING_MS = '{GROUP}', {}, {}, {}, {}\nlocal BURIED_MS = {}\n{}",
+        "{}local FINAL = {{{}}}\nlocal GROUP, GROUP_MS, RECLAIM_GAP_MS, WEIGHT_MAX, AGING_MS = '{GROUP}', {}, {}, {}, {}\nlocal BURIED_MS, GATE_IDLE_MS = {}, {}\n{}",
         states.concat(),
         finals.join(", "),
         GROUP_MS,
@@ -207,6 +215,7 @@ pub(crate) fn lua_prelude() -> String {
         Priority::WEIGHT_MAX,
         Priority::AGING_MS,
         BURIED_MS,
+        GATE_IDLE_MS,
         r"local base = KEYS[1]
 local keys = {}
 local function key(name)
@@ -221,6 +230,7 @@ local function attempts_key(id) return base .. ':a:' .. id end
 local function flow_key(flow) return base .. ':f:' .. flow end
 local function backlog_key(leaf) return base .. ':b:' .. leaf end
 local function full_key(tenant) return base .. ':full:' .. tenant end
+local function shut_key(model) return base .. ':shut:' .. model end
 local function group_key(leaf, prefix) return base .. ':g:' .. leaf .. ':' .. prefix end
 local function experiment_key(name) return base .. ':x:' .. name end
 "

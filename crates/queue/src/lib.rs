@@ -6,8 +6,10 @@
 mod cluster;
 mod connection;
 mod dead;
+mod demand;
 pub mod error;
 mod events;
+mod gates;
 mod keys;
 mod lanes;
 mod list;
@@ -23,8 +25,10 @@ mod upkeep;
 mod work;
 
 pub use dead::{Purge, Redrive, Redriven};
+pub use demand::Demand;
 pub use error::QueueError;
 pub use events::{Event, Events, Hint, Hints};
+pub use gates::{GateState, Gates, HeldBack, HeldBy, Opens, Passage, Permit, SideCall};
 pub use keys::Which;
 pub use lanes::LaneState;
 pub use list::{Finished, ListQuery, Listed, Place, Tally};

@@ -6,6 +6,7 @@ use crate::queue::Queue;
 use crate::script::Call;
 use futures_util::future::join_all;
 use genmill_core::attempt::{AttemptEnd, Failure, FailureClass};
+use genmill_core::gate::{Declaration, KeyId, Observation};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::Verdict;
@@ -26,10 +27,12 @@ pub struct Lease {
     pub failures: u32,
     /// When this attempt started, by the clock of Redis.
     pub started_at: UnixMs,
+    /// The key with which its model is to be called, where the job passed a gate.
+    pub key: Option<KeyId>,
 }
 
-/// A lease as the claim script answers it: id, epoch, spec, failures, start.
-type Claimed = (Vec<u8>, u32, Vec<u8>, u32, u64);
+/// A lease as the claim script answers it: id, epoch, spec, failures, start, key or ``.
+type Claimed = (Vec<u8>, u32, Vec<u8>, u32, u64, String);
 
 impl Lease {
     /// The lease without its work.
@@ -40,23 +43,27 @@ impl Lease {
 }
 
 /// What a worker can take from a lane now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room<'a> {
     /// So many jobs.
     pub free: u32,
     /// And only until their estimated tokens fill this, of which the last may take more; `None`: no bound.
     pub tokens: Option<u64>,
+    /// The keys with which it can call. A job that is to be called with another is left to others.
+    pub keys: &'a [KeyId],
 }
 
 /// What a worker can run in a lane, and how much of it is unused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slots {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slots<'a> {
     /// Jobs that it runs at once.
     pub capacity: u32,
     /// Of these, what is free.
     pub free: u32,
     /// Tokens that the free ones can hold together; `None`: no bound.
     pub tokens: Option<u64>,
+    /// With which keys it calls, and within which limits; `None`: no gates bound what it runs.
+    pub declared: Option<&'a Declaration>,
 }
 
 /// A lease as its holder tells of it.
@@ -110,6 +117,8 @@ pub struct Finish {
     pub verdict: Verdict,
     /// What the attempt cost; `None` when unknown.
     pub cost: Option<Picodollars>,
+    /// What its call tells of the provider's limits; `None` when it made none.
+    pub observation: Option<Observation>,
 }
 
 /// An attempt that has ended.
@@ -132,7 +141,9 @@ impl Ended<'_> {
         let failure = verdict.failure();
         let result =
             if let Verdict::Succeed(generation) = verdict { encode("result", generation)? } else { Vec::new() };
-        let delay_ms = if let Verdict::Retry { delay_ms, .. } = verdict { *delay_ms } else { 0 };
+        let delay_ms =
+            if let Verdict::Retry { delay_ms, .. } | Verdict::Wait { delay_ms, .. } = verdict { *delay_ms } else { 0 };
+        let told = self.finish.observation.as_ref().map(|told| pack("observation", told)).transpose()?;
         call.arg(self.held.id.as_bytes())
             .arg(self.held.epoch.0)
             .arg(worker.as_str())
@@ -143,7 +154,9 @@ impl Ended<'_> {
             .arg(failure.map(|failure| name_of(&failure.class)).transpose()?.unwrap_or_default())
             .arg(failure.map_or("", |failure| failure.message.as_str()))
             .arg(result)
-            .arg(delay_ms);
+            .arg(delay_ms)
+            .arg(u8::from(verdict.counts()))
+            .arg(told.unwrap_or_default());
         Ok(())
     }
 }
@@ -175,7 +188,7 @@ impl Queue {
         &self,
         lane: LaneNumber,
         worker: &WorkerId,
-        room: Room,
+        room: Room<'_>,
         lease_ms: u64,
     ) -> Result<Vec<Lease>, QueueError> {
         let mut connection = self.connection.clone();
@@ -185,19 +198,21 @@ impl Queue {
             .arg(room.free)
             .arg(or_empty(room.tokens))
             .arg(lease_ms)
+            .arg(room.keys.iter().map(KeyId::as_str).collect::<Vec<_>>().join(","))
             .invoke_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("claiming jobs", source))?;
         let mut leases = Vec::with_capacity(claimed.len());
         let mut damaged = Vec::new();
-        for (id, epoch, spec, failures, started) in claimed {
+        for (id, epoch, spec, failures, started, key) in claimed {
             let Some(id) = JobId::from_bytes(&id) else {
                 tracing::error!(lane = lane.0, "an entry of the stream names no job");
                 continue;
             };
             let (epoch, started_at) = (Epoch(epoch), UnixMs(started));
+            let key = (!key.is_empty()).then(|| KeyId::from_stored(key));
             match decode("spec", &spec) {
-                Ok(spec) => leases.push(Lease { id, epoch, spec, failures, started_at }),
+                Ok(spec) => leases.push(Lease { id, epoch, spec, failures, started_at, key }),
                 Err(error) => damaged.push((Held { id, epoch }, started_at, error)),
             }
         }
@@ -209,7 +224,7 @@ impl Queue {
     /// beside it theirs.
     async fn fail(&self, worker: &WorkerId, held: Held, started_at: UnixMs, damage: QueueError) {
         let failure = Failure::new(FailureClass::Internal, damage.to_string());
-        let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)) };
+        let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)), observation: None };
         let ended = Ended { held, started_at, finish: &finish };
         if let Err(error) = self.finish(held.id.lane(), worker, &[ended]).await {
             tracing::error!(job = %held.id, %damage, error = error.in_full(), "cannot end a damaged job");
@@ -224,13 +239,14 @@ impl Queue {
         &self,
         lane: LaneNumber,
         worker: &WorkerId,
-        slots: Slots,
+        slots: Slots<'_>,
         lease_ms: u64,
         leases: &[Holding],
     ) -> Result<Vec<Beat>, QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.heartbeat.key(self.keys.lane(lane));
         call.arg(worker.as_str()).arg(lease_ms).arg(slots.capacity).arg(slots.free).arg(or_empty(slots.tokens));
+        call.arg(slots.declared.map(|declared| pack("declaration", declared)).transpose()?.unwrap_or_default());
         for Holding { held, started } in leases {
             call.arg(held.id.as_bytes()).arg(held.epoch.0).arg(u8::from(*started));
         }
@@ -314,6 +330,11 @@ impl Queue {
 /// A number as scripts take it.
 pub(crate) fn or_empty(number: Option<u64>) -> String {
     number.map(|number| number.to_string()).unwrap_or_default()
+}
+
+/// A value as scripts unpack it.
+pub(crate) fn pack<T: serde::Serialize>(what: &'static str, value: &T) -> Result<Vec<u8>, QueueError> {
+    rmp_serde::to_vec_named(value).map_err(|error| corrupt(what, error.to_string()))
 }
 
 /// The name under which serde stores a unit variant, for scripts that store it themselves.

@@ -2,7 +2,12 @@
 //!
 //! Never here: calling a provider (see `perform`).
 
+use crate::auth::aws::AwsCredentials;
+use crate::auth::google::GoogleAccount;
+use crate::auth::{AuthKind, Credentials};
 use crate::dialect::{self, Dialect};
+use crate::guard;
+use crate::http::is_loopback;
 use crate::providers::{KeyNeed, Provider, Table, variable_stem};
 use genmill_core::model::{BadModelName, Lane, ModelName, Prefix};
 use genmill_core::registration::{Availability, ServedModel};
@@ -10,9 +15,12 @@ use genmill_daemon::config;
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::ListedModel;
 use genmill_daemon::secret::Secret;
-use reqwest::{RequestBuilder, Url};
+use reqwest::Url;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+
+/// The variables that have Amazon's keys.
+const AWS_KEYS: [&str; 2] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];
 
 /// Settings of providers by name, as `genmill.toml` has them.
 pub type Settings = BTreeMap<String, config::Provider>;
@@ -28,19 +36,23 @@ pub struct Endpoint {
     pub dialect: &'static dyn Dialect,
     /// Where its API is. The key is sent there and nowhere else.
     pub base_url: Url,
-    /// Its key, unless it serves without.
-    pub key: Option<Secret>,
+    /// What its calls are proven with.
+    pub credentials: Credentials,
+    /// More keys, each as good.
+    pub more_keys: Vec<Secret>,
 }
 
 impl Endpoint {
-    /// A request with the key where the provider wants it.
-    pub(crate) fn with_key(&self, request: RequestBuilder) -> RequestBuilder {
-        let Some(key) = &self.key else { return request };
+    /// The header in which the provider wants its key, and what stands before it.
+    pub(crate) fn key_header(&self) -> (&str, &'static str) {
         let at = self.dialect.key_header();
-        match &self.provider.key_header {
-            Some(header) => request.header(header, key.reveal()),
-            None => request.header(at.name, format!("{}{}", at.scheme, key.reveal())),
-        }
+        self.provider.key_header.as_deref().map_or((at.name, at.scheme), |header| (header, ""))
+    }
+
+    /// How a model is spoken to.
+    #[must_use]
+    pub fn dialect(&self, model: &str) -> &'static dyn Dialect {
+        dialect::find(self.provider.dialect(model)).unwrap_or(self.dialect)
     }
 }
 
@@ -91,10 +103,10 @@ impl Catalog {
     pub fn describe(&self, model: &ServedModel) -> String {
         let name = &model.name;
         match (&model.availability, self.endpoints.get(&name.lane())) {
-            (Availability::Ready, Some(endpoint)) => format!("{name} is called at {}", endpoint.base_url),
             (Availability::KeyMissing { variable }, _) => format!("{name} cannot be called: set {variable}"),
             (Availability::Unavailable { reason }, _) => format!("{name} cannot be called: {reason}"),
-            (Availability::Ready, None) => format!("{name} has no endpoint"),
+            (_, Some(endpoint)) => format!("{name} is called at {}", endpoint.base_url),
+            (_, None) => format!("{name} has no endpoint"),
         }
     }
 
@@ -171,17 +183,66 @@ impl Sources<'_> {
         let unavailable = |reason: String| Availability::Unavailable { reason };
         let provider = self.table.find(name).ok_or_else(|| unavailable(self.unknown(name)))?;
         let dialect = dialect::find(&provider.dialect).ok_or_else(|| unavailable(unspoken(name, provider)))?;
-        let provider = self.filled(name, provider).map_err(unavailable)?;
+        let more_keys = self.settings_of(name).map(|settings| settings.api_keys.clone()).unwrap_or_default();
+        let mut more_keys = more_keys.into_iter().filter(|key| !key.reveal().is_empty());
+        let key = self.key(name, provider).filter(|key| !key.reveal().is_empty()).or_else(|| more_keys.next());
+        let more_keys = more_keys.collect();
+        let credentials = self.credentials(name, provider, key)?;
+        let provider = self.filled(name, provider, &credentials).map_err(unavailable)?;
         let base_url = self.base_url(name, &provider).map_err(unavailable)?;
-        let key = self.key(name, &provider);
-        if key.is_none() && provider.key_need == KeyNeed::Required {
-            return Err(Availability::KeyMissing { variable: provider.keys.first().cloned().unwrap_or_default() });
-        }
-        Ok(Endpoint { name: name.to_owned(), provider, dialect, base_url, key })
+        Ok(Endpoint { name: name.to_owned(), provider, dialect, base_url, credentials, more_keys })
     }
 
-    /// The row with what the environment has for its parts.
-    fn filled(&self, name: &str, provider: &Provider) -> Result<Provider, String> {
+    /// What calls are proven with.
+    fn credentials(&self, name: &str, provider: &Provider, key: Option<Secret>) -> Result<Credentials, Availability> {
+        let unavailable = |reason: String| Availability::Unavailable { reason };
+        match (provider.auth, key) {
+            (AuthKind::Google, Some(key)) => {
+                let account = google_account(key.reveal()).map_err(unavailable)?;
+                Ok(Credentials::Google(Box::new(account)))
+            }
+            (AuthKind::Ibm, Some(key)) => {
+                let token_uri = self.token_uri(name, provider).map_err(unavailable)?;
+                Ok(Credentials::Ibm { key, token_uri })
+            }
+            (AuthKind::Key | AuthKind::Aws, Some(key)) => Ok(Credentials::Key(key)),
+            (AuthKind::Aws, None) if self.aws(provider).is_some() => {
+                Ok(self.aws(provider).map_or(Credentials::None, Credentials::Aws))
+            }
+            (_, None) if provider.key_need == KeyNeed::Optional => Ok(Credentials::None),
+            (auth, None) => {
+                let key = provider.keys.first().cloned().unwrap_or_default();
+                let variable =
+                    if auth == AuthKind::Aws { format!("{key}, or {} and {}", AWS_KEYS[0], AWS_KEYS[1]) } else { key };
+                Err(Availability::KeyMissing { variable })
+            }
+        }
+    }
+
+    /// Amazon's credentials, as its own tools find them in the environment.
+    fn aws(&self, provider: &Provider) -> Option<AwsCredentials> {
+        let get = |name: &str| self.environment.get(name);
+        let regions = provider.parts.get("region").into_iter().flatten();
+        let region = regions.into_iter().find_map(|variable| get(variable)).unwrap_or("us-east-1");
+        Some(AwsCredentials {
+            access_key: get(AWS_KEYS[0])?.to_owned(),
+            secret_key: Secret::new(get(AWS_KEYS[1])?),
+            session_token: get("AWS_SESSION_TOKEN").map(Secret::new),
+            region: region.to_owned(),
+            service: "bedrock",
+        })
+    }
+
+    /// Where tokens come from: what the environment says, else the table.
+    fn token_uri(&self, name: &str, provider: &Provider) -> Result<Url, String> {
+        let variable = format!("{}_TOKEN_URI", variable_stem(name));
+        let text = self.environment.get(&variable).or(provider.token_uri.as_deref()).unwrap_or_default();
+        let url = Url::parse(text).ok().filter(|url| url.scheme() == "https" || is_loopback(url));
+        url.ok_or_else(|| format!("the address of provider `{name}` for tokens is not on https: correct {variable}"))
+    }
+
+    /// The row with what the environment has for its parts, and what an account tells of them.
+    fn filled(&self, name: &str, provider: &Provider, credentials: &Credentials) -> Result<Provider, String> {
         let mut filled = provider.clone();
         // An address that is set needs no parts.
         filled.base_url = self.set_base_url(name, provider).map(str::to_owned).or(filled.base_url);
@@ -189,6 +250,10 @@ impl Sources<'_> {
             if let Some(value) = variables.iter().find_map(|variable| self.environment.get(variable)) {
                 filled = filled.with_part(part, value);
             }
+        }
+        if let Credentials::Google(account) = credentials {
+            filled =
+                account.project.as_deref().into_iter().fold(filled, |row, project| row.with_part("project", project));
         }
         let Some(missing) = filled.missing_part() else { return Ok(filled) };
         let variables = provider.parts.get(missing).map(|variables| variables.join(" or ")).unwrap_or_default();
@@ -223,7 +288,16 @@ impl Sources<'_> {
                  [providers.{name}] in genmill.toml"
             ));
         };
-        let url = Url::parse(text.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+        let mut url =
+            Url::parse(text.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+        if let (Some(url), Some(path)) = (url.as_mut().filter(|url| url.path() == "/"), &provider.base_path) {
+            url.set_path(path);
+        }
+        if let Some(host) = url.as_ref().and_then(guard::forbidden_host) {
+            return Err(format!(
+                "the base URL of provider `{name}` leads to {host}, which tells secrets of machines and is never called"
+            ));
+        }
         url.ok_or_else(|| {
             format!(
                 "the base URL of provider `{name}` is not of the form https://host/path: correct {variable}, or base_url under \
@@ -240,6 +314,16 @@ impl Sources<'_> {
     }
 }
 
+/// A Google account: the text of its file, or where that is.
+fn google_account(key: &str) -> Result<GoogleAccount, String> {
+    let read = |path: &str| {
+        std::fs::read_to_string(path)
+            .map_err(|error| format!("cannot read {path}, which GOOGLE_APPLICATION_CREDENTIALS names: {error}"))
+    };
+    let text = if key.trim_start().starts_with('{') { key.to_owned() } else { read(key)? };
+    GoogleAccount::parse(&text).map_err(|bad| format!("what GOOGLE_APPLICATION_CREDENTIALS names {bad}"))
+}
+
 fn unspoken(name: &str, provider: &Provider) -> String {
     let spoken: Vec<&str> = dialect::DIALECTS.iter().map(|(name, _)| *name).collect();
     format!(
@@ -253,6 +337,8 @@ fn unspoken(name: &str, provider: &Provider) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::auth::google;
+    use genmill_daemon::models::LocalSettings;
 
     fn listed(prefix: &'static str, name: &str) -> ListedModel {
         ListedModel {
@@ -264,6 +350,7 @@ mod tests {
             context_tokens: None,
             threads: None,
             device: None,
+            local: LocalSettings::default(),
             file: PathBuf::from("litellm_models.yaml"),
         }
     }
@@ -278,7 +365,7 @@ mod tests {
     fn endpoint(name: &str, settings: &str, variables: &[(&str, &str)]) -> (String, Option<String>) {
         let catalog = catalog(&[("litellm", name)], settings, variables);
         let endpoint = catalog.endpoints.values().next().unwrap();
-        (endpoint.base_url.to_string(), endpoint.key.as_ref().map(|key| key.reveal().to_owned()))
+        (endpoint.base_url.to_string(), endpoint.credentials.secret().map(str::to_owned))
     }
 
     fn availability(name: &str, variables: &[(&str, &str)]) -> Availability {
@@ -334,6 +421,61 @@ mod tests {
         let key = ("AZURE_API_KEY", "k");
         assert_eq!(url(&[key, ("AZURE_RESOURCE", "mine")]), "https://mine.openai.azure.com/openai/v1");
         assert_eq!(url(&[key, ("AZURE_API_BASE", "https://x.example/openai/v1")]), "https://x.example/openai/v1");
+    }
+
+    #[test]
+    fn an_address_without_a_path_gets_that_of_its_provider() {
+        let variables = [("AZURE_API_KEY", "k"), ("AZURE_API_BASE", "https://x.openai.azure.com/")];
+        assert_eq!(endpoint("azure/gpt-4o", "", &variables).0, "https://x.openai.azure.com/openai/v1");
+    }
+
+    #[test]
+    fn amazon_is_called_with_a_key_or_signed() {
+        let region = ("AWS_REGION", "eu-central-1");
+        let keys = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "s"), region];
+        let signed = catalog(&[("litellm", "bedrock/x")], "", &keys);
+        let endpoint = signed.endpoints.values().next().unwrap();
+        assert_eq!(endpoint.base_url.as_str(), "https://bedrock-runtime.eu-central-1.amazonaws.com/");
+        let Credentials::Aws(aws) = &endpoint.credentials else { panic!("{:?}", endpoint.credentials) };
+        assert_eq!((aws.access_key.as_str(), aws.region.as_str()), ("a", "eu-central-1"));
+        let both = [keys[0], keys[1], region, ("AWS_BEARER_TOKEN_BEDROCK", "b")];
+        let keyed = catalog(&[("litellm", "bedrock/x")], "", &both);
+        assert_eq!(keyed.endpoints.values().next().unwrap().credentials.secret(), Some("b"));
+        let Availability::KeyMissing { variable } = availability("bedrock/x", &[region]) else { panic!() };
+        assert_eq!(variable, "AWS_BEARER_TOKEN_BEDROCK, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY");
+    }
+
+    #[test]
+    fn google_is_called_for_an_account_whose_project_counts_unless_another_is_named() {
+        let account = google::tests::account("https://oauth2.googleapis.com/token");
+        let key = ("GOOGLE_APPLICATION_CREDENTIALS", account.as_str());
+        let url = |variables: &[(&str, &str)]| endpoint("vertex_ai/gemini-2.5-flash", "", variables).0;
+        let at = |host: &str, project: &str, location: &str| {
+            format!("https://{host}aiplatform.googleapis.com/v1/projects/{project}/locations/{location}")
+        };
+        assert_eq!(url(&[key, ("VERTEXAI_LOCATION", "us-east5")]), at("us-east5-", "the-project", "us-east5"));
+        let named = [key, ("VERTEXAI_LOCATION", "global"), ("VERTEXAI_PROJECT", "mine")];
+        assert_eq!(url(&named), at("", "mine", "global"));
+        let Availability::Unavailable { reason } =
+            availability("vertex_ai/x", &[("GOOGLE_APPLICATION_CREDENTIALS", "/no/such/file")])
+        else {
+            panic!()
+        };
+        assert!(
+            reason.starts_with("cannot read /no/such/file, which GOOGLE_APPLICATION_CREDENTIALS names"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn where_machines_tell_secrets_is_no_address() {
+        let key = ("OPENAI_API_KEY", "k");
+        for url in ["http://169.254.169.254/v1", "http://metadata.google.internal/v1", "http://[fe80::1]/v1"] {
+            let Availability::Unavailable { reason } = availability("gpt-4", &[key, ("OPENAI_BASE_URL", url)]) else {
+                panic!("{url}")
+            };
+            assert!(reason.contains("is never called"), "{reason}");
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Puts an answer together from the events of a stream, or from a whole reply. Never here: I/O.
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
+use crate::limits::Told;
 use crate::stop::StopCut;
 use genmill_core::attempt::{FinishReason, Generation, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::money::{Picodollars, Rates, price};
+use tokio::time::Instant;
 
 /// What is known of an answer so far.
 #[derive(Clone, Debug)]
@@ -20,8 +22,10 @@ pub struct Collected {
     usage_details: Option<UsageDetails>,
     billed: Option<Picodollars>,
     fingerprint: String,
+    id: Option<String>,
     first_token_ms: Option<u64>,
     error: Option<ProviderError>,
+    limits: Option<(Told, Instant)>,
     done: bool,
 }
 
@@ -41,8 +45,10 @@ impl Collected {
             usage_details: None,
             billed: None,
             fingerprint: String::new(),
+            id: None,
             first_token_ms: None,
             error: None,
+            limits: None,
             done: false,
         }
     }
@@ -72,6 +78,7 @@ impl Collected {
             StreamEvent::UsageDetails(details) => self.usage_details = Some(details),
             StreamEvent::Billed(billed) => self.billed = Some(billed),
             StreamEvent::Fingerprint(fingerprint) => self.fingerprint = fingerprint,
+            StreamEvent::Id(id) => self.id = Some(id),
             StreamEvent::Error(error) => self.error = Some(error),
             StreamEvent::Done => {
                 self.done = true;
@@ -120,6 +127,37 @@ impl Collected {
         Some(piece)
     }
 
+    /// Whether the tokens of the call are told.
+    #[must_use]
+    pub fn usage_is_told(&self) -> bool {
+        self.usage.is_some()
+    }
+
+    /// Tokens of the prompt; 0 until they are told.
+    #[must_use]
+    pub fn prompt_tokens(&self) -> u64 {
+        self.usage.map_or(0, |usage| usage.prompt_tokens)
+    }
+
+    /// Under which name the provider keeps its record of the call, when told.
+    #[must_use]
+    pub fn id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
+    /// About how many tokens have come of an answer whose usage is not known, at four bytes a token; `None` when none have.
+    #[must_use]
+    pub fn estimated_tokens(&self) -> Option<usize> {
+        let bytes = Some(self.bytes()).filter(|bytes| *bytes > 0 && self.usage.is_none());
+        bytes.map(|bytes| bytes.div_ceil(4))
+    }
+
+    /// How much of the answer has come, in bytes of text and thought.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.text.len() + self.reasoning.len()
+    }
+
     /// True when the text is whole; usage may still come.
     #[must_use]
     pub fn is_whole(&self) -> bool {
@@ -136,6 +174,25 @@ impl Collected {
     #[must_use]
     pub fn error(&self) -> Option<&ProviderError> {
         self.error.as_ref()
+    }
+
+    /// Notes what the provider told of its limits just now.
+    pub fn limits(&mut self, told: Told) {
+        self.limits = Some((told, Instant::now()));
+    }
+
+    /// The limits that the provider told, and how many milliseconds ago.
+    #[must_use]
+    pub fn told(&self) -> (Told, u64) {
+        self.limits.map_or_else(Default::default, |(told, at)| {
+            (told, u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX))
+        })
+    }
+
+    /// The tokens, as far as the provider told.
+    #[must_use]
+    pub const fn usage(&self) -> Option<Usage> {
+        self.usage
     }
 
     /// What the call costs: the provider's own figure, else tokens times price; `None` when neither is known.

@@ -1,11 +1,15 @@
 //! `genmill providers`: what is known of providers, and whether they answer. Never here: generating anything.
 
+use crate::auth::Credentials;
 use crate::catalog::{Endpoint, Sources};
-use crate::http::{Http, cause};
+use crate::credit::{self, Credit};
+use crate::failure::{classify, redact};
+use crate::http::{Http, Settings, Trouble, Unsent};
 use crate::providers::{KeyNeed, OWN_FILE, Table};
 use anyhow::Context as _;
 use genmill_core::registration::Availability;
 use genmill_daemon::run::load;
+use reqwest::StatusCode;
 use serde_json::Value;
 use std::io::Write as _;
 use std::path::Path;
@@ -39,7 +43,7 @@ enum Command {
         /// The provider, as in litellm_NAME/model
         name: String,
     },
-    /// Ask a provider for its list of models: is it there, does it take the key, how long does it take
+    /// Ask a provider for its list of models: is it there, does it take the key, how long does it take, what credit is left
     Test {
         /// The provider, as in litellm_NAME/model
         name: String,
@@ -52,7 +56,12 @@ enum Command {
 /// Runs a command. The exit code is 1 when a provider cannot be called, 2 when the configuration is wrong.
 #[must_use]
 pub fn run(args: &Args, config: Option<&Path>) -> ExitCode {
-    match told(args, config) {
+    print(told(args, config))
+}
+
+/// Prints what was found, or what went wrong.
+pub(crate) fn print(told: anyhow::Result<(Vec<String>, ExitCode)>) -> ExitCode {
+    match told {
         Ok((lines, code)) => {
             let printed = writeln!(std::io::stdout().lock(), "{}", lines.join("\n"));
             if printed.is_ok() { code } else { ExitCode::FAILURE }
@@ -74,13 +83,12 @@ fn told(args: &Args, config: Option<&Path>) -> anyhow::Result<(Vec<String>, Exit
         Command::Show { name } => Ok((show(&sources, name, folder)?, ExitCode::SUCCESS)),
         Command::Test { name, model } => {
             genmill_daemon::tls::install();
-            let http = Http::new(Duration::from_millis(loaded.config.api.connect_timeout_ms))?;
+            let http = Http::new(&Settings::of(&loaded.config.api))?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let tested = runtime.block_on(test(&sources, name, model.as_deref(), &http));
-            Ok(match tested {
-                Ok(line) => (vec![format!("{name}: {line}")], ExitCode::SUCCESS),
-                Err(problem) => (vec![format!("{name}: FAILED: {problem}")], ExitCode::FAILURE),
-            })
+            let (found, tested) = runtime.block_on(test(&sources, name, model.as_deref(), &http));
+            let code = if tested.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+            let failed = tested.err().map(|problem| format!("FAILED: {problem}"));
+            Ok((found.into_iter().chain(failed).map(|line| format!("{name}: {line}")).collect(), code))
         }
     }
 }
@@ -88,8 +96,8 @@ fn told(args: &Args, config: Option<&Path>) -> anyhow::Result<(Vec<String>, Exit
 /// What keeps a provider from being called, or that nothing does.
 fn state(endpoint: &Result<Endpoint, Availability>) -> String {
     match endpoint {
-        Ok(endpoint) if endpoint.key.is_none() => "ready, without a key".to_owned(),
-        Ok(_) | Err(Availability::Ready) => "ready".to_owned(),
+        Ok(endpoint) if matches!(endpoint.credentials, Credentials::None) => "ready, without a key".to_owned(),
+        Ok(_) | Err(Availability::Ready | Availability::Loading | Availability::Available) => "ready".to_owned(),
         Err(Availability::KeyMissing { variable }) => format!("set {variable}"),
         Err(Availability::Unavailable { reason }) => reason.clone(),
     }
@@ -121,7 +129,12 @@ fn show(sources: &Sources<'_>, name: &str, folder: &Path) -> anyhow::Result<Vec<
     let set = row.keys.iter().find(|variable| sources.environment.get(variable).is_some());
     let key = match (set, row.key_need) {
         (Some(variable), _) => format!("from {variable}"),
-        (None, _) if endpoint.as_ref().is_ok_and(|endpoint| endpoint.key.is_some()) => "from genmill.toml".to_owned(),
+        (None, _) if endpoint.as_ref().is_ok_and(|endpoint| matches!(endpoint.credentials, Credentials::Aws(_))) => {
+            "none: calls are signed with AWS_ACCESS_KEY_ID".to_owned()
+        }
+        (None, _) if endpoint.as_ref().is_ok_and(|endpoint| !matches!(endpoint.credentials, Credentials::None)) => {
+            "from genmill.toml".to_owned()
+        }
         (None, KeyNeed::Optional) => "none, and none is needed".to_owned(),
         (None, KeyNeed::Required) => "none".to_owned(),
     };
@@ -145,53 +158,111 @@ fn show(sources: &Sources<'_>, name: &str, folder: &Path) -> anyhow::Result<Vec<
     Ok(lines)
 }
 
-async fn test(sources: &Sources<'_>, name: &str, model: Option<&str>, http: &Http) -> Result<String, String> {
-    let endpoint = sources.endpoint(name).map_err(|missing| state(&Err(missing)))?;
+/// What is found, a line each; the last one is what keeps the provider from being used.
+async fn test(
+    sources: &Sources<'_>,
+    name: &str,
+    model: Option<&str>,
+    http: &Http,
+) -> (Vec<String>, Result<(), String>) {
+    let mut found = Vec::new();
+    let tested = match sources.endpoint(name) {
+        Ok(endpoint) => test_at(&endpoint, model, http, &mut found).await,
+        Err(missing) => Err(state(&Err(missing))),
+    };
+    (found, tested)
+}
+
+async fn test_at(endpoint: &Endpoint, model: Option<&str>, http: &Http, found: &mut Vec<String>) -> Result<(), String> {
     let begun = Instant::now();
     if let Some(path) = &endpoint.provider.check_path {
-        get(&endpoint, path, http).await?;
+        get(endpoint, path, http).await?;
     }
     let path =
         endpoint.dialect.models_path().ok_or("it has no list of models at its address, so only a job can tell")?;
-    let list = get(&endpoint, path, http).await?;
+    let list = get(endpoint, path, http).await?;
     let took_ms = begun.elapsed().as_millis();
     let models = names(&list);
-    match model {
-        Some(model) if !models.contains(&model) => Err(format!("it lists {} models, but not {model}", models.len())),
-        Some(_) | None => Ok(format!("ok, {} models, {took_ms} ms, at {}", models.len(), endpoint.base_url)),
+    if let Some(model) = model {
+        if !models.contains(&model) {
+            return Err(format!("it lists {} models, but not {model}", models.len()));
+        }
+        let ends = rows(&list).find(|row| name(row) == Some(model)).and_then(|row| row["expiration_date"].as_str());
+        found.extend(ends.map(|day| format!("WARNING: {model} is there until {day} only")));
     }
+    found.push(format!("ok, {} models, {took_ms} ms, at {}", models.len(), endpoint.base_url));
+    if let Some(path) = &endpoint.provider.credit_path {
+        found.push(credit(endpoint, path, http).await?.finding()?);
+    }
+    Ok(())
+}
+
+/// What is left of the credit. Keys that are no management keys are told of their own limit only.
+async fn credit(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Credit, String> {
+    let (status, body) = fetch(endpoint, path, http).await?;
+    match (status, &endpoint.provider.check_path) {
+        (StatusCode::OK, _) => Ok(credit::of_account(&body)),
+        (StatusCode::FORBIDDEN, Some(path)) => {
+            let (status, body) = fetch(endpoint, path, http).await?;
+            if status.is_success() { Ok(credit::of_key(&body)) } else { Err(refusal(endpoint, status, &body)) }
+        }
+        _ => Err(refusal(endpoint, status, &body)),
+    }
+}
+
+/// The rows of a list of models, in any of its forms.
+fn rows(list: &Value) -> impl Iterator<Item = &Value> {
+    [list, &list["data"], &list["models"], &list["resources"]]
+        .into_iter()
+        .find_map(Value::as_array)
+        .into_iter()
+        .flatten()
+}
+
+fn name(row: &Value) -> Option<&str> {
+    let name = ["id", "name", "model_id"].iter().find_map(|field| row[*field].as_str())?;
+    Some(name.strip_prefix("models/").unwrap_or(name))
 }
 
 /// The names of models in any of the forms of their list.
 fn names(list: &Value) -> Vec<&str> {
-    let rows = [list, &list["data"], &list["models"]].into_iter().find_map(Value::as_array);
-    let named = rows.into_iter().flatten().filter_map(|row| row["id"].as_str().or_else(|| row["name"].as_str()));
-    named.map(|name| name.strip_prefix("models/").unwrap_or(name)).collect()
+    rows(list).filter_map(name).collect()
 }
 
+/// A document of a provider's.
 async fn get(endpoint: &Endpoint, path: &str, http: &Http) -> Result<Value, String> {
+    let (status, body) = fetch(endpoint, path, http).await?;
+    if !status.is_success() {
+        return Err(refusal(endpoint, status, &body));
+    }
+    serde_json::from_slice(&body).map_err(|_| "its list of models is no JSON".to_owned())
+}
+
+/// What a refusal says.
+fn refusal(endpoint: &Endpoint, status: StatusCode, body: &[u8]) -> String {
+    let told = redact(endpoint.dialect.decode_error(body), endpoint.credentials.secret().into_iter());
+    classify(&endpoint.name, status.as_u16(), &told).message
+}
+
+async fn fetch(endpoint: &Endpoint, path: &str, http: &Http) -> Result<(StatusCode, Vec<u8>), String> {
     let url = format!("{}{path}", endpoint.base_url.as_str().trim_end_matches('/'));
     let mut request = http.client(&endpoint.base_url).get(url);
     for (header, value) in &endpoint.provider.headers {
         request = request.header(header, value);
     }
     let asked = async {
-        let mut response = endpoint.with_key(request).send().await.map_err(|error| cause(&error))?;
-        let status = response.status();
+        let mut response = http.send(endpoint, request).await.map_err(|unsent| match unsent {
+            Unsent::Lost(error) => Trouble::of(&error).to_string(),
+            Unsent::Fault(fault) => fault.message,
+        })?;
         let mut body = Vec::new();
-        while let Some(bytes) = response.chunk().await.map_err(|error| cause(&error))? {
+        while let Some(bytes) = response.chunk().await.map_err(|error| Trouble::of(&error).to_string())? {
             body.extend_from_slice(&bytes);
             if body.len() > LIST_BYTES_MAX {
                 return Err("its list of models is longer than 16 MiB".to_owned());
             }
         }
-        if !status.is_success() {
-            let error = endpoint.dialect.decode_error(&body);
-            let key = endpoint.key.as_ref().map(|key| key.reveal());
-            let told = crate::classify::redact(error, key.into_iter());
-            return Err(crate::classify::classify(&endpoint.name, status.as_u16(), &told).message);
-        }
-        serde_json::from_slice(&body).map_err(|_| "its list of models is no JSON".to_owned())
+        Ok((response.status(), body))
     };
     timeout(PATIENCE, asked).await.unwrap_or_else(|_| Err(format!("no answer in {} s", PATIENCE.as_secs())))
 }

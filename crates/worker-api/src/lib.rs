@@ -1,19 +1,32 @@
 //! The API worker: calls remote providers.
 //!
 //! A provider is a row of `providers.toml`, a dialect a row of [`dialect::DIALECTS`], a price a row of `prices.csv`, a
-//! kind of failure a row in [`classify`]. [`perform`] joins them: one call for each attempt. Never here: when a job is
-//! tried again (`genmill-core`), leases (`genmill-worker`), Redis (`genmill-queue`).
+//! kind of failure a row in [`failure`]. [`perform`] joins them: one call for each attempt and model. Never here: when
+//! a job is tried again (`genmill-core`), leases (`genmill-worker`), Redis (`genmill-queue`).
 
+pub mod auth;
+pub mod breaker;
+mod call;
 pub mod catalog;
-pub mod classify;
 pub mod collect;
+pub mod credit;
 pub mod dialect;
+pub mod failure;
+pub mod fallbacks;
+pub mod gates;
+pub mod guard;
 pub mod http;
 pub mod inspect;
+mod keys;
+pub mod limits;
 pub mod perform;
 pub mod prices;
 pub mod providers;
+pub mod repeats;
+mod settle;
 pub mod stop;
+mod url;
+pub mod wait;
 
 #[cfg(test)]
 mod fixture;

@@ -7,10 +7,11 @@ use genmill_core::registration::Availability;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Kind, serve};
 use genmill_worker_api::catalog::Catalog;
-use genmill_worker_api::http::Http;
+use genmill_worker_api::fallbacks::Fallbacks;
+use genmill_worker_api::http::{Http, Settings};
 use genmill_worker_api::inspect;
 use genmill_worker_api::perform::{Limits, Performer, Unsupported};
-use genmill_worker_api::prices::Prices;
+use genmill_worker_api::prices::{Prices, command};
 use genmill_worker_api::providers::Table;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -36,6 +37,8 @@ struct Args {
 enum Command {
     /// Tell what is known of providers, and whether they can be reached
     Providers(inspect::Args),
+    /// Tell what models cost, and take over published prices
+    Prices(command::Args),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
     match args.command {
         None => daemon(&args.common, check, run),
         Some(Command::Providers(command)) => inspect::run(&command, args.common.config.as_deref()),
+        Some(Command::Prices(command)) => command::run(&command, args.common.config.as_deref()),
     }
 }
 
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
 fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
     let table = Table::read(&loaded.config.models.dir)?;
     let catalog = Catalog::new(&loaded.models, &table, &loaded.config.providers, &loaded.environment)?;
+    Fallbacks::new(&loaded.config.api.fallbacks)?;
     Ok(catalog.models.iter().map(|model| catalog.describe(model)).collect())
 }
 
@@ -67,7 +72,14 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     }
     let api = &context.config.api;
     let unsupported = if api.drop_params { Unsupported::LeaveOut } else { Unsupported::Refuse };
-    let limits = Limits { calls_max: api.calls_max, unsupported };
-    let http = Http::new(Duration::from_millis(api.connect_timeout_ms)).context("cannot set up HTTP")?;
-    Ok(Performer::new(catalog, Prices::embedded()?, http, limits))
+    let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
+    let (first_byte, idle) = (limit(api.first_byte_timeout_ms), limit(api.idle_timeout_ms));
+    let limits = Limits { calls_max: api.calls_max, unsupported, first_byte, idle };
+    let http = Http::new(&Settings::of(api)).context("cannot set up HTTP")?;
+    let fallbacks = Fallbacks::new(&api.fallbacks)?;
+    for model in fallbacks.models().filter(|model| !catalog.endpoints.contains_key(&model.lane())) {
+        tracing::warn!(%model, "is a fallback, but no listed model of its provider can be called");
+    }
+    let performer = Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits);
+    Ok(performer.with_fallbacks(fallbacks).within(api.calls_start, context.config.limits.clone()))
 }

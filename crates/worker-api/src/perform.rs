@@ -1,39 +1,41 @@
-//! Performs a job: one call to its provider, its text reported as it comes.
+//! Performs a job: one call to its provider, once its circuit lets it pass, and what came of it.
 //!
 //! Never here: another try after a failure, and the bound of the whole attempt, which the worker's loop keeps.
 
+use crate::breaker;
+use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
-use crate::classify::{classify, redact, retry_after_ms};
 use crate::collect::Collected;
-use crate::dialect::{Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
-use crate::http::{Http, cause};
-use crate::prices::Prices;
-use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed};
+use crate::failure::{Fault, Health, Kind};
+use crate::fallbacks::Fallbacks;
+use crate::gates::{Gates, Passage, patience};
+use crate::http::Http;
+use crate::keys::{Keys, limits_of, observe};
+use crate::prices::{Class, Day, Prices};
+use crate::repeats::Repeats;
+use crate::settle::settle;
+use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed, Usage};
+use genmill_core::gate::{Declaration, KeyId};
+use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
+use genmill_core::model::{Lane, ModelName};
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
-use genmill_core::request::Input;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
+use genmill_daemon::config;
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
-use reqwest::{Response, StatusCode};
+use std::borrow::Cow;
 use std::time::Duration;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The longest answer that is read, in bytes: far above what the largest models write.
-const ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// A job waits in the worker's hands for so long at most until its provider may be called, and never for more than half
+/// of what its attempt may take. Then the queue has it back, as if it had never been taken.
+const HELD_MAX: Duration = Duration::from_secs(30);
 
-/// The most that is read of a refusal, in bytes.
-const REFUSAL_BYTES_MAX: usize = 64 * 1024;
-
-/// How long the usage is waited for once the text is whole. A provider that does not end its stream must not spoil the
-/// answer.
-const TAIL: Duration = Duration::from_secs(5);
-
-/// In so many looks: a process that was stopped for longer than all of it finds the time over before it has read what came
-/// meanwhile, and loses one look only.
-const TAIL_LOOKS: u32 = 5;
+/// A job that has to wait for longer than this waits in the queue, until the time is known to have come.
+const HANDED_BACK_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Calls providers.
 #[derive(Debug)]
@@ -42,6 +44,12 @@ pub struct Performer {
     prices: Prices,
     http: Http,
     limits: Limits,
+    fallbacks: Fallbacks,
+    gates: Gates,
+    repeats: Repeats,
+    keys: Keys,
+    calls_start: u32,
+    rows: Vec<config::Limit>,
 }
 
 /// How calls are made.
@@ -51,6 +59,10 @@ pub struct Limits {
     pub calls_max: u32,
     /// What becomes of parameters that a provider does not take.
     pub unsupported: Unsupported,
+    /// How long the first byte of an answer may take, from the call on; `None`: as long as the attempt.
+    pub first_byte: Option<Duration>,
+    /// How long may pass between two pieces of an answer; `None`: as long as the attempt.
+    pub idle: Option<Duration>,
 }
 
 /// What becomes of parameters that a provider does not take.
@@ -66,250 +78,274 @@ impl Performer {
     /// A performer that calls the providers of `catalog`.
     #[must_use]
     pub fn new(catalog: Catalog, prices: Prices, http: Http, limits: Limits) -> Self {
-        Self { catalog, prices, http, limits }
+        let keys = Keys::new(&catalog);
+        Self {
+            catalog,
+            prices,
+            http,
+            limits,
+            fallbacks: Fallbacks::default(),
+            gates: Gates::default(),
+            repeats: Repeats::default(),
+            keys,
+            calls_start: limits.calls_max,
+            rows: Vec::new(),
+        }
+    }
+
+    /// The same performer with models that answer in place of others.
+    #[must_use]
+    pub fn with_fallbacks(self, fallbacks: Fallbacks) -> Self {
+        Self { fallbacks, ..self }
+    }
+
+    /// The same one, which begins with so many calls of a model at once and keeps `rows`, together with all other workers.
+    #[must_use]
+    pub fn within(self, calls_start: u32, rows: Vec<config::Limit>) -> Self {
+        Self { calls_start, rows, ..self }
     }
 }
 
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
         let lanes = self.catalog.endpoints.keys();
-        lanes.map(|lane| Offer { lane: lane.clone(), capacity: self.limits.calls_max, tokens: None }).collect()
+        let capacity = self.limits.calls_max;
+        lanes.map(|lane| Offer { lane: lane.clone(), capacity, tokens: None, changes: None }).collect()
+    }
+
+    fn declares(&self, lane: &Lane) -> Option<Declaration> {
+        self.keys.declaration(lane, self.calls_start, limits_of(lane, &self.rows, &self.catalog))
     }
 
     fn models(&self) -> Vec<ServedModel> {
         self.catalog.models.clone()
     }
 
+    fn metrics(&self) -> String {
+        self.gates.metrics()
+    }
+
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
-        progress.started.set();
-        let lane = task.spec.model.lane();
-        let Some(endpoint) = self.catalog.endpoints.get(&lane) else {
+        let fallback = self.fallbacks.of(&task.spec.model);
+        let served = |model: &&ModelName| self.catalog.endpoints.contains_key(&model.lane());
+        let others: Vec<&ModelName> = fallback.into_iter().flat_map(|fallback| &fallback.to).filter(served).collect();
+        let mut others = others.into_iter();
+        let mut spec = Cow::Borrowed(&task.spec);
+        let (begun, mut spent, mut first) = (Instant::now(), Some(Picodollars(0)), None);
+        let (mut key, mut observation) = (task.key.as_ref(), None);
+        loop {
+            // One that can be replaced is not waited for.
+            let held = if others.len() > 0 { Duration::ZERO } else { held_max(&spec) };
+            let attempt = Attempt { job: task.id, spec: &spec, key: key.take(), begun, held, stop: &stop };
+            let tried = self.attempt(attempt, &mut progress).await;
+            // The permit is for the job's own model, which is asked first.
+            observation = observation.or(tried.performed.observation);
+            spent = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
+            let may_go_on = fallback.is_some_and(|fallback| tried.failed.is_some_and(|kind| fallback.helps(kind)));
+            let next = others.next().filter(|_| may_go_on && !stop.is_cancelled());
+            let Some(next) = next else {
+                let mut outcome = tried.performed.outcome;
+                if let (Outcome::Generated(generation), Cow::Owned(spec)) = (&mut outcome, &spec) {
+                    generation.answered_by = Some(spec.model.clone());
+                }
+                let outcome = match first {
+                    Some(first) => in_all(first, outcome),
+                    None => outcome,
+                };
+                return Performed { outcome, cost: spent, observation };
+            };
+            tracing::warn!(job = %task.id, model = %spec.model, kind = ?tried.failed, %next, "failed: asking another model");
+            first.get_or_insert(tried.performed.outcome);
+            spec = Cow::Owned(JobSpec { model: next.clone(), ..task.spec.clone() });
+        }
+    }
+}
+
+/// What becomes of a job whose model ended as `first` tells, and the last of its fallbacks as `last`: an answer counts,
+/// else whatever lets the job be tried again. It goes back to the queue only after somebody has waited.
+fn in_all(first: Outcome, last: Outcome) -> Outcome {
+    match (first, last) {
+        (Outcome::Failed(first), Outcome::Failed(last)) => {
+            let (told, other) =
+                if last.class.is_retried() && !first.class.is_retried() { (last, first) } else { (first, last) };
+            let message = format!("{}; and another model: {}", told.message, other.message);
+            Outcome::Failed(Failure::new(told.class, message).retry_after_ms(told.retry_after_ms))
+        }
+        (Outcome::HandedBack, Outcome::Failed(last)) if !last.class.is_retried() => {
+            let message = format!("the model is spared for now, and in its place: {}", last.message);
+            Outcome::Failed(Failure::new(FailureClass::Throttled, message))
+        }
+        (first @ Outcome::Failed(_), Outcome::HandedBack) => first,
+        (_, last) => last,
+    }
+}
+
+/// What is to be tried.
+struct Attempt<'a> {
+    job: JobId,
+    spec: &'a JobSpec,
+    /// The key for which the queue has a permit; `None`: this worker alone decides when to call.
+    key: Option<&'a KeyId>,
+    /// When the job's attempt began.
+    begun: Instant,
+    /// How long it may wait until the model may be called.
+    held: Duration,
+    stop: &'a CancellationToken,
+}
+
+/// What came of asking a model.
+struct Tried {
+    performed: Performed,
+    /// Why there is no answer, and nothing of one that anybody has seen.
+    failed: Option<Kind>,
+}
+
+impl Performer {
+    /// Asks one model.
+    async fn attempt(&self, attempt: Attempt<'_>, progress: &mut Progress) -> Tried {
+        let Attempt { job, spec, key, begun, held, stop } = attempt;
+        let model = spec.model.backend_name();
+        let lane = spec.model.lane();
+        let Some(endpoint) = self.keys.endpoint(&lane, key) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
-            return Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) };
+            let performed =
+                Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)), observation: None };
+            return Tried { performed, failed: Some(Kind::NotFound) };
         };
-        let unsupported = self.limits.unsupported;
-        let (spec, progress, begun) = (&task.spec, &mut progress, Instant::now());
-        let mut call = Call { endpoint, http: &self.http, unsupported, spec, progress, begun };
-        let mut collected = Collected::new(&task.spec.sampling.stop);
+        let passage = match key {
+            Some(_) => None,
+            None => {
+                let gate = self.gates.of(&endpoint.name, model);
+                let passage = tokio::select! {
+                    biased;
+                    () = stop.cancelled() => Err(None),
+                    passage = gate.pass(patience(held)) => passage,
+                };
+                match passage {
+                    Ok(passage) => Some(passage),
+                    Err(until) => {
+                        return Tried { performed: waits(&endpoint.name, until), failed: Some(Kind::Throttled) };
+                    }
+                }
+            }
+        };
+        progress.started.set();
+        let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(model));
+        let mut call = Call { endpoint, dialect, http, limits, spec, progress, begun };
+        let mut collected = Collected::new(&spec.sampling.stop);
         let ended = tokio::select! {
             biased;
             ended = call.make(&mut collected) => ended,
             () = stop.cancelled() => Ended::Stopped,
         };
-        self.performed(endpoint, &task.spec, ended, collected)
+        let ended = self.judged(job, ended, passage);
+        let failed = match &ended {
+            // What was shown already cannot be taken back within an attempt.
+            Ended::Refused(fault) | Ended::Broken(fault) if collected.bytes() == 0 => Some(fault.kind),
+            Ended::Refused(_) | Ended::Broken(_) | Ended::Answered | Ended::Stopped => None,
+        };
+        let cost = self.cost(endpoint, spec, &ended, &collected).await;
+        Tried { performed: performed(endpoint, spec, ended, collected, cost), failed }
     }
-}
 
-impl Performer {
-    fn performed(&self, endpoint: &Endpoint, spec: &JobSpec, ended: Ended, collected: Collected) -> Performed {
-        let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
-        let rates = self.prices.rates(priced_as, spec.model.backend_name());
-        let cost = collected.cost(rates.as_ref());
+    /// Tells the circuit how a call ended, and whether the same failure has come too often.
+    fn judged(&self, job: JobId, ended: Ended, passage: Option<Passage>) -> Ended {
+        let fault = match &ended {
+            Ended::Answered => {
+                if let Some(passage) = passage {
+                    passage.came(breaker::Came::Told(Health::Works, None));
+                }
+                return ended;
+            }
+            // It is given up by itself.
+            Ended::Stopped => return ended,
+            Ended::Refused(fault) | Ended::Broken(fault) => fault,
+        };
+        let asked = fault.asked_ms.map(Duration::from_millis);
+        if let Some(passage) = passage {
+            passage.came(breaker::Came::Told(fault.kind.policy().health, asked));
+        }
+        if !fault.mark.as_ref().is_some_and(|mark| self.repeats.ends(job, mark)) {
+            return ended;
+        }
         match ended {
-            Ended::Refused(failure) => Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)) },
-            Ended::Answered | Ended::Broken(_) | Ended::Stopped if collected.is_whole() => {
-                let seeded = endpoint.dialect.sends_seed(spec.model.backend_name(), &endpoint.provider);
-                let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
-                let generation = Generation { determinism, ..collected.into_generation() };
-                Performed { outcome: Outcome::Generated(generation), cost }
-            }
-            Ended::Broken(failure) => Performed { outcome: Outcome::Failed(failure), cost },
-            Ended::Answered => Performed { outcome: Outcome::Failed(cut_off(&endpoint.name)), cost },
-            Ended::Stopped => Performed { outcome: Outcome::HandedBack, cost },
+            Ended::Refused(fault) => Ended::Refused(fault.repeated()),
+            Ended::Broken(fault) => Ended::Broken(fault.repeated()),
+            Ended::Answered | Ended::Stopped => ended,
+        }
+    }
+
+    /// What a call cost: by its answer, else by the record that its provider keeps of it. Never an estimate.
+    async fn cost(
+        &self,
+        endpoint: &Endpoint,
+        spec: &JobSpec,
+        ended: &Ended,
+        collected: &Collected,
+    ) -> Option<Picodollars> {
+        if matches!(ended, Ended::Refused(_)) {
+            return Some(Picodollars(0));
+        }
+        let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
+        let (day, prompt) = (Day::of(UnixMs(now_unix_ms())), collected.prompt_tokens());
+        let rates = self.prices.rates(priced_as, spec.model.backend_name(), Class::Standard, &day, prompt);
+        match collected.cost(rates.as_ref()) {
+            Some(cost) => Some(cost),
+            // An answer that told its tokens told all that its provider knows.
+            None if collected.usage_is_told() => None,
+            None => settle(&self.http, endpoint, collected.id()).await,
         }
     }
 }
 
-/// How a call ended.
-#[derive(Debug)]
-enum Ended {
-    /// The provider said all it had to say.
-    Answered,
-    /// Nothing was generated, so nothing is billed.
-    Refused(Failure),
-    /// It failed after something may have been generated.
-    Broken(Failure),
-    /// It was told to stop.
-    Stopped,
+fn performed(
+    endpoint: &Endpoint,
+    spec: &JobSpec,
+    ended: Ended,
+    collected: Collected,
+    cost: Option<Picodollars>,
+) -> Performed {
+    // What is refused takes no tokens.
+    let usage = if matches!(ended, Ended::Refused(_)) { Some(Usage::default()) } else { collected.usage() };
+    let told = collected.told();
+    let outcome = match ended {
+        Ended::Refused(fault) => Outcome::Failed(fault.into_failure()),
+        Ended::Broken(mut fault) if !collected.is_whole() => {
+            if let (None, Some(tokens)) = (cost, collected.estimated_tokens()) {
+                let spent =
+                    format!("; about {tokens} tokens had come by then (estimated), and what they cost is not known");
+                fault.message.push_str(&spent);
+            }
+            Outcome::Failed(fault.into_failure())
+        }
+        Ended::Stopped if !collected.is_whole() => Outcome::HandedBack,
+        Ended::Answered | Ended::Broken(_) | Ended::Stopped => {
+            let model = spec.model.backend_name();
+            let seeded = endpoint.dialect(model).sends_seed(model, &endpoint.provider);
+            let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
+            Outcome::Generated(Generation { determinism, ..collected.into_generation() })
+        }
+    };
+    let observation = Some(observe(&outcome, usage, told));
+    Performed { outcome, cost, observation }
 }
 
-fn cut_off(provider: &str) -> Failure {
-    Failure::new(FailureClass::Transient, format!("{provider} ended the connection before the answer was whole"))
+/// How long a job may wait in the worker's hands.
+fn held_max(spec: &JobSpec) -> Duration {
+    spec.timeout_ms.map_or(HELD_MAX, |ms| Duration::from_millis(ms / 2).min(HELD_MAX))
 }
 
-/// One call.
-struct Call<'a> {
-    endpoint: &'a Endpoint,
-    http: &'a Http,
-    unsupported: Unsupported,
-    spec: &'a JobSpec,
-    progress: &'a mut Progress,
-    begun: Instant,
-}
-
-impl Call<'_> {
-    async fn make(&mut self, collected: &mut Collected) -> Ended {
-        let endpoint = self.endpoint;
-        let streaming = if endpoint.provider.streaming { Streaming::On } else { Streaming::Off };
-        let model = self.spec.model.backend_name();
-        let encoded = endpoint.dialect.encode(self.spec, model, &endpoint.provider, streaming);
-        if let Some(refused) = self.refuse_unsupported(&encoded.left_out) {
-            return refused;
-        }
-        collected.left_out(&encoded.left_out);
-        let response = match self.send(encoded).await {
-            Ok(response) => response,
-            Err(error) => return self.unreachable(&error),
-        };
-        tracing::debug!(provider = endpoint.name, model, status = response.status().as_u16(), "answered");
-        if !response.status().is_success() {
-            return self.refused(response).await;
-        }
-        let kind = response.headers().get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-        match kind.unwrap_or_default().split(';').next().unwrap_or_default().trim() {
-            "text/html" => Ended::Broken(self.failure(FailureClass::Transient, "answered with a web page")),
-            "application/json" => self.read_whole(response, collected).await,
-            // A server that does not say what it sends sends what was asked for.
-            _ if streaming == Streaming::On => self.read_stream(response, collected).await,
-            _ => self.read_whole(response, collected).await,
-        }
-    }
-
-    /// The failure of a request with parameters that the provider does not take, unless they are to be left out.
-    fn refuse_unsupported(&self, left_out: &[&str]) -> Option<Ended> {
-        let wanted: Vec<&str> = left_out.iter().filter(|name| !FILLED_IN.contains(name)).copied().collect();
-        if wanted.is_empty() || self.unsupported == Unsupported::LeaveOut {
-            return None;
-        }
-        let what = format!(
-            "does not take {} for {}: leave it out of the request, or set drop_params = true under [api]",
-            wanted.join(", "),
-            self.spec.model.backend_name()
-        );
-        Some(Ended::Refused(self.failure(FailureClass::Invalid, &what)))
-    }
-
-    async fn send(&self, encoded: Encoded) -> reqwest::Result<Response> {
-        let endpoint = self.endpoint;
-        let url = format!("{}{}", endpoint.base_url.as_str().trim_end_matches('/'), encoded.path);
-        let mut request = self.http.client(&endpoint.base_url).post(url).body(encoded.body);
-        for (name, value) in encoded.headers {
-            request = request.header(name, value);
-        }
-        endpoint.with_key(request).send().await
-    }
-
-    fn failure(&self, class: FailureClass, what: &str) -> Failure {
-        Failure::new(class, format!("{} {what}", self.endpoint.name))
-    }
-
-    fn unreachable(&self, error: &reqwest::Error) -> Ended {
-        let host = self.endpoint.base_url.host_str().unwrap_or_default();
-        let failure =
-            |class, what: &str| Failure::new(class, format!("{}: {what} {host}: {}", self.endpoint.name, cause(error)));
-        if error.is_builder() {
-            return Ended::Refused(failure(FailureClass::Invalid, "cannot make a request to"));
-        }
-        if error.is_connect() {
-            return Ended::Refused(failure(FailureClass::Transient, "cannot connect to"));
-        }
-        Ended::Broken(failure(FailureClass::Transient, "lost the connection to"))
-    }
-
-    /// The failure that a provider's error stands for. What it quotes of key and prompt is cut out.
-    fn told(&self, status: StatusCode, error: ProviderError) -> Failure {
-        let key = self.endpoint.key.as_ref().map(|key| key.reveal());
-        let said: Vec<&str> = match &self.spec.input {
-            Input::Prompt(prompt) => vec![prompt],
-            Input::Messages(messages) => messages.iter().map(|message| message.content.as_str()).collect(),
-        };
-        classify(&self.endpoint.name, status.as_u16(), &redact(error, key.into_iter().chain(said)))
-    }
-
-    async fn refused(&self, mut response: Response) -> Ended {
-        let status = response.status();
-        let wait = retry_after_ms(response.headers(), UnixMs(now_unix_ms()));
-        let mut body = Vec::new();
-        while let Ok(Some(bytes)) = response.chunk().await {
-            body.extend_from_slice(&bytes[..bytes.len().min(REFUSAL_BYTES_MAX - body.len())]);
-            if body.len() == REFUSAL_BYTES_MAX {
-                break;
-            }
-        }
-        let error = self.endpoint.dialect.decode_error(&body);
-        let wait = wait.or(error.retry_after_ms);
-        Ended::Refused(self.told(status, error).retry_after_ms(wait))
-    }
-
-    async fn read_whole(&mut self, mut response: Response, collected: &mut Collected) -> Ended {
-        let status = response.status();
-        let mut body = Vec::new();
-        loop {
-            match response.chunk().await {
-                Ok(Some(bytes)) if body.len() + bytes.len() > ANSWER_BYTES_MAX => return self.too_long(),
-                Ok(Some(bytes)) => body.extend_from_slice(&bytes),
-                Ok(None) => break,
-                Err(error) => return self.unreachable(&error),
-            }
-        }
-        match self.endpoint.dialect.decode(&body) {
-            Ok(reply) => {
-                let text = collected.take_reply(reply, self.elapsed_ms());
-                self.progress.text(text).await;
-                Ended::Answered
-            }
-            Err(error) => Ended::Broken(self.told(status, error)),
-        }
-    }
-
-    async fn read_stream(&mut self, mut response: Response, collected: &mut Collected) -> Ended {
-        let status = response.status();
-        let mut decoder = self.endpoint.dialect.decoder();
-        let (mut read, mut looks) = (0_usize, 0);
-        while !collected.is_done() {
-            let patience = if collected.is_whole() { TAIL / TAIL_LOOKS } else { Duration::MAX };
-            let events = match timeout(patience, response.chunk()).await {
-                Ok(Ok(Some(bytes))) => {
-                    read += bytes.len();
-                    decoder.push(&bytes)
-                }
-                Ok(Ok(None)) => {
-                    self.take(decoder.end(), collected).await;
-                    break;
-                }
-                Ok(Err(error)) => return self.unreachable(&error),
-                Err(_) if looks + 1 < TAIL_LOOKS => {
-                    looks += 1;
-                    continue;
-                }
-                Err(_) => break,
-            };
-            if read > ANSWER_BYTES_MAX {
-                return self.too_long();
-            }
-            self.take(events, collected).await;
-        }
-        match collected.error() {
-            Some(error) => Ended::Broken(self.told(status, error.clone())),
-            None => Ended::Answered,
-        }
-    }
-
-    async fn take(&mut self, events: Vec<StreamEvent>, collected: &mut Collected) {
-        for event in events {
-            if let Some(text) = collected.take(event, self.elapsed_ms()) {
-                self.progress.text(text).await;
-            }
-        }
-    }
-
-    fn too_long(&self) -> Ended {
-        Ended::Broken(self.failure(FailureClass::Invalid, "sent more than the 32 MiB that an answer may have"))
-    }
-
-    fn elapsed_ms(&self) -> u64 {
-        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
+/// What becomes of a job whose provider may not be called until some time, as far as that is known. Nothing was spent.
+fn waits(provider: &str, until: Option<Instant>) -> Performed {
+    let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+    let outcome = if left > HANDED_BACK_MAX {
+        let what = format!("asked not to be called for {} min more", left.as_secs().div_ceil(60));
+        let asked_ms = u64::try_from(left.as_millis()).ok();
+        Outcome::Failed(Fault::new(Kind::Throttled, provider, &what).asked_ms(asked_ms).into_failure())
+    } else {
+        Outcome::HandedBack
+    };
+    Performed { outcome, cost: Some(Picodollars(0)), observation: None }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The table of providers, `providers.toml`, and what is special about each. Never here: keys, which are configuration
 //! (see `catalog`).
 
+use crate::auth::AuthKind;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,8 @@ use std::path::{Path, PathBuf};
 pub struct Provider {
     /// Where its API is; `None` when that must be configured.
     pub base_url: Option<String>,
+    /// What follows an address that was set without a path.
+    pub base_path: Option<String>,
     /// Variables that set the base URL, besides those made of the name.
     #[serde(default)]
     pub base_url_variables: Vec<String>,
@@ -23,13 +26,26 @@ pub struct Provider {
     pub dialect: String,
     /// What follows the base URL, where it is not the dialect's own path.
     pub path: Option<String>,
+    /// What its calls are proven with.
+    #[serde(default)]
+    pub auth: AuthKind,
+    /// Where tokens come from, where that is not told by what they are given for.
+    pub token_uri: Option<String>,
     /// Where its key goes, when not where the dialect has it: a header that has the key alone.
     pub key_header: Option<String>,
     /// A path below the base URL that only a good key may read, where the dialect's list of models is open to all.
     pub check_path: Option<String>,
+    /// Where, below the base URL, an account's credit is told; a key that may not know is told its own limit at
+    /// `check_path`. Both in OpenRouter's form.
+    pub credit_path: Option<String>,
+    /// Where, below the base URL, the record of a call is kept, with `{id}` for its id.
+    pub generation_path: Option<String>,
     /// Names in braces within `base_url`, `path`, `headers` and `body`, and the variables that may hold what stands for them.
     #[serde(default)]
     pub parts: BTreeMap<String, Vec<String>>,
+    /// Texts of the filled address and what stands in their place, where an address is not made of its parts alone.
+    #[serde(default)]
+    pub replaced: BTreeMap<String, String>,
     /// Its name for `model`.
     pub model_field: Option<String>,
     /// Fields of every body.
@@ -92,6 +108,8 @@ pub enum Thinking {
 pub struct ModelQuirks {
     /// The beginnings.
     pub starts_with: Vec<String>,
+    /// How they are spoken to.
+    pub dialect: Option<String>,
     /// Their name for `max_tokens`.
     pub max_tokens_field: Option<String>,
     /// How they are told how long to think.
@@ -121,6 +139,12 @@ impl Provider {
         self.parts.keys().find(|part| texts().any(|text| text.contains(&format!("{{{part}}}")))).map(String::as_str)
     }
 
+    /// How `model` is spoken to: the name of a dialect.
+    #[must_use]
+    pub fn dialect(&self, model: &str) -> &str {
+        self.model_quirks(model).and_then(|row| row.dialect.as_deref()).unwrap_or(&self.dialect)
+    }
+
     /// How `model` is told how long to think.
     #[must_use]
     pub fn thinking(&self, model: &str) -> Thinking {
@@ -134,6 +158,9 @@ impl Provider {
         let texts = self.base_url.iter_mut().chain(&mut self.path);
         for text in texts.chain(self.headers.values_mut()).chain(self.body.values_mut()) {
             *text = text.replace(&name, value);
+        }
+        for (before, after) in &self.replaced {
+            self.base_url = self.base_url.map(|url| url.replace(before, after));
         }
         self
     }
@@ -252,6 +279,8 @@ mod tests {
                 let url = reqwest::Url::parse(&url.replace(['{', '}'], "")).unwrap();
                 assert!(url.scheme() == "https" || row.key_need == KeyNeed::Optional, "{name}: {url}");
             }
+            let dialects = row.models.iter().filter_map(|models| models.dialect.as_deref());
+            assert!(dialects.into_iter().all(|dialect| dialect::find(dialect).is_some()), "{name}");
             for header in row.headers.keys() {
                 assert!(http::HeaderName::from_bytes(header.as_bytes()).is_ok(), "{name}: {header}");
             }

@@ -1,48 +1,56 @@
 //! How a job becomes a request of an engine, and the engine's answer an outcome.
 
-use crate::load::LocalModel;
+use crate::desk::{Desk, User, Waits};
 use crate::mailbox::{Ended, Mailbox};
 use crate::report;
+use crate::residents::Residents;
 use genmill_core::attempt::{
     Determinism, Failure, FailureClass, FinishReason, Generation, Outcome, Performed, Sample, TokenLogprob, Usage,
 };
 use genmill_core::controls::{StructuredOutput, ToolCall};
 use genmill_core::ids::JobId;
-use genmill_core::model::ModelName;
+use genmill_core::model::{Lane, ModelName};
 use genmill_core::money::{Picodollars, price_of_engine_time};
 use genmill_core::registration::ServedModel;
 use genmill_core::request::{ChatMessage, Input, Priority};
 use genmill_engine::{
     Call, Completion, Engine, Form, ModelCard, Prompt, Request, RequestId, Scored, Shaping, SubmitError, Tool,
 };
-use genmill_worker::perform::{Offer, Perform, Progress, Task};
+use genmill_worker::perform::{Offer, Perform, Places, Progress, Task};
 use std::error::Error;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Text is taken from the engine this often at most; the loop passes it on at that pace anyway.
 const TEXT_EVERY: Duration = Duration::from_millis(20);
 
-/// Runs jobs on the engines of loaded models.
+/// Runs jobs on the engines of the models that are held.
 #[derive(Debug)]
 pub struct Performer {
-    models: Vec<LocalModel>,
+    desks: Vec<Arc<Desk>>,
+    /// Rung when other things are to be registered than before.
+    told: Arc<Notify>,
     /// Bytes that this machine reads from memory in a second, once that was measured.
     memory_bytes_per_s: OnceLock<f64>,
 }
 
 impl Performer {
-    /// Serves `models`.
+    /// Serves what `residents` owns.
     #[must_use]
-    pub fn new(models: Vec<LocalModel>) -> Self {
-        Self { models, memory_bytes_per_s: OnceLock::new() }
+    pub fn new(residents: &[Residents]) -> Self {
+        Self {
+            desks: residents.iter().flat_map(Residents::desks).collect(),
+            told: residents.first().map(Residents::told).unwrap_or_default(),
+            memory_bytes_per_s: OnceLock::new(),
+        }
     }
 
     /// The engines that run now, with the names of their models.
-    pub(crate) fn engines(&self) -> impl Iterator<Item = (&ModelName, &Arc<Engine>)> {
-        self.models.iter().filter_map(|model| Some((&model.served.name, model.engine.as_ref()?)))
+    pub(crate) fn engines(&self) -> impl Iterator<Item = (&ModelName, Arc<Engine>)> {
+        self.desks.iter().filter_map(|desk| Some((&desk.name, desk.shown.borrow().engine.clone()?)))
     }
 
     /// Notes how fast this machine reads memory, against which its engines are compared.
@@ -52,16 +60,24 @@ impl Performer {
     }
 
     fn figures(&self) -> Vec<report::Figures> {
-        let of = |(name, engine): (&ModelName, &Arc<Engine>)| report::Figures {
-            model: name.to_string(),
-            totals: engine.totals(),
-            places: engine.options().max_sequences,
-            bytes_per_s_most: engine.device_bytes_per_s().or_else(|| self.memory_bytes_per_s.get().copied()),
+        let of = |desk: &Arc<Desk>| {
+            let shown = desk.shown.borrow();
+            let mut totals = shown.past;
+            if let Some(engine) = &shown.engine {
+                totals.join(&engine.totals());
+            }
+            report::Figures {
+                model: desk.name.to_string(),
+                totals,
+                places: desk.sequences,
+                held: shown.engine.is_some(),
+                bytes_per_s_most: desk.device_bytes_per_s.or_else(|| self.memory_bytes_per_s.get().copied()),
+            }
         };
-        self.engines().map(of).collect()
+        self.desks.iter().map(of).collect()
     }
 
-    /// A line for each engine that has computed something.
+    /// A line for each model that something was computed for.
     #[must_use]
     pub fn summary(&self) -> Vec<String> {
         self.figures().iter().filter(|figures| figures.totals.steps > 0).map(report::Figures::line).collect()
@@ -70,28 +86,39 @@ impl Performer {
 
 /// A request that an engine has; ends there when this is dropped.
 struct Running {
-    engine: Arc<Engine>,
+    user: User,
     id: RequestId,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.engine.cancel(self.id);
+        self.user.engine.cancel(self.id);
     }
 }
 
 impl Perform for Performer {
     fn offers(&self) -> Vec<Offer> {
-        let offer = |model: &LocalModel| {
-            // Nothing runs yet, so what is free is all there is.
-            let tokens = u64::try_from(model.engine.as_ref()?.free().kv_tokens).ok();
-            Some(Offer { lane: model.served.name.lane(), capacity: model.sequences, tokens })
+        let offer = |desk: &Arc<Desk>| {
+            let mut changes = desk.places.subscribe();
+            let Places { capacity, tokens } = *changes.borrow_and_update();
+            Offer { lane: desk.name.lane(), capacity, tokens, changes: Some(changes) }
         };
-        self.models.iter().filter_map(offer).collect()
+        self.desks.iter().map(offer).collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {
-        self.models.iter().map(|model| model.served.clone()).collect()
+        self.desks.iter().map(|desk| desk.shown.borrow().served.clone()).collect()
+    }
+
+    async fn changed(&self) {
+        self.told.notified().await;
+    }
+
+    fn waits(&self, lane: &Lane, jobs: u64, elsewhere: bool) {
+        // A local model has its lane for itself.
+        for desk in self.desks.iter().filter(|desk| desk.name.lane() == *lane) {
+            desk.set_waits(Waits { jobs, elsewhere });
+        }
     }
 
     fn metrics(&self) -> String {
@@ -99,16 +126,17 @@ impl Perform for Performer {
     }
 
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
-        let model = self.models.iter().find(|model| model.served.name == task.spec.model);
-        let Some((engine, price)) = model.and_then(|model| Some((model.engine.clone()?, model.price_per_hour))) else {
-            // A job of another worker's model in the same lane; that worker takes it.
-            return Performed { outcome: Outcome::HandedBack, cost: None };
+        let desk = self.desks.iter().find(|desk| desk.name == task.spec.model);
+        let Some((user, price)) = desk.and_then(|desk| Some((desk.enter()?, desk.price_per_hour))) else {
+            // Claimed just before the model was given up, or a job of another worker's model in the same lane.
+            return Performed { outcome: Outcome::HandedBack, cost: None, observation: None };
         };
+        let engine = user.engine.clone();
         let answer = Answer { id: task.id, tools: tools(&task), card: engine.card().clone() };
         let mailbox = Arc::new(Mailbox::new(progress.started.clone()));
         let running = match submit(&engine, request(&task), &mailbox, task.spec.input.text_bytes()).await {
-            Ok(id) => Running { engine, id },
-            Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)) },
+            Ok(id) => Running { user, id },
+            Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)), observation: None },
         };
         let mut told = false;
         let mut not_before = Instant::now();
@@ -117,7 +145,7 @@ impl Perform for Performer {
                 taken = mailbox.take(not_before) => taken,
                 () = stop.cancelled(), if !told => {
                     told = true;
-                    running.engine.cancel(running.id);
+                    running.user.engine.cancel(running.id);
                     continue;
                 }
             };
@@ -262,7 +290,7 @@ fn performed(ended: Ended, price_per_hour: Option<Picodollars>, answer: &Answer)
         Ok(completion) => completion,
         Err(error) => {
             let failure = Failure::new(FailureClass::Internal, chain(&error));
-            return Performed { outcome: Outcome::Failed(failure), cost: None };
+            return Performed { outcome: Outcome::Failed(failure), cost: None, observation: None };
         }
     };
     let engine_us = u64::try_from(completion.engine_time.as_micros()).unwrap_or(u64::MAX);
@@ -273,7 +301,7 @@ fn performed(ended: Ended, price_per_hour: Option<Picodollars>, answer: &Answer)
         _ if completion.reason == genmill_engine::FinishReason::Deadline => Outcome::DeadlinePassed,
         _ => Outcome::HandedBack,
     };
-    Performed { outcome, cost }
+    Performed { outcome, cost, observation: None }
 }
 
 /// Why a text ended; `None` when somebody ended it before.
@@ -385,7 +413,7 @@ mod tests {
         }
         std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
         let paths = ModelPaths { model_path: folder.path().to_owned(), tokenizer_path: None };
-        Model::load(&paths, &LoadOptions { threads: 1 }).unwrap().card().clone()
+        Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap().card().clone()
     }
 
     #[test]

@@ -5,15 +5,17 @@
 use genmill_engine::measure::Totals;
 use std::fmt::Write as _;
 
-/// What is told of an engine.
+/// What is told of a model and its engines, one after the other.
 #[derive(Clone, Debug)]
 pub(crate) struct Figures {
-    /// Its model.
+    /// Its name.
     pub(crate) model: String,
-    /// What it has done.
+    /// What they have done.
     pub(crate) totals: Totals,
-    /// How many sequences it could run at once.
+    /// How many sequences one could run at once.
     pub(crate) places: usize,
+    /// Whether it is loaded now.
+    pub(crate) held: bool,
     /// Bytes that could be read in a second; `None` until it was measured.
     pub(crate) bytes_per_s_most: Option<f64>,
 }
@@ -52,7 +54,7 @@ impl Figures {
     }
 }
 
-/// A name, a type, what it says, and a value for each engine.
+/// A name, a type, what it says, and a value for each model.
 type Row = (&'static str, &'static str, &'static str, fn(&Figures) -> Option<f64>);
 
 /// Every metric.
@@ -78,6 +80,7 @@ const ROWS: &[Row] = &[
         Some(of.totals.cached_prompt_tokens as f64)
     }),
     ("sequences_max", "gauge", "Sequences that can run at once.", |of| Some(of.places as f64)),
+    ("resident", "gauge", "1 while the model is loaded.", |of| Some(f64::from(u8::from(of.held)))),
     ("memory_bytes_per_second", "gauge", "How fast memory can be read.", |of| of.bytes_per_s_most),
 ];
 
@@ -112,7 +115,7 @@ mod tests {
         let work = Work { bytes: 5_000_000_000, operations: 7 };
         let time = Duration::from_secs(2);
         totals.add(&Measured { prefill_tokens: 30, decode_tokens: 10, sequences: 8, work, time });
-        Figures { model: model.to_owned(), totals, places: 32, bytes_per_s_most: Some(10e9) }
+        Figures { model: model.to_owned(), totals, places: 32, held: true, bytes_per_s_most: Some(10e9) }
     }
 
     #[test]

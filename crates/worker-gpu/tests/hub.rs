@@ -249,7 +249,10 @@ fn a_model_is_downloaded_once_and_then_found() {
     assert_eq!(place.folder().unwrap(), folder);
     assert_eq!(place.script.asked.lock().unwrap().len(), asked);
     let paths = ModelPaths { model_path: folder, tokenizer_path: None };
-    assert_eq!(Model::load(&paths, &LoadOptions { threads: 1 }).unwrap().card().context_tokens(), 512);
+    assert_eq!(
+        Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap().card().context_tokens(),
+        512
+    );
 }
 
 #[test]

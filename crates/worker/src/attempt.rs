@@ -3,7 +3,8 @@
 use crate::finisher::Finisher;
 use crate::perform::{Perform, Progress, Reported, Started, Task};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
-use genmill_core::judge::{Policy, judge};
+use genmill_core::gate::{Observation, Signal};
+use genmill_core::judge::{Policy, Throttle, judge};
 use genmill_core::request::TEXT_BYTES_MAX;
 use genmill_daemon::random::random_u64;
 use genmill_queue::{Finish, Kept, Lease};
@@ -16,6 +17,9 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a performer may take to end its work when told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(3);
+
+/// What takes longer than this tells that its provider is too slow, in milliseconds; a shorter bound of a job tells nothing.
+const PATIENCE_MS: u64 = 30_000;
 
 /// Why an attempt is told to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +65,7 @@ pub(crate) async fn attempt<P: Perform>(
     told: watch::Receiver<Option<Stop>>,
 ) {
     let token = CancellationToken::new();
-    let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone() };
+    let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone(), key: lease.key.clone() };
     let progress = Progress::new(&task, started, bench.reported.clone());
     let performer = bench.performer.clone();
     let work = performer.perform(task, progress, token.clone());
@@ -107,6 +111,13 @@ async fn until(deadline: Option<Instant>) {
 /// What is to be judged: a finished generation always counts, otherwise the reason for stopping does.
 fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Performed {
     let cost = performed.as_ref().and_then(|performed| performed.cost);
+    // One that did not end in time may well have made its call.
+    let observation =
+        performed.as_ref().map_or_else(|| Some(Observation::default()), |performed| performed.observation);
+    let observation = match stop {
+        Some(Stop::TimedOut) if lease.spec.timeout_ms >= Some(PATIENCE_MS) => observation.map(too_slow),
+        _ => observation,
+    };
     let outcome = match (performed.map(|performed| performed.outcome), stop) {
         (Some(Outcome::Generated(generation)), _) if generation.bytes() > TEXT_BYTES_MAX => {
             let bytes = generation.bytes();
@@ -125,19 +136,29 @@ fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Pe
         }
         (_, Some(Stop::LeaseLost | Stop::Draining | Stop::HandBack)) | (None, None) => Outcome::HandedBack,
     };
-    Performed { outcome, cost }
+    Performed { outcome, cost, observation }
+}
+
+/// What a call tells that was given up because it took too long.
+fn too_slow(observation: Observation) -> Observation {
+    match observation.signal {
+        Signal::GivenUp => Observation { signal: Signal::Overloaded, ..observation },
+        Signal::Answered | Signal::Throttled | Signal::Overloaded => observation,
+    }
 }
 
 /// Judges what was performed and finishes the job, for as long as it takes Redis to answer: until somebody else has the
 /// job, the result still counts.
 pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Performed) {
     // Without random numbers retries are not spread, which is no reason to stop.
-    let verdict = judge(performed.outcome, lease.failures, &bench.policy, random_u64().unwrap_or_default());
+    let random = random_u64().unwrap_or_default();
+    let throttle = if lease.key.is_some() { Throttle::Gate } else { Throttle::Delay };
+    let verdict = judge(performed.outcome, lease.failures, &bench.policy, throttle, random);
     let event = verdict.event();
     if let Some(failure) = verdict.failure() {
         tracing::warn!(job = %lease.id, class = ?failure.class, message = failure.message, ?event, "attempt failed");
     }
-    let finish = Finish { verdict, cost: performed.cost };
+    let finish = Finish { verdict, cost: performed.cost, observation: performed.observation };
     let mut wait = Duration::from_millis(50);
     loop {
         match bench.finisher.finish(lease, &finish).await {

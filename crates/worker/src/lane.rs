@@ -3,12 +3,13 @@
 
 use crate::attempt::{Bench, Stop, attempt, finish};
 use crate::finisher::Finisher;
-use crate::perform::{Offer, Perform, Started};
+use crate::perform::{Offer, Perform, Places, Started};
 use crate::run::Options;
 use crate::text::{PIECES_MAX, pass_on};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
+use genmill_core::gate::{Declaration, Observation};
 use genmill_core::ids::LaneNumber;
-use genmill_queue::{Beat, Holding, Lease, Queue, Room, Slots};
+use genmill_queue::{Beat, Demand, Holding, Lease, Queue, Room, Slots};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +63,7 @@ pub(crate) struct LaneLoop<P> {
     options: Arc<Options>,
     number: LaneNumber,
     offer: Offer,
+    declared: Option<Declaration>,
     bell: Arc<Bell>,
     bench: Bench<P>,
     /// Write for the attempts.
@@ -89,6 +91,7 @@ impl<P: Perform> LaneLoop<P> {
         writers.spawn(finishing);
         writers.spawn(pass_on(queue.clone(), number, options.worker.clone(), receiver));
         Self {
+            declared: performer.declares(&offer.lane),
             bench: Bench { performer, policy: options.policy, reported, finisher },
             queue,
             options,
@@ -132,21 +135,55 @@ impl<P: Perform> LaneLoop<P> {
             let rested = self.last_beat + CANCELS_EVERY;
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = bell.work.notified() => self.hungry = true,
+                () = bell.work.notified() => {
+                    self.hungry = true;
+                    if self.offer.capacity == 0 {
+                        self.look().await;
+                    }
+                }
                 () = async { sleep_until(rested).await; bell.cancel.notified().await } => self.heartbeat().await,
-                _ = claim.tick() => self.hungry = true,
+                places = changed(&mut self.offer) => self.take_places(places).await,
+                _ = claim.tick() => {
+                    self.hungry = true;
+                    self.look().await;
+                }
                 _ = beat.tick() => self.heartbeat().await,
                 Some(ended) = self.attempts.join_next_with_id() => self.attempts_ended(ended),
             }
         }
     }
 
+    /// Takes more or less from now on, and says so.
+    async fn take_places(&mut self, places: Places) {
+        (self.offer.capacity, self.offer.tokens) = (places.capacity, places.tokens);
+        self.hungry = true;
+        self.heartbeat().await;
+    }
+
+    /// Tells the performer what waits, where that decides what it takes.
+    async fn look(&mut self) {
+        if self.offer.changes.is_none() {
+            return;
+        }
+        match self.queue.demand(self.number).await {
+            Ok(Demand { waiting, capacity }) => {
+                let elsewhere = capacity > u64::from(self.offer.capacity);
+                self.bench.performer.waits(&self.offer.lane, waiting, elsewhere);
+            }
+            Err(error) => {
+                let lane = self.number.0;
+                tracing::warn!(error = error.in_full(), lane, "cannot look at what waits; trying again soon");
+            }
+        }
+    }
+
     /// What it can take now.
-    fn room(&self) -> Room {
+    fn room(&self) -> Room<'_> {
         let running = u32::try_from(self.running.len()).unwrap_or(u32::MAX);
         Room {
             free: self.offer.capacity.saturating_sub(running),
             tokens: self.offer.tokens.map(|tokens| tokens.saturating_sub(self.tokens)),
+            keys: self.declared.as_ref().map_or(&[], |declared| &declared.keys),
         }
     }
 
@@ -160,10 +197,10 @@ impl<P: Perform> LaneLoop<P> {
         self.hungry && self.takes()
     }
 
-    fn slots(&self) -> Slots {
+    fn slots(&self) -> Slots<'_> {
         let room = self.room();
         let free = if self.takes() { room.free } else { 0 };
-        Slots { capacity: self.offer.capacity, free, tokens: room.tokens }
+        Slots { capacity: self.offer.capacity, free, tokens: room.tokens, declared: self.declared.as_ref() }
     }
 
     async fn claim(&mut self) {
@@ -205,7 +242,8 @@ impl<P: Perform> LaneLoop<P> {
             // The job must not hang for a defect of ours: the same place finishes it as failed.
             let failure = Failure::new(FailureClass::Internal, "the worker's own code failed; its log tells more");
             let bench = self.bench.clone();
-            let performed = Performed { outcome: Outcome::Failed(failure), cost: None };
+            let performed =
+                Performed { outcome: Outcome::Failed(failure), cost: None, observation: Some(Observation::default()) };
             let again = lease.clone();
             let task = self.attempts.spawn(async move { finish(&bench, &again, performed).await });
             self.running.insert(task.id(), Running { lease, started, tell });
@@ -278,6 +316,16 @@ impl<P: Perform> LaneLoop<P> {
             tracing::warn!(lane = self.number.0, "left without saying so; what it could run is forgotten by itself");
         }
     }
+}
+
+/// Completes when an offer has changed, with what it is now.
+async fn changed(offer: &mut Offer) -> Places {
+    if let Some(changes) = &mut offer.changes
+        && changes.changed().await.is_ok()
+    {
+        return *changes.borrow_and_update();
+    }
+    std::future::pending().await
 }
 
 /// What an attempt is told; nothing of handing back when its work began while the beat was on its way.

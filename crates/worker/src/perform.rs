@@ -1,6 +1,7 @@
 //! What a worker daemon adds to the loop: the work itself. Never here: leases, retries, Redis.
 
 use genmill_core::attempt::Performed;
+use genmill_core::gate::{Declaration, KeyId};
 use genmill_core::ids::{Epoch, JobId};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
@@ -10,7 +11,7 @@ use genmill_queue::Held;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// A job in this worker's hands.
@@ -22,16 +23,29 @@ pub struct Task {
     pub epoch: Epoch,
     /// What is to be done.
     pub spec: JobSpec,
+    /// The key with which its model is to be called, where the job passed a gate of it.
+    pub key: Option<KeyId>,
 }
 
 /// A lane that a worker serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Offer {
     /// The lane.
     pub lane: Lane,
     /// How many of its jobs run at once.
     pub capacity: u32,
     /// How many tokens, of prompts and bounds of output, it can hold at once; `None`: no bound.
+    pub tokens: Option<u64>,
+    /// Where both change while the worker runs: what holds from now on.
+    pub changes: Option<watch::Receiver<Places>>,
+}
+
+/// What a worker can take from a lane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Places {
+    /// How many of its jobs run at once; 0: it takes none now.
+    pub capacity: u32,
+    /// As in [`Offer`].
     pub tokens: Option<u64>,
 }
 
@@ -40,12 +54,30 @@ pub trait Perform: Send + Sync + 'static {
     /// The lanes it takes jobs from. Asked once, when the loop starts.
     fn offers(&self) -> Vec<Offer>;
 
+    /// With which keys it calls the models of a lane, and within which limits. `None`: nothing bounds what it runs but its
+    /// places. Asked once, when the loop starts.
+    fn declares(&self, lane: &Lane) -> Option<Declaration> {
+        let _ = lane;
+        None
+    }
+
     /// Every model in its configuration, and whether it can run it now. Asked at every registration.
     fn models(&self) -> Vec<ServedModel>;
 
     /// What it has measured of itself, in the text format of Prometheus. Asked whenever somebody reads /metrics.
     fn metrics(&self) -> String {
         String::new()
+    }
+
+    /// Completes when what [`Perform::models`] answers has changed, so that it is registered at once.
+    fn changed(&self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
+
+    /// Told about every second what waits in a lane whose offer changes. The worker's own places are no part of what
+    /// others can run.
+    fn waits(&self, lane: &Lane, waiting: u64, elsewhere: bool) {
+        let _ = (lane, waiting, elsewhere);
     }
 
     /// Performs one job. Reports text as it comes. When `stop` is cancelled (the job was cancelled, timed out, lost its

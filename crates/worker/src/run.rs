@@ -97,12 +97,15 @@ impl<P: Perform> Registrar<P> {
         self.queue.register(&registration, self.options.lease_ms).await
     }
 
-    /// Registers at every beat. Never ends.
+    /// Registers at every beat and whenever what it serves has changed. Never ends.
     async fn keep_registered(&self) {
         let mut beat = interval(Duration::from_millis(self.options.heartbeat_ms));
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            beat.tick().await;
+            tokio::select! {
+                _ = beat.tick() => {}
+                () = self.performer.changed() => {}
+            }
             if let Err(error) = self.register().await {
                 tracing::warn!(error = error.in_full(), "cannot register; trying again at the next beat");
             }

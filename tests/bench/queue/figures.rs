@@ -1,8 +1,9 @@
-//! What was measured: told line by line as it comes, and written as JSON at the end.
+//! How Redis keeps what is measured, and sums over what was; the figures themselves are those of every benchmark.
 
-use serde_json::json;
-use std::io::Write as _;
-use std::path::Path;
+#[path = "../figures.rs"]
+mod shared;
+
+pub(crate) use shared::{Figures, Goal};
 
 /// How Redis keeps what it acknowledges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,61 +29,6 @@ impl Fsync {
             Self::None => &["--appendonly", "no"],
             Self::EverySecond => &["--appendonly", "yes", "--appendfsync", "everysec"],
         }
-    }
-}
-
-/// What a figure is to reach.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Goal {
-    /// It is told for comparison.
-    Nothing,
-    /// At least this.
-    AtLeast(f64),
-    /// At most this.
-    AtMost(f64),
-}
-
-/// Everything measured so far.
-#[derive(Debug, Default)]
-pub(crate) struct Figures {
-    rows: Vec<serde_json::Value>,
-    heading: String,
-}
-
-impl Figures {
-    /// Begins a group of figures.
-    pub(crate) fn heading(&mut self, heading: &str) -> anyhow::Result<()> {
-        heading.clone_into(&mut self.heading);
-        Ok(writeln!(std::io::stdout(), "\n{heading}")?)
-    }
-
-    /// Adds a figure.
-    pub(crate) fn add(&mut self, name: &str, value: f64, unit: &str, goal: Goal) -> anyhow::Result<()> {
-        let digits = match value {
-            ..10.0 => 2,
-            ..100.0 => 1,
-            _ => 0,
-        };
-        let (told, reached, bound) = match goal {
-            Goal::Nothing => (String::new(), None, None),
-            Goal::AtLeast(bound) => (format!("(goal: at least {bound})"), Some(value >= bound), Some(bound)),
-            Goal::AtMost(bound) => (format!("(goal: at most {bound})"), Some(value <= bound), Some(bound)),
-        };
-        let missed = if reached == Some(false) { " MISSED" } else { "" };
-        writeln!(std::io::stdout(), "  {name:<42} {value:>10.digits$} {unit:<12} {told}{missed}")?;
-        let group = &self.heading;
-        self.rows.push(
-            json!({ "group": group, "name": name, "value": value, "unit": unit, "goal": bound, "reached": reached }),
-        );
-        Ok(())
-    }
-
-    /// Writes all of them.
-    pub(crate) fn write(&self, file: &Path) -> anyhow::Result<()> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let all = json!({ "cores": cores, "figures": self.rows });
-        std::fs::write(file, format!("{all:#}\n"))?;
-        Ok(writeln!(std::io::stdout(), "\nwritten to {}", file.display())?)
     }
 }
 

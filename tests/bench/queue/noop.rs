@@ -57,7 +57,7 @@ pub(crate) fn generation() -> Generation {
 impl Perform for Noop {
     fn offers(&self) -> Vec<Offer> {
         let lane = served().map(|served| served.name.lane());
-        lane.map(|lane| Offer { lane, capacity: CAPACITY, tokens: None }).into_iter().collect()
+        lane.map(|lane| Offer { lane, capacity: CAPACITY, tokens: None, changes: None }).into_iter().collect()
     }
 
     fn models(&self) -> Vec<ServedModel> {
@@ -73,10 +73,10 @@ impl Perform for Noop {
                 tell_now(tell, task.id);
                 stop.cancelled().await;
                 tell_now(tell, task.id);
-                return Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(1)) };
+                return Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(1)), observation: None };
             }
         }
-        Performed { outcome: Outcome::Generated(generation()), cost: Some(Picodollars(1)) }
+        Performed { outcome: Outcome::Generated(generation()), cost: Some(Picodollars(1)), observation: None }
     }
 }
 

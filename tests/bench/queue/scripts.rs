@@ -65,9 +65,9 @@ async fn live(queue: &Queue, which: u64, jobs: u64) -> anyhow::Result<()> {
             .collect();
         queue.reserve_request_ids(&reservations).await?;
         queue.enqueue(&model.lane(), &new).await?;
-        let room = Room { free: u32::try_from(BATCH)?, tokens: None };
+        let room = Room { free: u32::try_from(BATCH)?, tokens: None, keys: &[] };
         let leases = queue.claim(lane, &worker, room, 15_000).await?;
-        let finish = Finish { verdict: Verdict::Succeed(generation()), cost: Some(Picodollars(1)) };
+        let finish = Finish { verdict: Verdict::Succeed(generation()), cost: Some(Picodollars(1)), observation: None };
         let ended: Vec<Ended<'_>> = leases
             .iter()
             .map(|lease| Ended { held: lease.held(), started_at: lease.started_at, finish: &finish })

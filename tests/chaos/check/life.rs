@@ -190,9 +190,14 @@ fn failed(job: &v1::Job, evidence: &Evidence) -> Result<(), String> {
         job.error.as_ref().map_or((ErrorClass::Unspecified, ""), |error| (error.error_class(), error.message.as_str()));
     let fair = match class {
         ErrorClass::Poison => job.losses == settings.losses_max,
-        ErrorClass::Throttled | ErrorClass::Transient | ErrorClass::Timeout => job.failures == settings.retries_max + 1,
+        ErrorClass::Transient | ErrorClass::Timeout => job.failures == settings.retries_max + 1,
         ErrorClass::Invalid => prompt(job).starts_with("!status=400"),
-        ErrorClass::Unspecified | ErrorClass::Auth | ErrorClass::NotFound | ErrorClass::Internal => false,
+        // One that is throttled waits for as long as it takes.
+        ErrorClass::Throttled
+        | ErrorClass::Unspecified
+        | ErrorClass::Auth
+        | ErrorClass::NotFound
+        | ErrorClass::Internal => false,
     };
     let (failures, losses) = (job.failures, job.losses);
     if fair { Ok(()) } else { Err(format!("{class:?} after {failures} failures and {losses} losses: {message}")) }
@@ -228,8 +233,12 @@ fn sums(job: &v1::Job) -> Vec<String> {
             wrong.push(format!("attempt {number} was of two workers"));
         }
     }
+    // To be throttled is no failure of the job.
+    let counts =
+        |line: &&v1::Attempt| line.error.as_ref().is_none_or(|error| error.error_class() != ErrorClass::Throttled);
     let of = |outcome: AttemptOutcome| {
-        u32::try_from(job.attempt_history.iter().filter(|line| line.outcome() == outcome).count()).unwrap_or(u32::MAX)
+        let lines = job.attempt_history.iter().filter(counts).filter(|line| line.outcome() == outcome);
+        u32::try_from(lines.count()).unwrap_or(u32::MAX)
     };
     for (name, counted, told) in
         [("failures", of(AttemptOutcome::Failed), job.failures), ("losses", of(AttemptOutcome::Lost), job.losses)]

@@ -167,6 +167,11 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// Names the call.
+    pub(crate) fn id(&self) -> String {
+        format!("gen-standin-{}", self.at)
+    }
+
     fn note(&self, note: impl FnOnce(&mut Bill, &mut Call)) {
         let mut open = self.books.open();
         let Pages { bill, calls, .. } = &mut *open;

@@ -5,25 +5,57 @@ use crate::BAD_KEY;
 use crate::answer::{Answer, Request, answer};
 use crate::bill::{Bill, Books, Entry, Received};
 use crate::script::{Break, Fault, Script};
-use crate::shape::{Anthropic, Gemini, OpenAi, Shape, Told};
+use crate::shape::{Anthropic, Bedrock, Gemini, OpenAi, Replicate, Shape, Tgi, Told, Watsonx};
+use crate::token::TOKEN;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, Uri, header};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::stream::{self, Stream};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::sleep;
+
+/// What calls cost that tell it, by their ids, and how often that was asked for.
+pub(crate) type Generations = Mutex<BTreeMap<String, (Value, u32)>>;
 
 /// What the handlers share.
 #[derive(Debug)]
 pub(crate) struct Provider {
     pub(crate) books: Arc<Books>,
     pub(crate) models: Vec<String>,
+    /// Answers that wait to be looked at.
+    pub(crate) predictions: Arc<Mutex<Vec<Option<Response>>>>,
+    /// What calls cost that tell it, by their ids, and how often that was asked for.
+    pub(crate) generations: Arc<Generations>,
+}
+
+impl Provider {
+    /// Keeps the record of a call.
+    fn record(&self, reply: &Reply) {
+        let mut generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        generations.extend(reply.cost.clone().map(|cost| (reply.id.clone(), (cost, 0))));
+    }
+}
+
+/// `GET /v1/generation?id=ID`, as OpenRouter has it: the record is there the second time it is asked for.
+pub(crate) async fn generation(provider: State<Arc<Provider>>, address: Uri, headers: HeaderMap) -> Response {
+    if let Some(refusal) = refuse_key(&headers) {
+        return refusal.respond(&OpenAi);
+    }
+    let id = address.query().and_then(|query| query.strip_prefix("id=")).unwrap_or_default();
+    let mut generations = provider.generations.lock().unwrap_or_else(PoisonError::into_inner);
+    let (cost, asked) = generations.entry(id.to_owned()).or_default();
+    *asked += 1;
+    if *asked == 1 || cost.is_null() {
+        return Refusal::new(404, "404", "Generation not found").respond(&OpenAi);
+    }
+    Json(json!({"data": {"id": id, "total_cost": cost, "cancelled": true, "streamed": true}})).into_response()
 }
 
 /// `GET /bill`.
@@ -61,6 +93,100 @@ pub(crate) async fn content(
     answered(&Gemini, &path, provider, headers, body).await
 }
 
+/// `POST …/publishers/{publisher}/models/{model}:{method}`, as Vertex has it.
+pub(crate) async fn vertex(
+    provider: State<Arc<Provider>>,
+    Path((_, _, publisher, path)): Path<(String, String, String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let shape: &'static dyn Shape = if publisher == "anthropic" { &Anthropic } else { &Gemini };
+    answered(shape, &path, provider, headers, body).await
+}
+
+/// `POST /ml/v1/text/{method}`.
+pub(crate) async fn watsonx(
+    provider: State<Arc<Provider>>,
+    Path(path): Path<String>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    answered(&Watsonx, &path, provider, headers, body).await
+}
+
+/// `POST /generate` and `POST /generate_stream`.
+pub(crate) async fn generate(provider: State<Arc<Provider>>, path: Uri, headers: HeaderMap, body: Bytes) -> Response {
+    answered(&Tgi, path.path().trim_start_matches('/'), provider, headers, body).await
+}
+
+/// `POST /model/{model}/{method}`.
+pub(crate) async fn converse(
+    provider: State<Arc<Provider>>,
+    Path((model, method)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    answered(&Bedrock, &format!("{model}/{method}"), provider, headers, body).await
+}
+
+/// `POST /v1/models/{owner}/{name}/predictions`: what it answers with is there only when it is looked at again.
+pub(crate) async fn predict(
+    provider: State<Arc<Provider>>,
+    Path((owner, name)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
+    let predictions = Arc::clone(&provider.predictions);
+    let response = answered(&Replicate, &format!("{owner}/{name}"), provider, headers, body).await;
+    if !response.status().is_success() {
+        return response;
+    }
+    let (parts, body) = response.into_parts();
+    let body = axum::body::to_bytes(body, usize::MAX).await.map(|body| Response::from_parts(parts, Body::from(body)));
+    let mut predictions = predictions.lock().unwrap_or_else(PoisonError::into_inner);
+    predictions.push(body.ok());
+    let id = predictions.len() - 1;
+    let urls = json!({"get": format!("http://{host}/v1/predictions/{id}")});
+    (StatusCode::CREATED, Json(json!({"id": id.to_string(), "status": "starting", "urls": urls}))).into_response()
+}
+
+/// `GET /v1/predictions/{id}`: it is told once.
+pub(crate) async fn prediction(provider: State<Arc<Provider>>, Path(id): Path<usize>, headers: HeaderMap) -> Response {
+    if let Some(refusal) = refuse_key(&headers) {
+        return refusal.respond(&Replicate);
+    }
+    let mut predictions = provider.predictions.lock().unwrap_or_else(PoisonError::into_inner);
+    let told = predictions.get_mut(id).and_then(Option::take);
+    // One that broke off is told as broken off.
+    told.unwrap_or_else(|| cut_whole("{\"status\": \"succeeded\", \"output\": []}"))
+}
+
+/// `GET /v1/key`, as OpenRouter has it: what is left of a key's limit stands in the key, as in `sk-left-0.50`.
+pub(crate) async fn key(headers: HeaderMap) -> Response {
+    if let Some(refusal) = refuse_key(&headers) {
+        return refusal.respond(&OpenAi);
+    }
+    let left: Value = left(&headers).and_then(|left| serde_json::from_str(left).ok()).unwrap_or_default();
+    Json(json!({"data": {"label": "standin", "limit": left, "limit_remaining": left, "usage": 0}})).into_response()
+}
+
+/// `GET /v1/credits`, as OpenRouter has it: for management keys only, whose account's balance stands in the key, as in
+/// `sk-management-left-0.50`.
+pub(crate) async fn credits(headers: HeaderMap) -> Response {
+    let balance = left(&headers).filter(|_| key_of(&headers).contains("management"));
+    match balance.and_then(|balance| balance.parse::<f64>().ok()) {
+        Some(balance) => {
+            Json(json!({"data": {"total_credits": 100.0 + balance, "total_usage": 100.0}})).into_response()
+        }
+        None => Refusal::new(403, "403", "Only management keys can perform this operation").respond(&OpenAi),
+    }
+}
+
+fn left(headers: &HeaderMap) -> Option<&str> {
+    key_of(headers).split_once("left-").map(|(_, left)| left)
+}
+
 async fn answered(
     shape: &'static dyn Shape,
     path: &str,
@@ -85,7 +211,8 @@ async fn answered(
         entry.refused(refusal.status);
         return refusal.respond(shape);
     }
-    let reply = Reply::new(shape, &request, &script, fault);
+    let reply = Reply::new(shape, &request, &script, fault, entry.id());
+    provider.record(&reply);
     if reply.fault.html {
         entry.refused(200);
         return ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], "<html><body>hello</body></html>")
@@ -102,7 +229,10 @@ fn readable(headers: &HeaderMap) -> Vec<(String, String)> {
 fn key_of(headers: &HeaderMap) -> &str {
     let names = ["authorization", "x-api-key", "x-goog-api-key", "api-key"];
     let value = names.iter().find_map(|name| headers.get(*name)?.to_str().ok()).unwrap_or_default();
-    value.strip_prefix("Bearer ").unwrap_or(value)
+    // A signature names its key first.
+    let signed = value.strip_prefix("AWS4-HMAC-SHA256 Credential=").and_then(|signed| signed.split('/').next());
+    let key = signed.unwrap_or_else(|| value.strip_prefix("Bearer ").unwrap_or(value));
+    key.strip_prefix(TOKEN).unwrap_or(key)
 }
 
 /// A refusal, in no form yet.
@@ -110,23 +240,23 @@ fn key_of(headers: &HeaderMap) -> &str {
 struct Refusal {
     status: u16,
     code: String,
-    message: &'static str,
-    headers: Vec<(&'static str, String)>,
+    message: String,
+    headers: Vec<(String, String)>,
 }
 
 impl Refusal {
-    fn new(status: u16, code: &str, message: &'static str) -> Self {
-        Self { status, code: code.to_owned(), message, headers: Vec::new() }
+    fn new(status: u16, code: &str, message: &str) -> Self {
+        Self { status, code: code.to_owned(), message: message.to_owned(), headers: Vec::new() }
     }
 
     fn respond(self, shape: &dyn Shape) -> Response {
-        let object = shape.error(self.status, &self.code, self.message);
+        let object = shape.error(self.status, &self.code, &self.message);
         // The status that an error names itself is the one it comes with, as with Gemini's refusal of a key.
         let status = object["error"]["code"].as_u64().and_then(|code| u16::try_from(code).ok()).unwrap_or(self.status);
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, Json(object)).into_response();
         for (name, value) in self.headers {
-            if let Ok(value) = value.parse() {
+            if let (Ok(name), Ok(value)) = (name.parse::<header::HeaderName>(), value.parse()) {
                 response.headers_mut().insert(name, value);
             }
         }
@@ -153,15 +283,15 @@ fn failed(status: u16, fault: &Fault) -> Refusal {
         500.. => "server_error",
         _ => "invalid_request_error",
     });
-    let headers = [("retry-after", &fault.retry_after), ("retry-after-ms", &fault.retry_after_ms)];
-    let headers = headers.into_iter().filter_map(|(name, value)| Some((name, value.clone()?))).collect();
-    Refusal { headers, ..Refusal::new(status, code, "The stand-in was told to fail.") }
+    let message = fault.message.as_deref().unwrap_or("The stand-in was told to fail.");
+    Refusal { headers: fault.headers.clone(), ..Refusal::new(status, code, message) }
 }
 
 /// An answer with how it goes wrong.
 #[derive(Debug)]
 struct Reply {
     shape: &'static dyn Shape,
+    id: String,
     model: String,
     answer: Answer,
     text: String,
@@ -170,16 +300,17 @@ struct Reply {
 }
 
 impl Reply {
-    fn new(shape: &'static dyn Shape, request: &Request<'_>, script: &Script, fault: Fault) -> Self {
+    fn new(shape: &'static dyn Shape, request: &Request<'_>, script: &Script, fault: Fault, id: String) -> Self {
         let answer = answer(request, script);
         let cost = script.cost.as_deref().and_then(|cost| serde_json::from_str(cost).ok());
-        Self { shape, model: request.model().to_owned(), text: answer.pieces.concat(), answer, cost, fault }
+        Self { shape, id, model: request.model().to_owned(), text: answer.pieces.concat(), answer, cost, fault }
     }
 
     fn told(&self, wants_usage: bool) -> Told<'_> {
         let tells = wants_usage && !self.fault.no_usage;
         Told {
             model: &self.model,
+            id: &self.id,
             text: &self.text,
             finish_reason: self.answer.finish_reason,
             usage: tells.then_some((self.answer.prompt_tokens, self.answer.pieces.len())),
@@ -200,13 +331,19 @@ impl Reply {
                 entry.completed();
             }
         }
-        ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+        ([(header::CONTENT_TYPE, self.content_type("application/json"))], body).into_response()
+    }
+
+    /// What an answer calls itself.
+    fn content_type(&self, own: &str) -> String {
+        self.fault.content_type.as_deref().unwrap_or(own).to_owned()
     }
 
     fn into_stream(self, entry: Entry, wants_usage: bool) -> Response {
         let frames = self.frames(wants_usage);
+        let kind = self.content_type(self.shape.stream_type());
         let body = Body::from_stream(Sending { entry, reply: self, frames, next: 0 }.into_stream());
-        ([(header::CONTENT_TYPE, "text/event-stream; charset=utf-8")], body).into_response()
+        ([(header::CONTENT_TYPE, kind)], body).into_response()
     }
 
     /// Everything a stream sends, in order: what opens it, a frame for each piece of text, what closes it.
@@ -232,8 +369,8 @@ impl Reply {
     }
 
     fn frame(&self, object: &Value) -> Frame {
-        let comment = if self.fault.comments { ": STANDIN PROCESSING\n\n" } else { "" };
-        Frame { bytes: format!("{comment}{}", self.shape.event(object)).into(), ..Frame::default() }
+        let comment = if self.fault.comments { self.shape.comment() } else { "" };
+        Frame { bytes: [comment.as_bytes(), &self.shape.event(object)].concat().into(), ..Frame::default() }
     }
 
     fn break_at(&self, piece: usize) -> Option<Frame> {

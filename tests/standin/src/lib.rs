@@ -1,5 +1,5 @@
-//! A provider stand-in: an HTTP server that speaks OpenAI chat completions, Anthropic messages and Gemini content,
-//! and misbehaves on demand.
+//! A provider stand-in: an HTTP server that speaks OpenAI chat completions, Anthropic messages, Gemini content
+//! (also as Vertex), Bedrock's Converse, watsonx, TGI and Replicate, and misbehaves on demand.
 //!
 //! What it does with a call stands in the call itself, in the last user message or in the model name (see [`script`]),
 //! so that real daemons can be steered from outside. It keeps a [`bill`], so that a test can tell how often it was
@@ -10,6 +10,7 @@ pub mod bill;
 mod chat;
 pub mod script;
 mod shape;
+mod token;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -18,7 +19,7 @@ use axum::serve::ListenerExt as _;
 use bill::{Bill, Books, Call, Received};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -51,6 +52,7 @@ impl Default for Options {
 pub struct Standin {
     address: SocketAddr,
     books: Arc<Books>,
+    generations: Arc<chat::Generations>,
     // Dropping the set ends the server.
     _serving: JoinSet<io::Result<()>>,
 }
@@ -63,13 +65,18 @@ impl Standin {
     pub async fn start(options: Options) -> io::Result<Self> {
         let listener = TcpListener::bind(options.listen).await?;
         let address = listener.local_addr()?;
-        let books = Arc::new(Books::default());
-        let app = router(Arc::new(chat::Provider { books: Arc::clone(&books), models: options.models }));
+        let (books, generations) = (Arc::new(Books::default()), Arc::<chat::Generations>::default());
+        let app = router(Arc::new(chat::Provider {
+            books: Arc::clone(&books),
+            models: options.models,
+            predictions: Arc::default(),
+            generations: Arc::clone(&generations),
+        }));
         let mut serving = JoinSet::new();
         // A small piece of an answer must not wait until the one before it is acknowledged: that takes 40 ms.
         let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
         serving.spawn(async move { axum::serve(listener, app).await });
-        Ok(Self { address, books, _serving: serving })
+        Ok(Self { address, books, generations, _serving: serving })
     }
 
     /// Where it listens.
@@ -102,6 +109,13 @@ impl Standin {
         self.books.calls()
     }
 
+    /// How often records of calls were asked for (`GET /v1/generation`).
+    #[must_use]
+    pub fn records_asked(&self) -> u32 {
+        let generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        generations.values().map(|(_, asked)| asked).sum()
+    }
+
     /// The calls received, oldest first; the newest ten thousand.
     #[must_use]
     pub fn requests(&self) -> Vec<Received> {
@@ -115,6 +129,18 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/v1/messages", post(chat::messages))
         .route("/v1beta/models/{call}", post(chat::content))
         .route("/v1beta/models", get(chat::models))
+        .route("/v1/projects/{project}/locations/{location}/publishers/{publisher}/models/{call}", post(chat::vertex))
+        .route("/ml/v1/text/{method}", post(chat::watsonx))
+        .route("/generate", post(chat::generate))
+        .route("/generate_stream", post(chat::generate))
+        .route("/model/{model}/{method}", post(chat::converse))
+        .route("/v1/models/{owner}/{name}/predictions", post(chat::predict))
+        .route("/v1/predictions/{id}", get(chat::prediction))
+        .route("/v1/generation", get(chat::generation))
+        .route("/v1/key", get(chat::key))
+        .route("/v1/credits", get(chat::credits))
+        .route("/token", post(token::give))
+        .route("/identity/token", post(token::give))
         .route("/v1/models", get(chat::models))
         .route("/bill", get(chat::bill))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))

@@ -27,6 +27,9 @@
 //! |---|---|
 //! | `times=N` | misbehave in the first N calls of the same content only |
 //! | `retry-after=X`, `retry-after-ms=X` | these headers with an error |
+//! | `header=NAME:X` | this header with an error |
+//! | `message=X` | the text of the error, with `_` for spaces |
+//! | `type=X` | the content type of an answer |
 //! | `code=X` | the code of the error |
 
 /// What a call asks for.
@@ -49,10 +52,12 @@ pub struct Fault {
     pub status: Option<u16>,
     /// The code of the error.
     pub code: Option<String>,
-    /// The header `retry-after`.
-    pub retry_after: Option<String>,
-    /// The header `retry-after-ms`.
-    pub retry_after_ms: Option<String>,
+    /// The text of the error.
+    pub message: Option<String>,
+    /// Headers of the error.
+    pub headers: Vec<(String, String)>,
+    /// The content type of an answer, in place of its own.
+    pub content_type: Option<String>,
     /// Milliseconds before the answer.
     pub sleep_ms: u64,
     /// Milliseconds between the headers and the first byte.
@@ -123,7 +128,8 @@ impl Script {
     #[must_use]
     pub fn strip(message: &str) -> String {
         let is_modifier = |word: &str| {
-            ["times=", "retry-after=", "retry-after-ms=", "code="].iter().any(|name| word.starts_with(name))
+            let names = ["times=", "retry-after=", "retry-after-ms=", "header=", "code=", "message=", "type="];
+            names.iter().any(|name| word.starts_with(name))
         };
         let steered = message.split_whitespace().any(|word| word.starts_with('!'));
         let kept = message.split_whitespace().filter(|word| !(steered && (word.starts_with('!') || is_modifier(word))));
@@ -145,8 +151,12 @@ impl Script {
         match name {
             "status" => fault.status = value.parse().ok(),
             "code" => fault.code = Some(value.to_owned()),
-            "retry-after" => fault.retry_after = Some(value.to_owned()),
-            "retry-after-ms" => fault.retry_after_ms = Some(value.to_owned()),
+            "message" => fault.message = Some(value.replace('_', " ")),
+            "retry-after" | "retry-after-ms" => fault.headers.push((name.to_owned(), value.to_owned())),
+            "header" => {
+                fault.headers.extend(value.split_once(':').map(|(name, value)| (name.to_owned(), value.to_owned())));
+            }
+            "type" => fault.content_type = Some(value.to_owned()),
             "sleep" => fault.sleep_ms = number(),
             "first-byte" => fault.first_byte_ms = number(),
             "slow-stream" => fault.chunk_ms = number(),

@@ -1,13 +1,24 @@
-//! The forms in which providers are asked and answer: OpenAI's, Anthropic's, Gemini's. Never here: what is said (see
+//! The forms in which providers are asked and answer: OpenAI's, Anthropic's, Gemini's, and those of `shape/`. Never here: what is said (see
 //! `answer`), and how it goes wrong (see `chat`).
 
+mod bedrock;
+mod replicate;
+mod tgi;
+mod watsonx;
+
+pub(crate) use bedrock::Bedrock;
+pub(crate) use replicate::Replicate;
 use serde_json::{Value, json};
+pub(crate) use tgi::Tgi;
+pub(crate) use watsonx::Watsonx;
 
 /// What is told, whatever the form.
 #[derive(Debug)]
 pub(crate) struct Told<'a> {
     /// The model, as it was asked for.
     pub(crate) model: &'a str,
+    /// Names the call.
+    pub(crate) id: &'a str,
     /// The whole text.
     pub(crate) text: &'a str,
     /// `stop` or `length`.
@@ -44,8 +55,18 @@ pub(crate) trait Shape: Sync + std::fmt::Debug {
     fn error(&self, status: u16, code: &str, message: &str) -> Value;
 
     /// An object as an event of a stream.
-    fn event(&self, object: &Value) -> String {
-        format!("data: {object}\n\n")
+    fn event(&self, object: &Value) -> Vec<u8> {
+        format!("data: {object}\n\n").into_bytes()
+    }
+
+    /// What says nothing between events; empty where nothing may stand there.
+    fn comment(&self) -> &'static str {
+        ": STANDIN PROCESSING\n\n"
+    }
+
+    /// The content type of a stream.
+    fn stream_type(&self) -> &'static str {
+        "text/event-stream; charset=utf-8"
     }
 }
 
@@ -91,7 +112,9 @@ impl Shape for OpenAi {
     }
 
     fn opening(&self, told: &Told<'_>) -> Vec<Value> {
-        vec![Self::chunk(told.model, json!({"role": "assistant", "content": ""}), Value::Null)]
+        let mut chunk = Self::chunk(told.model, json!({"role": "assistant", "content": ""}), Value::Null);
+        chunk["id"] = json!(told.id);
+        vec![chunk]
     }
 
     fn piece(&self, model: &str, text: &str) -> Value {
@@ -199,9 +222,9 @@ impl Shape for Anthropic {
         json!({"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_standin"})
     }
 
-    fn event(&self, object: &Value) -> String {
+    fn event(&self, object: &Value) -> Vec<u8> {
         let name = object["type"].as_str().unwrap_or("message");
-        format!("event: {name}\ndata: {object}\n\n")
+        format!("event: {name}\ndata: {object}\n\n").into_bytes()
     }
 }
 

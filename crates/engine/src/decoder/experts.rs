@@ -30,7 +30,9 @@ impl<B: Backend> Experts<B> {
         (prefix, row, shape): (&str, &architectures::Experts, &layers::Experts),
     ) -> Result<Self, LoadError> {
         let hidden = config.hidden;
-        let router = Linear::load(backend, weights, stored(config, prefix, &row.router), hidden, &[shape.count])?;
+        let router = stored(config, prefix, &row.router);
+        // It is small, and what is lost there sends tokens to other experts.
+        let router = weights.exactly(|weights| Linear::load(backend, weights, router, hidden, &[shape.count]))?;
         let parts = (&row.mlp_in, &row.mlp_out, shape.inner);
         let list = (0..shape.count)
             .map(|index| {

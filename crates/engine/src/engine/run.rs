@@ -122,6 +122,8 @@ struct Sequence {
     guided: Option<(Guided, u32)>,
     /// Forced tokens that the schedule does not know of yet.
     forced: usize,
+    /// How the text ends, once the forced tokens that end it are computed, as their log probabilities are wanted.
+    ending: Option<FinishReason>,
     scores: Scores,
     end_tokens: Vec<u32>,
     stream: TokenStream,
@@ -575,6 +577,9 @@ impl Share<'_> {
             last = Some(row);
         }
         let logits = if self.slice.samples { last? } else { return None };
+        if let Some(reason) = self.sequence.ending {
+            return Some(End::Finished(reason));
+        }
         match self.sequence.sample(logits, end, workspace) {
             Ok(token) => self.sequence.take(token),
             Err(error) => Some(End::Failed(error)),
@@ -608,6 +613,7 @@ impl Sequence {
                 ids,
                 guided: ticket.guide.as_ref().and_then(guided),
                 forced: 0,
+                ending: None,
                 scores: Scores { wanted: ticket.logprobs, wanted_of_prompt, ..Scores::default() },
                 end_tokens: ticket.end_tokens.clone(),
                 stream: ticket.stream.clone(),
@@ -629,15 +635,19 @@ impl Sequence {
         self.scores.wanted_of_prompt.is_some() || self.scores.wanted.is_some() && self.guided.is_some()
     }
 
-    /// Scores the token at a position by the logits before it, when it is known already and that is wanted.
+    /// Scores the token at a position by the logits before it, when it is known already and that is wanted. A sequence that
+    /// is computed again from its beginning keeps the scores that it has.
     fn score_known(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<(), RequestError> {
         let Some(token) = self.ids.get(position) else { return Ok(()) };
-        let (wanted, scores) = if position < self.prompt_tokens {
-            (self.scores.wanted_of_prompt, &mut self.scores.prompt)
+        // Nothing stands before the prompt's first token, so it has none.
+        let (wanted, scores, before) = if position < self.prompt_tokens {
+            (self.scores.wanted_of_prompt, &mut self.scores.prompt, position - 1)
         } else {
-            (self.scores.wanted, &mut self.scores.generated)
+            (self.scores.wanted, &mut self.scores.generated, position - self.prompt_tokens)
         };
-        if let Some(top) = wanted {
+        if let Some(top) = wanted
+            && scores.len() == before
+        {
             let scored = score(logits, *token, top, workspace);
             scores.push(scored.map_err(|source| RequestError::NotFinite { position, source })?);
         }
@@ -691,6 +701,9 @@ impl Sequence {
         if whole && open == 0 && end != Some(FinishReason::Stop) {
             self.flush();
             end = Some(FinishReason::Stop);
+        }
+        if self.forced > 0 && self.scores.wanted.is_some() {
+            self.ending = end.take();
         }
         end.map(End::Finished)
     }

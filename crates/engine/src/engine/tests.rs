@@ -58,7 +58,7 @@ impl Forward for Sick {
 fn engine(illness: Illness) -> Engine {
     let model_path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpt2");
     let paths = ModelPaths { model_path, tokenizer_path: None };
-    let model = Model::load(&paths, &LoadOptions { threads: 1 }).unwrap();
+    let model = Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap();
     let sick = Box::new(Sick { illness, logits: Vec::new(), fault: None });
     Engine::start(model.with_forward(sick), EngineOptions::default()).unwrap()
 }

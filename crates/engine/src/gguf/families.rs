@@ -7,6 +7,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::error::LoadError;
 use crate::gguf::Metadata;
+use crate::gguf::header::Value;
 use crate::quantized::Rows;
 
 /// One family.
@@ -24,6 +25,8 @@ pub(super) struct Family {
     adds_one: bool,
     /// Whether every so many layers one looks at all tokens, the others at a window only.
     full_every: Option<u32>,
+    /// Whether a file that says nothing of a window means that of `transformers`, not that there is none.
+    window_untold: bool,
     /// The number of layers of that size of the family whose scores are divided by the root of hidden width over heads
     /// instead of that of the head's width; the files do not say it.
     scaled_by_hidden: Option<u32>,
@@ -42,6 +45,7 @@ const FAMILIES: &[Family] = &[
         tensors: FOUR_NORMS,
         adds_one: true,
         full_every: Some(2),
+        window_untold: true,
         scaled_by_hidden: Some(46),
         config: GELU,
         ..family("gemma2", "Gemma2ForCausalLM")
@@ -64,6 +68,7 @@ const fn family(name: &'static str, class: &'static str) -> Family {
         interleaved: false,
         adds_one: false,
         full_every: None,
+        window_untold: false,
         scaled_by_hidden: None,
         config: &[],
     }
@@ -227,9 +232,9 @@ pub(super) fn config(metadata: &Metadata, family: &Family, facts: &Facts) -> Res
     let (hidden, heads, layers) = (whole("embedding_length")?, whole("attention.head_count")?, whole("block_count")?);
     let width = metadata.whole(&key("attention.key_length"))?.unwrap_or(hidden / heads.max(1));
     if let Some(every) = family.full_every {
-        let layers = layers.min(LAYERS_MAX);
-        let full = |layer: u32| if layer.is_multiple_of(every) { "full_attention" } else { "sliding_attention" };
-        put("layer_types", (1..=layers).map(full).collect());
+        let windows = windows(metadata, family, (every, layers.min(LAYERS_MAX)))?;
+        let name = |window: &bool| if *window { "sliding_attention" } else { "full_attention" };
+        put("layer_types", windows.iter().map(name).collect());
     }
     if let Some(large) = family.scaled_by_hidden {
         let scalar = if layers == large { f64::from(hidden) / f64::from(heads.max(1)) } else { f64::from(width) };
@@ -250,6 +255,24 @@ pub(super) fn config(metadata: &Metadata, family: &Family, facts: &Facts) -> Res
     }
     put("eos_token_id", end_tokens(metadata)?.into());
     Ok(Json::Object(config))
+}
+
+/// Which of so many layers look at a window only: those that the file tells, else all but every so many.
+fn windows(metadata: &Metadata, family: &Family, (every, layers): (u32, u32)) -> Result<Vec<bool>, LoadError> {
+    let key = |end: &str| format!("{}.attention.sliding_window{end}", family.name);
+    if !family.window_untold && metadata.whole(&key(""))?.is_none() {
+        return Ok(vec![false; layers as usize]);
+    }
+    let pattern = key("_pattern");
+    if let Some(Value::Numbers(each)) = metadata.values.get(&pattern) {
+        let windows = each.iter().map(|window| *window != 0.0).collect::<Vec<_>>();
+        return match windows.len() == layers as usize {
+            true => Ok(windows),
+            false => Err(metadata.wrong(&pattern, format!("has {} entries for {layers} layers", windows.len()))),
+        };
+    }
+    let every = metadata.whole(&pattern)?.unwrap_or(every);
+    Ok((1..=layers).map(|layer| !layer.is_multiple_of(every)).collect())
 }
 
 /// More layers are a broken file, and would be a list of that length.

@@ -89,6 +89,18 @@ impl Format {
         FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ")
     }
 
+    /// Bytes that so many values take in memory: floats as float32, quants with a float32 scale (and minimum) for each
+    /// block.
+    pub(crate) fn bytes_in_memory(&self, values: u64) -> u64 {
+        match &self.stored {
+            Stored::Floats(_) => values.saturating_mul(4),
+            Stored::Quants(Layout { block, bits, minimums, .. }) => {
+                let per_block = if *minimums { 8 } else { 4 };
+                (values / 8).saturating_mul(u64::from(*bits)) + values / (*block as u64) * per_block
+            }
+        }
+    }
+
     /// Unpacks a matrix of this type.
     pub(crate) fn unpack(&self, layout: &Layout, bytes: &[u8], outputs: usize, inputs: usize) -> Quantized {
         let values = outputs * inputs;

@@ -87,6 +87,7 @@ impl Header {
                 return Err(source.broken(format!("tensor {name} is listed twice")));
             }
         }
+        source.check_order(&places)?;
         Ok(Self { metadata, tensors: places })
     }
 }
@@ -148,6 +149,18 @@ struct Source<'a> {
 impl Source<'_> {
     fn broken(&self, reason: String) -> LoadError {
         LoadError::Checkpoint { path: self.path.clone(), reason }
+    }
+
+    /// Tensors that share bytes are a damaged file, or one that would fill the memory many times over.
+    fn check_order(&self, places: &BTreeMap<String, Place>) -> Result<(), LoadError> {
+        let mut order: Vec<_> = places.iter().map(|(name, place)| (place.start, place.bytes as u64, name)).collect();
+        order.sort_unstable();
+        match order.windows(2).find(|pair| pair[1].0 < pair[0].0 + pair[0].1) {
+            Some([(.., one), (.., other)]) => {
+                Err(self.broken(format!("tensors {one} and {other} overlap: it is damaged")))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn unreadable(&self, source: std::io::Error) -> LoadError {

@@ -119,6 +119,14 @@ impl Gguf {
         families::config(&self.metadata, self.family, &families::Facts { vocabulary, tied, divisors })
     }
 
+    /// How many values all tensors have, and the bytes that they take in memory.
+    pub(crate) fn size(&self) -> (u64, u64) {
+        self.tensors.values().fold((0, 0), |(values, bytes), (_, place)| {
+            let count = place.shape.iter().fold(1_u64, |count, size| count.saturating_mul(*size as u64));
+            (values + count, bytes + place.format.bytes_in_memory(count))
+        })
+    }
+
     /// Whether the tensor that `transformers` calls so exists.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.family.tensor(name).is_some_and(|name| self.tensors.contains_key(&name))

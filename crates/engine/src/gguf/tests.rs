@@ -33,7 +33,7 @@ fn all() -> Vec<(PathBuf, Reference)> {
     paths.sort();
     let reference = |path: &Path| serde_json::from_slice(&std::fs::read(path.with_extension("json")).unwrap()).unwrap();
     let all: Vec<_> = paths.into_iter().map(|path| (path.clone(), reference(&path))).collect();
-    assert!(all.len() >= 15);
+    assert!(all.len() >= 17);
     all
 }
 
@@ -43,6 +43,14 @@ fn fixtures() -> Vec<(PathBuf, Reference)> {
     known.retain(|(_, reference)| architectures::find(&reference.class).is_some());
     assert!(known.len() >= 10);
     known
+}
+
+fn fixture(name: &str) -> Gguf {
+    Gguf::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gguf").join(name)).unwrap()
+}
+
+fn words(gguf: &Gguf) -> Words {
+    Words::load(gguf.path(), gguf.tokenizer().unwrap().to_string().as_bytes()).unwrap()
 }
 
 fn decoder(path: &Path) -> Decoder<Cpu> {
@@ -132,4 +140,50 @@ fn any_part_of_a_model_leads_to_all_of_them() {
     }
     assert!(Split::of(Path::new("a-00001-of-99999.gguf")).unwrap().paths(path).is_err());
     assert!(Split::of(Path::new("a-00001-of-00000.gguf")).unwrap().paths(path).is_err());
+}
+
+#[test]
+fn every_way_of_splitting_gives_the_text_back() {
+    let mut gguf = fixture("qwen2-q4_0.gguf");
+    let text = "It's 1234 o'clock, gr\u{fc}\u{df}e \u{4f60}\u{597d}!\r\n\tx = {'a': [10, 100]}  ";
+    for name in tokenizer::splittings() {
+        gguf.metadata.values.insert("tokenizer.ggml.pre".to_owned(), Value::Text(name.to_owned()));
+        let words = words(&gguf);
+        let mut stream = words.stream();
+        let ids = words.encode(text, Special::Add).unwrap();
+        let back: String = ids.iter().map(|id| stream.push(*id)).collect();
+        assert_eq!(back + &stream.finish(), text, "{name}");
+        // This vocabulary has 10 as a token.
+        let digits = words.encode("10", Special::Leave).unwrap().len();
+        assert_eq!(digits, if ["qwen2", "smollm"].contains(&name) { 2 } else { digits }, "{name}");
+    }
+}
+
+/// Files fill up ids that the tokenizer does not have with names such as `[PAD600]`.
+#[test]
+fn a_token_that_is_unused_is_no_text() {
+    let words = words(&fixture("qwen2-q8_0.gguf"));
+    let mut stream = words.stream();
+    assert_eq!((stream.push(639), stream.finish()), (String::new(), String::new()));
+    let ids = words.encode("[PAD639]", Special::Add).unwrap();
+    assert!(!ids.contains(&639), "{ids:?}");
+}
+
+#[test]
+fn windows_are_those_that_the_file_tells() {
+    let windows = |change: &dyn Fn(&mut BTreeMap<String, Value>)| {
+        let mut gguf = fixture("gemma3-q8_0.gguf");
+        change(&mut gguf.metadata.values);
+        let told = gguf.make_config().unwrap();
+        let config = Config::of(&Fields::of(gguf.path(), &told), None).unwrap();
+        [0, 1, 2, 3].map(|layer| config.windows.tokens(layer).unwrap_or(0))
+    };
+    let (window, pattern) = ("gemma3.attention.sliding_window", "gemma3.attention.sliding_window_pattern");
+    let put =
+        |number: f64| move |values: &mut BTreeMap<_, _>| drop(values.insert(pattern.to_owned(), Value::Number(number)));
+    assert_eq!(windows(&|_| ()), [20, 0, 20, 0]);
+    assert_eq!(windows(&put(3.0)), [20, 20, 0, 20]);
+    assert_eq!(windows(&put(0.0)), [20, 20, 20, 20]);
+    assert_eq!(windows(&|values| drop(values.remove(pattern))), [20; 4]);
+    assert_eq!(windows(&|values| drop(values.remove(window))), [0; 4]);
 }

@@ -14,8 +14,8 @@ use crate::gguf::Metadata;
 struct Splitting {
     /// The values of `tokenizer.ggml.pre`.
     names: &'static [&'static str],
-    /// The pattern; None splits as GPT-2 does.
-    pattern: Option<&'static str>,
+    /// The patterns, each of which splits what those before it left.
+    patterns: &'static [&'static str],
     /// Whether a piece that is a token as a whole is taken as it is.
     whole_pieces: bool,
     /// Whether text is composed first (Unicode NFC).
@@ -24,42 +24,84 @@ struct Splitting {
     begins: bool,
 }
 
-/// The table of splittings; the patterns are those of the models' tokenizer.json.
+/// A row that does nothing but split.
+const PLAIN: Splitting = Splitting { names: &[], patterns: &[], whole_pieces: false, composed: false, begins: false };
+
+/// GPT-2's own.
+const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+
+/// The table of splittings; the patterns are those of the models' tokenizer.json, and for `default` and `falcon` those of
+/// llama.cpp (`llama-vocab.cpp`), by which such files are made.
 const SPLITTINGS: &[Splitting] = &[
     Splitting {
         names: &["qwen2", "deepseek-r1-qwen"],
-        pattern: Some(
+        patterns: &[
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        whole_pieces: false,
+        ],
         composed: true,
-        begins: false,
+        ..PLAIN
     },
     Splitting {
-        names: &["llama-bpe", "llama3", "llama-v3", "smaug-bpe"],
-        pattern: Some(
+        names: &["qwen35"],
+        patterns: &[
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ],
+        ..PLAIN
+    },
+    Splitting {
+        names: &["llama-bpe", "llama3", "llama-v3", "smaug-bpe", "pixtral", "falcon3"],
+        patterns: &[
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
+        ],
         whole_pieces: true,
-        composed: false,
         begins: true,
+        ..PLAIN
     },
     Splitting {
         names: &["tekken"],
-        pattern: Some(
+        patterns: &[
             r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
+        ],
         whole_pieces: true,
-        composed: false,
         begins: true,
+        ..PLAIN
     },
-    Splitting { names: &["gpt-2"], pattern: None, whole_pieces: false, composed: false, begins: false },
+    Splitting { names: &["gpt-2", "mpt", "olmo", "jais"], patterns: &[WORDS], ..PLAIN },
+    // SmolLM and others that write digits one by one.
+    Splitting {
+        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
+        patterns: &[r"\p{N}", WORDS],
+        ..PLAIN
+    },
+    Splitting {
+        names: &["deepseek-coder"],
+        patterns: &[
+            r"[\r\n]",
+            r"\s?\p{L}+",
+            r"\s?\p{P}+",
+            "[\u{4e00}-\u{9fa5}\u{800}-\u{4e00}\u{ac00}-\u{d7ff}]+",
+            r"\p{N}",
+        ],
+        ..PLAIN
+    },
+    Splitting { names: &["falcon"], patterns: &[r"[\p{P}\$\+<=>\^~\|`]+", WORDS, "[0-9][0-9][0-9]"], ..PLAIN },
+    Splitting {
+        names: &["default"],
+        patterns: &[r"[\p{P}\$\+<=>\^~\|]+", WORDS, r"\p{N}+", "[0-9][0-9][0-9]"],
+        ..PLAIN
+    },
 ];
+
+/// All names of splittings.
+pub(super) fn splittings() -> impl Iterator<Item = &'static str> {
+    SPLITTINGS.iter().flat_map(|row| row.names).copied()
+}
 
 /// What a token is (`tokenizer.ggml.token_type`).
 const UNKNOWN: f64 = 2.0;
 const CONTROL: f64 = 3.0;
 const USER_DEFINED: f64 = 4.0;
+const UNUSED: f64 = 5.0;
 
 /// The space of SentencePiece.
 const SPACE: &str = "\u{2581}";
@@ -102,8 +144,10 @@ impl<'a> Vocabulary<'a> {
         self.types.is_some_and(|types| types[id] == kind)
     }
 
+    /// All but the names that fill up ids which the model's own tokenizer does not have.
     fn ids(&self) -> Map<String, Json> {
-        self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect()
+        let used = self.tokens.iter().enumerate().filter(|(id, _)| !self.is(*id, UNUSED));
+        used.map(|(id, token)| (token.clone(), id.into())).collect()
     }
 
     /// The tokens that are found in a text before it is split.
@@ -188,7 +232,7 @@ struct Parts {
 fn byte_level(vocabulary: &Vocabulary<'_>) -> Result<Parts, LoadError> {
     let metadata = vocabulary.metadata;
     let key = "tokenizer.ggml.pre";
-    let known = || SPLITTINGS.iter().flat_map(|row| row.names).copied().collect::<Vec<_>>().join(", ");
+    let known = || splittings().collect::<Vec<_>>().join(", ");
     let name = metadata.text(key)?.ok_or_else(|| {
         metadata
             .wrong(key, format!("is missing: convert the model again with a newer llama.cpp; read are: {}", known()))
@@ -204,20 +248,15 @@ fn byte_level(vocabulary: &Vocabulary<'_>) -> Result<Parts, LoadError> {
     });
     let merges = pairs.collect::<Result<Vec<_>, _>>()?;
     let bytes = |splits: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": splits});
-    let pre_tokenizer = match row.pattern {
-        None => bytes(true),
-        Some(pattern) => json!({"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-            bytes(false),
-        ]}),
-    };
+    let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+    let splits: Vec<Json> = row.patterns.iter().map(split).chain([bytes(false)]).collect();
     Ok(Parts {
         model: json!({
             "type": "BPE", "byte_fallback": false, "fuse_unk": false, "ignore_merges": row.whole_pieces,
             "vocab": vocabulary.ids(), "merges": merges,
         }),
         normalizer: if row.composed { json!({"type": "NFC"}) } else { Json::Null },
-        pre_tokenizer,
+        pre_tokenizer: json!({"type": "Sequence", "pretokenizers": splits}),
         decoder: bytes(true),
         begins: row.begins,
     })
@@ -259,7 +298,7 @@ const PIECE_BYTES_MAX: usize = 1 << 10;
 /// those of one piece the one with the earlier parts, as `transformers` makes them from a SentencePiece model.
 fn merges(vocabulary: &Vocabulary<'_>, scores: &[f64]) -> Vec<Json> {
     // Only what text can become takes part.
-    let usual = |id: &usize| ![UNKNOWN, CONTROL, USER_DEFINED].iter().any(|kind| vocabulary.is(*id, *kind));
+    let usual = |id: &usize| ![UNKNOWN, CONTROL, USER_DEFINED, UNUSED].iter().any(|kind| vocabulary.is(*id, *kind));
     let usual_ids = || (0..vocabulary.tokens.len()).filter(usual);
     let ids: HashMap<&str, usize> = usual_ids().map(|id| (vocabulary.tokens[id].as_str(), id)).collect();
     let mut merges = Vec::new();

@@ -26,7 +26,21 @@ const WINDOW_TOKENS_MAX: usize = 32;
 /// its own is written so, and its reader shall not wait for ever.
 const RUN_BYTES_MAX: usize = 128;
 
+/// How many tokens are kept of those that a text follows; one that is text would do.
+const BEFORE_TOKENS: usize = 8;
+
 impl Window {
+    /// What follows these tokens.
+    pub(super) fn after(ids: &[u32]) -> Self {
+        let ids = ids[ids.len().saturating_sub(BEFORE_TOKENS)..].to_vec();
+        Self { given: ids.len(), ids, ..Self::default() }
+    }
+
+    /// Whether what it holds is any text.
+    pub(super) fn is_text(&self, words: &Words) -> bool {
+        !words.decode(&self.ids).is_empty()
+    }
+
     pub(super) fn push(&mut self, words: &Words, id: u32) -> String {
         match words.kind(id) {
             Kind::Nothing => String::new(),
@@ -143,6 +157,22 @@ mod tests {
             let mut text: String = ids.iter().map(|id| stream.push(*id)).collect();
             text += &stream.finish();
             assert_eq!((text.as_str(), words.decode(ids).as_str()), (*expected, *expected));
+        }
+    }
+
+    #[test]
+    fn a_text_that_follows_another_keeps_its_first_space() {
+        let words = sentence_pieces();
+        for (before, ids, expected) in [
+            (&[7, 0][..], &[1, 3][..], " isa"),
+            (&[0, 3, 3, 3, 3, 3, 3, 3, 3, 3], &[2, 1], "  is"),
+            (&[7], &[1, 3], " isa"),
+            (&[0, 4, 5, 6], &[4, 5, 6, 1], "你 is"),
+            (&[], &[1], " is"),
+        ] {
+            let mut stream = words.stream_after(before);
+            let text: String = ids.iter().map(|id| stream.push(*id)).collect();
+            assert_eq!(text + &stream.finish(), expected, "{before:?}");
         }
     }
 

@@ -23,7 +23,7 @@ pub(crate) fn copy(name: &str) -> TempDir {
 
 fn error(folder: &Path) -> String {
     let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
-    Model::load(&paths, &LoadOptions { threads: 1 }).unwrap_err().to_string()
+    Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap_err().to_string()
 }
 
 /// Sets one field of config.json (null removes nothing: it is null) and expects this error.
@@ -76,7 +76,7 @@ fn what_is_not_supported_is_named() {
 #[test]
 fn a_rotation_that_is_not_supported_is_named() {
     let check = |scaling: Value, expected: &str| check_config("llama2", "rope_scaling", scaling, expected);
-    check(json!({"type": "dynamic", "factor": 4.0}), "rope_scaling has type dynamic; supported are");
+    check(json!({"type": "ntk", "factor": 4.0}), "rope_scaling has type ntk; supported are");
     check(json!({"type": "linear"}), "rope_scaling has no factor");
     check(json!({"type": "linear", "factor": 0}), "factor is 0, not a positive number");
     check(json!({"rope_type": "llama3", "factor": 8.0}), "rope_scaling has no low_freq_factor");
@@ -227,6 +227,60 @@ fn an_entry_that_lies_is_an_error() {
 }
 
 #[test]
+fn a_tokenizer_that_adds_a_token_it_does_not_have_is_an_error() {
+    let folder = copy("llama2");
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    tokenizer["post_processor"]["special_tokens"] = json!({});
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let error = error(folder.path());
+    assert!(error.contains("cannot load tokenizer") && error.contains("tokenizer.json"), "{error}");
+}
+
+/// Writes model.safetensors of a copy of a fixture with a changed header.
+fn check_header(change: impl FnOnce(&mut Value), expected: &str) {
+    let folder = copy("qwen2");
+    let path = folder.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let end = 8 + usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    let mut header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+    change(&mut header);
+    let text = header.to_string();
+    let parts = [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &bytes[end..]];
+    fs::write(path, parts.concat()).unwrap();
+    let error = error(folder.path());
+    assert!(error.contains(expected), "{error}");
+}
+
+#[test]
+fn tensors_that_share_bytes_are_an_error() {
+    let (one, other) = ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight");
+    check_header(|header| header[other] = header[one].clone(), &format!("tensors {one} and {other} overlap"));
+}
+
+#[test]
+fn weights_that_are_no_floating_point_numbers_are_an_error() {
+    let norm = "model.norm.weight";
+    check_header(|header| header[norm]["dtype"] = json!("I32"), "tensor model.norm.weight has type I32");
+}
+
+/// Nothing is made of a width that no layer has.
+#[test]
+fn a_width_that_no_layer_has_costs_nothing() {
+    let folder = copy("qwen3-moe");
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let widest = |config: &Value| {
+        fs::write(&path, config.to_string()).unwrap();
+        Config::read(folder.path()).unwrap().widest_inner()
+    };
+    config["intermediate_size"] = json!(1 << 28);
+    assert_eq!(widest(&config), 1 << 28);
+    config["mlp_only_layers"] = json!([]);
+    assert_eq!(widest(&config), 20);
+}
+
+#[test]
 fn a_broken_template_is_an_error() {
     let folder = copy("qwen2");
     fs::write(folder.path().join("chat_template.jinja"), "{% if %}").unwrap();
@@ -256,6 +310,6 @@ proptest! {
         bytes[at] = value;
         fs::write(&path, bytes).unwrap();
         let paths = ModelPaths { model_path: folder.path().to_owned(), tokenizer_path: None };
-        drop(Model::load(&paths, &LoadOptions { threads: 1 }));
+        drop(Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }));
     }
 }

@@ -2,13 +2,16 @@
 
 use genmill_engine::config::Config;
 use genmill_engine::rope::Scaling;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 fn config(architecture: &str) -> Config {
+    read(&json!({ "architectures": [architecture] }))
+}
+
+fn read(config: &Value) -> Config {
     let folder = TempDir::new().unwrap();
-    let text = json!({ "architectures": [architecture] }).to_string();
-    std::fs::write(folder.path().join("config.json"), text).unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
     Config::read(folder.path()).unwrap()
 }
 
@@ -78,4 +81,14 @@ fn windows_caps_and_experts() {
     let experts = |architecture| config(architecture).experts.map(|e| (e.count, e.chosen, e.inner, e.normalised));
     assert_eq!(experts("MixtralForCausalLM"), Some((8, 2, 14_336, true)));
     assert_eq!(experts("Qwen3MoeForCausalLM"), Some((128, 8, 768, false)));
+}
+
+/// Beyond the context it would stretch wavelengths; no sequence is longer.
+#[test]
+fn a_dynamic_rotation_is_the_plain_one() {
+    let dynamic = read(&json!({
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "dynamic", "factor": 4.0},
+    }));
+    assert_eq!((dynamic.context, &dynamic.ropes), (4096, &config("LlamaForCausalLM").ropes));
 }

@@ -1,6 +1,6 @@
 //! Texts that must have a form, from models that would write anything.
 
-use genmill_engine::{Completion, Engine, FinishReason, Form, Request, SubmitError};
+use genmill_engine::{Completion, Engine, FinishReason, Form, Prompt, Request, SubmitError};
 use serde_json::Value;
 
 use crate::{engine, greedy, submit};
@@ -42,7 +42,7 @@ fn is_person(value: &Value) -> bool {
 
 #[test]
 fn json_always_parses_and_fits_its_schema() {
-    for name in ["qwen2", "gpt2"] {
+    for name in ["qwen2", "gpt2", "llama2", "gemma2"] {
         let engine = engine(name, 64);
         let jobs: Vec<_> = (0..24).map(|seed| submit(&engine, hot(person(), seed)).unwrap()).collect();
         let mut texts: Vec<String> = Vec::new();
@@ -82,6 +82,12 @@ fn choices_expressions_and_grammars_are_kept_to() {
 /// Also with log probabilities, of which forced tokens have theirs, and with several samples.
 #[test]
 fn a_seeded_form_says_the_same_alone_and_in_company() {
+    for name in ["gpt2", "llama2"] {
+        check_company(name);
+    }
+}
+
+fn check_company(name: &str) {
     let requests = || {
         (0..16).map(|seed| Request {
             samples: 1 + usize::try_from(seed % 3).unwrap(),
@@ -90,10 +96,10 @@ fn a_seeded_form_says_the_same_alone_and_in_company() {
         })
     };
     let content = |completion: Completion| (completion.text, completion.logprobs, completion.more);
-    let engine_alone = engine("gpt2", 512);
+    let engine_alone = engine(name, 512);
     let alone: Vec<_> = requests().map(|request| content(run(&engine_alone, request))).collect();
     for step_tokens in [32, 100] {
-        let engine = engine("gpt2", step_tokens);
+        let engine = engine(name, step_tokens);
         let plain = submit(&engine, Request { ignore_end: true, ..greedy("X", 200) }).unwrap();
         let jobs: Vec<_> = requests().map(|request| submit(&engine, request).unwrap()).collect();
         for (job, alone) in jobs.into_iter().zip(&alone) {
@@ -104,16 +110,45 @@ fn a_seeded_form_says_the_same_alone_and_in_company() {
     }
 }
 
-/// A choice that is clear after its first letter takes one pick; its other tokens need no step of their own.
+/// A choice that is clear after its first letter takes one pick; its other tokens need no step of their own. They have
+/// their log probabilities all the same, where those are wanted.
 #[test]
 fn forced_tokens_are_appended_at_once() {
-    let engine = engine("gpt2", 64);
-    let choice = Form::Choice(vec!["a long answer that leaves no doubt".to_owned(), "b".to_owned()]);
-    let seeds = (0..40).map(|seed| run(&engine, Request { logprobs: Some(0), ..hot(choice.clone(), seed) }));
-    let long = seeds.into_iter().find(|completion| completion.text.len() > 1).unwrap();
-    assert_eq!(long.text, "a long answer that leaves no doubt");
-    assert!(long.completion_tokens > 5, "{long:?}");
-    assert!(long.logprobs.len() <= 2, "all after the first pick was forced: {long:?}");
+    for name in ["gpt2", "llama2"] {
+        let engine = engine(name, 64);
+        let choice = Form::Choice(vec!["a long answer that leaves no doubt".to_owned(), "b".to_owned()]);
+        let request = |seed| hot(choice.clone(), seed);
+        let seed = (0..40).find(|seed| run(&engine, request(*seed)).text.len() > 1).unwrap();
+        let steps = || engine.totals().steps;
+        let before = steps();
+        let long = run(&engine, request(seed));
+        assert_eq!(long.text, "a long answer that leaves no doubt");
+        assert!(long.completion_tokens > 5, "{name}: {long:?}");
+        assert!(steps() - before <= 2, "{name}: all after the first picks was forced: {long:?}");
+        for max_tokens in [200, 4] {
+            let scored = run(&engine, Request { logprobs: Some(0), max_tokens, ..request(seed) });
+            assert_eq!(scored.logprobs.len(), scored.completion_tokens, "{name}: {scored:?}");
+            assert!(long.text.starts_with(&scored.text) && scored.completion_tokens <= max_tokens);
+        }
+    }
+}
+
+/// A space at a text's beginning is a part of it, also where a tokenizer would drop it.
+#[test]
+fn a_form_and_an_echo_keep_the_first_space() {
+    for name in ["llama2", "gpt2"] {
+        let engine = engine(name, 64);
+        let form = Form::Choice(vec![" yes".to_owned(), " no".to_owned()]);
+        let text = run(&engine, hot(form.clone(), 1)).text;
+        assert!([" yes", " no"].contains(&text.as_str()), "{name}: {text:?}");
+        if name == "llama2" {
+            // Nothing but a begin token stands before it.
+            let first = run(&engine, Request { prompt: Prompt::Text(String::new()), ..hot(form.clone(), 1) }).text;
+            assert!([" yes", " no"].contains(&first.as_str()), "{first:?}");
+        }
+        let echoed = run(&engine, Request { echo: true, ..hot(form, 1) }).text;
+        assert_eq!(echoed, format!("X moves{text}"));
+    }
 }
 
 #[test]

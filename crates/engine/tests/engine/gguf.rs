@@ -21,7 +21,7 @@ fn engine(path: &Path) -> Engine {
 
 fn error(path: &Path) -> String {
     let paths = ModelPaths { model_path: path.to_owned(), tokenizer_path: None };
-    Model::load(&paths, &LoadOptions { threads: 1 }).unwrap_err().to_string()
+    Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }).unwrap_err().to_string()
 }
 
 #[test]
@@ -152,6 +152,8 @@ fn tensors_that_lie_are_named() {
     check(&tensor(&[], 0, 0), "tensor t has 0 dimensions");
     let twice = [header(2, 0), entry("t", &[0], 0, 0), entry("t", &[0], 0, 0), vec![0; 64]];
     check(&twice.concat(), "tensor t is listed twice");
+    let shared = [header(2, 0), entry("a", &[8], 0, 0), entry("b", &[8], 0, 16), vec![0; 128]];
+    check(&shared.concat(), "tensors a and b overlap");
 }
 
 /// Puts other bytes in the place of some, of the same length, and expects this error.
@@ -201,6 +203,6 @@ proptest! {
         bytes[at] = value;
         fs::write(&path, bytes).unwrap();
         let paths = ModelPaths { model_path: path, tokenizer_path: None };
-        drop(Model::load(&paths, &LoadOptions { threads: 1 }));
+        drop(Model::load(&paths, &LoadOptions { threads: 1, ..LoadOptions::default() }));
     }
 }

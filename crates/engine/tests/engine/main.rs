@@ -8,6 +8,7 @@ mod broken;
 mod defaults;
 mod forms;
 mod gguf;
+mod quantise;
 mod reference;
 mod requests;
 mod sampler;
@@ -39,7 +40,7 @@ fn fixtures() -> Vec<String> {
 
 fn load(folder: &Path) -> Model {
     let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
-    Model::load(&paths, &LoadOptions { threads: 2 }).unwrap()
+    Model::load(&paths, &LoadOptions { threads: 2, ..LoadOptions::default() }).unwrap()
 }
 
 /// A small engine on a fixture.

@@ -196,3 +196,17 @@ fn an_echo_is_the_prompt_before_each_text() {
     let error = submit(&engine, request).map(|_| ()).unwrap_err();
     assert_eq!(error.to_string(), "echo needs a prompt that is text");
 }
+
+/// A prompt that is computed again, because its text outgrows the first table of angles, keeps its scores.
+#[test]
+fn a_prompt_that_is_computed_again_is_scored_once() {
+    let engine = engine("phi3-long", 64);
+    let prompt = "X moves first, then O. ".repeat(5);
+    for max_tokens in [1, 40] {
+        let request = Request { prompt_logprobs: Some(1), logprobs: Some(0), ..greedy(&prompt, max_tokens) };
+        let completion = run(&engine, request);
+        assert!((30..44).contains(&completion.prompt_tokens), "{}", completion.prompt_tokens);
+        assert_eq!(completion.prompt_logprobs.len() + 1, completion.prompt_tokens);
+        assert_eq!(completion.logprobs.len(), completion.completion_tokens);
+    }
+}

@@ -289,6 +289,29 @@ fn those_who_begin_alike_compute_the_beginning_once() {
 }
 
 #[test]
+fn what_somebody_waits_for_stays_while_anything_else_can_go() {
+    let limits = Limits { step_tokens: 1_000, max_sequences: 1 };
+    let mut schedule = Schedule::new(10, true);
+    let mut run = |id: u64, prompt: std::ops::Range<u32>, then: Option<std::ops::Range<u32>>| {
+        schedule.add(RequestId::new(id), plain(prompt, 1)).unwrap();
+        if let Some(prompt) = then {
+            schedule.add(RequestId::new(id + 1), plain(prompt, 1)).unwrap();
+        }
+        let step = schedule.next(&limits);
+        schedule.commit(&step);
+        schedule.remove(RequestId::new(id), &[]);
+        step.admitted[0].cached
+    };
+    // Three blocks each, nothing of which is shared; the first is the least lately used.
+    assert_eq!(run(0, 0..48, None), 0);
+    assert_eq!(run(2, 100..148, None), 0);
+    // Needs seven of ten, while somebody waits for the first.
+    assert_eq!(run(4, 200..300, Some(0..47)), 0);
+    let step = schedule.next(&limits);
+    assert_eq!(step.admitted[0].cached, 32, "whole blocks of all but the last token");
+}
+
+#[test]
 fn a_sequence_can_begin_anew_in_its_blocks() {
     let limits = Limits { step_tokens: 8, max_sequences: 4 };
     let mut schedule = Schedule::new(100, false);

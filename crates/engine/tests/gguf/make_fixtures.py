@@ -17,9 +17,9 @@ import gguf
 import numpy as np
 import sentencepiece
 from gguf import GGMLQuantizationType as Type
-from safetensors.numpy import load_file
 
 import to_gguf
+from to_gguf import FOUR_NORMS, GEMMAS, load_file
 
 HERE = Path(__file__).parent
 PROMPTS = ["The scheduler hands each job", "1 + 1 =", "gr\u00fc\u00dfe \u4f60\u597d \U0001f680", " two  spaces\n"]
@@ -30,7 +30,7 @@ def logits(weights, config, family, ids):
     weights = {name: values.astype(np.float64) for name, values in weights.items()}
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads, width = config["num_key_value_heads"], config.get("head_dim") or hidden // heads
-    gemma = family == "gemma2"
+    gemma, four_norms = family in GEMMAS, family in FOUR_NORMS
 
     def norm(x, name):
         weight = weights[name + ".weight"] + (1 if gemma else 0)
@@ -39,14 +39,17 @@ def logits(weights, config, family, ids):
     def linear(x, name):
         return x @ weights[name + ".weight"].T + weights.get(name + ".bias", 0)
 
-    parameters, theta = to_gguf.rope(config)
-    frequencies = theta ** (-np.arange(0, width, 2) / width)
-    if parameters.get("rope_type") == "llama3":
-        frequencies = frequencies / to_gguf.llama3_divisors(config).astype(np.float64)
-    angles = np.arange(len(ids))[:, None] * frequencies
-    cosines, sines = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    def angles(layers):
+        parameters, theta = to_gguf.rope(config, layers)
+        frequencies = theta ** (-np.arange(0, width, 2) / width)
+        if parameters.get("rope_type") == "llama3":
+            frequencies = frequencies / to_gguf.llama3_divisors(config).astype(np.float64)
+        if parameters.get("rope_type") == "linear":
+            frequencies = frequencies / parameters["factor"]
+        angles = np.arange(len(ids))[:, None] * frequencies
+        return np.cos(angles)[:, None], np.sin(angles)[:, None]
 
-    def rotate(x):
+    def rotate(x, cosines, sines):
         first, second = np.split(x, 2, axis=-1)
         return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)
 
@@ -54,35 +57,39 @@ def logits(weights, config, family, ids):
     distance = np.arange(len(ids))[:, None] - np.arange(len(ids))
     for layer in range(config["num_hidden_layers"]):
         part = f"model.layers.{layer}."
+        # Of Mistral's window GGUF files say nothing, so all that is read must fit into it.
+        windowed = family == "gemma2" and layer % 2 == 0
+        if family == "gemma3_text":
+            windowed = config["layer_types"][layer] == "sliding_attention"
+        window = config["sliding_window"] if windowed else len(ids)
+        turn = angles("sliding_attention" if windowed else "full_attention")
         h = norm(x, part + "input_layernorm")
         q = linear(h, part + "self_attn.q_proj").reshape(len(ids), heads, width)
         k = linear(h, part + "self_attn.k_proj").reshape(len(ids), kv_heads, width)
         v = linear(h, part + "self_attn.v_proj").reshape(len(ids), kv_heads, width)
-        if family == "qwen3":
+        if family in ("qwen3", "gemma3_text"):
             q, k = norm(q, part + "self_attn.q_norm"), norm(k, part + "self_attn.k_norm")
-        q, k = rotate(q), np.repeat(rotate(k), heads // kv_heads, axis=1)
+        q, k = rotate(q, *turn), np.repeat(rotate(k, *turn), heads // kv_heads, axis=1)
         scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(config.get("query_pre_attn_scalar", width))
-        if gemma:
+        if family == "gemma2":
             scores = np.tanh(scores / config["attn_logit_softcapping"]) * config["attn_logit_softcapping"]
-        # Of Mistral's window GGUF files say nothing, so all that is read must fit into it.
-        window = config["sliding_window"] if gemma and layer % 2 == 0 else len(ids)
         scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         attended = np.einsum("hij,jhd->ihd", scores / scores.sum(-1, keepdims=True), np.repeat(v, heads // kv_heads, 1))
         out = linear(attended.reshape(len(ids), -1), part + "self_attn.o_proj")
-        x = x + (norm(out, part + "post_attention_layernorm") if gemma else out)
-        h = norm(x, part + ("pre_feedforward_layernorm" if gemma else "post_attention_layernorm"))
+        x = x + (norm(out, part + "post_attention_layernorm") if four_norms else out)
+        h = norm(x, part + ("pre_feedforward_layernorm" if four_norms else "post_attention_layernorm"))
         gate = linear(h, part + "mlp.gate_proj")
         if gemma:
             gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         else:
             gate = gate / (1 + np.exp(-gate))
         out = linear(gate * linear(h, part + "mlp.up_proj"), part + "mlp.down_proj")
-        x = x + (norm(out, part + "post_feedforward_layernorm") if gemma else out)
+        x = x + (norm(out, part + "post_feedforward_layernorm") if four_norms else out)
     head = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
     out = norm(x[-1], "model.norm") @ weights[head].T
     cap = config.get("final_logit_softcapping")
-    return np.tanh(out / cap) * cap if gemma else out
+    return np.tanh(out / cap) * cap if cap else out
 
 
 def greedy(weights, config, family, ids, count=8):
@@ -204,11 +211,12 @@ def k_quants(config, kinds):
 def main():
     reference = Path(sys.argv[1])
 
-    def convert(name, folder, kind, first_space=True):
+    def convert(name, folder, kind, first_space=True, **changed):
         config = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
         family = config["model_type"]
         check_forward(folder)
+        config |= changed
         save(name, folder, config, lambda w: to_gguf.write_tensors(w, tensors, config, family, kind), first_space)
 
     qwen2 = HERE.parent / "fixtures/qwen2"
@@ -224,6 +232,10 @@ def main():
     for name in ("llama2", "llama3", "mistral", "qwen3"):
         convert(f"{name}-q8_0", reference / name, Type.Q8_0)
     convert("gemma2-q8_0", reference / "gemma2", Type.Q8_0, first_space=False)
+    convert("gemma1-q5_0", HERE.parent / "fixtures/gemma1", Type.Q5_0, first_space=False)
+    # Files do not tell what scores are divided by: it is the width of a head.
+    gemma3 = HERE.parent / "fixtures/gemma3"
+    convert("gemma3-q8_0", gemma3, Type.Q8_0, first_space=False, query_pre_attn_scalar=16)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python to_gguf.py FOLDER OUT.gguf TYPE        (TYPE: f32, f16, bf16, q8_0, q5_0, q4_0)
 
-Needs gguf, numpy, safetensors (requirements.txt). Families: Llama, Mistral, Qwen2, Qwen3, Gemma 2. Byte-level
+Needs gguf, numpy, safetensors (requirements.txt). Families: Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3. Byte-level
 tokenizers must split like GPT-2. Norms, biases and matrices whose width does not fit the type's blocks stay float32.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -25,7 +25,29 @@ GEMMA2 = LAYER | {
     "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
+NAMES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
+FOUR_NORMS = ("gemma2", "gemma3_text")
+GEMMAS = ("gemma", *FOUR_NORMS)
+
+
+def load_file(path):
+    """The tensors of a file in float32; numpy has no bfloat16."""
+    def values(file, name):
+        part = file.get_slice(name)
+        if part.get_dtype() != "BF16":
+            return file.get_tensor(name).astype(np.float32)
+        start, end = header[name]["data_offsets"]
+        halves = np.frombuffer(data[start:end], dtype="<u2").astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(part.get_shape())
+
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    with safe_open(path, "np") as file:
+        return {name: values(file, name) for name in file.keys()}
 
 
 def name_of(name, family):
@@ -37,7 +59,7 @@ def name_of(name, family):
         return fixed[name]
     layer, rest = name.removeprefix("model.layers.").split(".", 1)
     part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{(GEMMA2 if family == 'gemma2' else LAYER)[part]}.{kind}"
+    return f"blk.{layer}.{(GEMMA2 if family in FOUR_NORMS else LAYER)[part]}.{kind}"
 
 
 def stored(name, values, config, family):
@@ -47,13 +69,14 @@ def stored(name, values, config, family):
         heads = config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]
         values = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:]).swapaxes(1, 2)
         values = values.reshape(-1, *values.shape[3:])
-    if family == "gemma2" and name.endswith("norm.weight"):
+    if family in GEMMAS and name.endswith("norm.weight"):
         values = values + 1
     return np.ascontiguousarray(values)
 
 
-def rope(config):
+def rope(config, layers="full_attention"):
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = parameters.get(layers, parameters)
     return parameters, parameters.get("rope_theta", config.get("rope_theta", 10000.0))
 
 
@@ -85,6 +108,12 @@ def write_config(writer, config, family):
         writer.add_value_length(config["head_dim"])
     if parameters.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(config))
+    if parameters.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(parameters["factor"])
+    if family == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])

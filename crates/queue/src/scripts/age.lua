@@ -6,6 +6,7 @@ local now = now_ms()
 local meta = redis.call('HMGET', key('meta'), 'ag', 'vt')
 if now - (tonumber(meta[1]) or 0) < AGING_MS then return 0 end
 redis.call('HSET', key('meta'), 'ag', now)
+if redis.call('EXISTS', key('gates')) == 1 then permits().forget(now, GATE_IDLE_MS) end
 local virtual, moved = tonumber(meta[2]) or 0, 0
 -- Those that wait longest; bounded, for Redis's sake.
 local flows = redis.call('ZRANGE', key('flows'), -1000, -1, 'WITHSCORES')

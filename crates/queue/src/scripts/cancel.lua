@@ -15,7 +15,7 @@ for _, id in ipairs(ARGV) do
     running = true
     answer[#answer + 1] = 'r'
   else
-    stop_waiting(id, job)
+    stop_waiting(id, job, now)
     finish_job(id, job, CANCELLED, now)
     answer[#answer + 1] = 'c'
   end

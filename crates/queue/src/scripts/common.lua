@@ -159,6 +159,18 @@ local function job_of(member)
   return string.sub(member, -19, -4), struct.unpack('>I3', string.sub(member, -3))
 end
 
+-- What lets jobs of remote models through. Most lanes have no gates, and need none of its functions.
+local opened_permits = nil
+local function permits()
+  opened_permits = opened_permits or open_permits(stand_leaf, job_of, digits)
+  return opened_permits
+end
+
+-- Ends the permit of a job, if it has one, see permits.release.
+local function release_permit(id, job, now, started, told)
+  if job.permit then permits().release(id, leaf_of(job.leaf), job.permit, job.tokens, now, started, told) end
+end
+
 -- Why a flow's or a leaf's jobs may not be fed: the set in which it waits until they may.
 local function held(leaf)
   if setting('pause/tenant/', leaf.tenant) then return key('paused'), key('flows'), leaf.flow end
@@ -187,14 +199,17 @@ end
 -- Moves waiting jobs into the stream: as many as live workers have places free, and for a claim what it has `asked`
 -- for. So nothing is ahead of what comes next while all are busy. Where tokens bound what a worker can run, free places
 -- tell nothing, and only claims feed. The flow with the smallest virtual time is next, in it the leaf with the smallest,
--- and both pay with the job's estimated tokens over their weight (start-time fair queueing).
-local function feed(now, asked)
-  local meta = redis.call('HMGET', key('meta'), 'un', 'vt', 'ca', 'tb')
+-- and both pay with the job's estimated tokens over their weight (start-time fair queueing). Where gates are, each job
+-- needs a permit; for a claim, one with a key that is `mine`.
+local function feed(now, asked, mine)
+  local meta = redis.call('HMGET', key('meta'), 'un', 'vt', 'ca', 'tb', 'gt')
   local undelivered, virtual, capacity = tonumber(meta[1]) or 0, tonumber(meta[2]) or 0, tonumber(meta[3]) or 0
   local free = meta[4] == '1' and 0 or capacity - in_flight('')
   local wanted, fed = math.max(free, (asked or 0) - undelivered), 0
   if wanted <= 0 or lane_is_paused() then return 0 end
   wanted = math.min(wanted, room(''))
+  local gated = meta[5] and meta[5] ~= '' and permits()
+  if gated then gated.wake(now) end
   while fed < wanted do
     local flows = redis.call('ZRANGE', key('flows'), 0, 1, 'WITHSCORES')
     local flow, time = flows[1], tonumber(flows[2])
@@ -215,9 +230,9 @@ local function feed(now, asked)
       local alone = #flows == 2 and #found == 2
       local most, taken, empty, leaf_virtual = math.min(wanted - fed, room(leaf.tenant)), 0, false, leaf_time
       repeat
-        local count = alone and most or 1
-        local popped = redis.call('ZPOPMIN', backlog_key(number), count)
-        virtual, leaf_virtual = time, leaf_time
+        local count = alone and not gated and most or 1
+        local popped = gated and gated.pop(leaf, now, mine) or redis.call('ZPOPMIN', backlog_key(number), count)
+        if #popped > 0 then virtual, leaf_virtual = time, leaf_time end
         for at = 1, #popped, 2 do
           local id, size = job_of(popped[at])
           redis.call('XADD', key('stream'), '*', 'j', id)
@@ -228,7 +243,7 @@ local function feed(now, asked)
         empty = #popped / 2 < count
       until empty or taken >= most or time > limit or leaf_time > leaf_limit
       fed = fed + taken
-      redis.call('HSET', key('used'), 'in/' .. flow, leaf_virtual)
+      if taken > 0 then redis.call('HSET', key('used'), 'in/' .. flow, leaf_virtual) end
       take_places(leaf.tenant, taken)
       if empty or redis.call('EXISTS', backlog_key(number)) == 0 then
         stand_down(flow_key(flow), number, leaf_time)
@@ -249,14 +264,45 @@ local function feed(now, asked)
   return fed
 end
 
--- Adds up what live workers can run, which bounds what is fed. Returns what others than `worker` have free: a list of
--- places and of the tokens that these can hold together.
+-- What workers have declared together: every key, and of limits that differ the strictest.
+local function declared_by_all(declared)
+  local first = next(declared)
+  if not first or not next(declared, first) then return first or '' end
+  local all, keys, limits, sorted = { keys = {}, start = math.huge, limits = {} }, {}, {}, {}
+  for packed in pairs(declared) do sorted[#sorted + 1] = packed end
+  -- The same workers tell the same, whoever asks.
+  table.sort(sorted)
+  for _, packed in ipairs(sorted) do
+    local one = cmsgpack.unpack(packed)
+    all.start = math.min(all.start, one.start)
+    for _, name in ipairs(one.keys) do
+      if not keys[name] then all.keys[#all.keys + 1] = name end
+      keys[name] = true
+    end
+    for _, limit in ipairs(one.limits) do
+      local known = limits[limit.model]
+      if not known then
+        all.limits[#all.limits + 1] = limit
+        limits[limit.model] = limit
+      else
+        for _, what in ipairs({ 'requests', 'tokens', 'concurrency' }) do
+          known[what] = known[what] and limit[what] and math.min(known[what], limit[what]) or known[what] or limit[what]
+        end
+      end
+    end
+  end
+  return cmsgpack.pack(all)
+end
+
+-- Adds up what live workers can run, which bounds what is fed, and which keys they have. Returns what others than
+-- `worker` have free: a list of places and of the tokens that these can hold together.
 local function count_slots(now, worker)
   local slots = redis.call('HGETALL', key('slots'))
-  local total, bounded, free = 0, '0', {}
+  local total, bounded, free, declared = 0, '0', {}, {}
   for at = 1, #slots, 2 do
-    local size, ends, places, tokens = string.match(slots[at + 1], '(%d+):(%d+):(%d+):(%d*)')
+    local size, ends, places, tokens, gates = string.match(slots[at + 1], '(%d+):(%d+):(%d+):(%d*):?(.*)$')
     if tonumber(ends) > now then
+      if gates ~= '' then declared[gates] = true end
       total = total + tonumber(size)
       if tokens ~= '' then bounded = '1' end
       if slots[at] ~= worker and tonumber(places) > 0 then
@@ -268,17 +314,24 @@ local function count_slots(now, worker)
       redis.call('HDEL', key('slots'), slots[at])
     end
   end
-  redis.call('HSET', key('meta'), 'ca', total, 'tb', bounded)
+  local gates, before = declared_by_all(declared), redis.call('HGET', key('meta'), 'gt')
+  redis.call('HSET', key('meta'), 'ca', total, 'tb', bounded, 'gt', gates)
+  -- With other keys or limits, what was held back may go.
+  if before and before ~= gates then
+    permits().open(now)
+    hint('w')
+  end
   return free
 end
 
 -- Takes a job that has not started out of wherever it waits. An entry in the stream stays: claim skips it.
-local function stop_waiting(id, job)
+local function stop_waiting(id, job, now)
   if job.state == DELAYED then
     redis.call('ZREM', key('delayed'), id)
   else
     local _, member = backlog_entry(id, job.tokens, job.created, job.group)
     if redis.call('ZREM', backlog_key(job.leaf), member) == 0 then give_places(leaf_of(job.leaf).tenant, 1) end
+    release_permit(id, job, now)
   end
 end
 
@@ -293,10 +346,10 @@ end
 
 -- What moving a job on needs to know of it.
 local function read_job(id)
-  local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'gp', 'cr', 'tk', 'dl', 'cx', 'du')
+  local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'gp', 'cr', 'tk', 'dl', 'cx', 'du', 'pm')
   return {
     state = job[1], leaf = job[2], group = job[3], created = job[4], tokens = job[5], deadline = job[6],
-    cancelled = job[7], due = job[8],
+    cancelled = job[7], due = job[8], permit = job[9],
   }
 end
 
@@ -345,6 +398,7 @@ end
 
 -- Writes what was collected.
 local function settle()
+  if opened_permits then opened_permits.write(now_ms()) end
   for experiment, by in pairs(opened) do
     if redis.call('HINCRBY', key('open'), experiment, by) <= 0 and experiment ~= '' then
       redis.call('HDEL', key('open'), experiment)

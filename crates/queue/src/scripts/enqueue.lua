@@ -1,7 +1,7 @@
 -- Stores new jobs, puts them into their backlogs and feeds. A job that exists is left as it is, so this may be repeated.
 -- KEYS  1 lane
--- ARGV  then for each job: id, spec, flow name, weight of its class, tenant, experiment or '', what else splits its
---       leaf, estimated tokens, deadline or '', not before or '', prefix group or '', order among groups and in it
+-- ARGV  then for each job: id, spec, flow name, weight of its class, tenant, experiment or '', the model of a remote lane or
+--       '', estimated tokens, deadline or '', not before or '', prefix group or '', order among groups and in it
 -- Returns for each job 1 when it is new, 0 when it existed.
 local now = now_ms()
 local created = digits(now)
@@ -15,7 +15,7 @@ local function number_of(name, describe)
   if not number then
     number = tostring(redis.call('HINCRBY', key('numbers'), 'n', 1))
     redis.call('HSET', key('numbers'), name, number)
-    if describe then redis.call('HSET', key('leaves'), number, describe()) end
+    if describe then describe(number) end
   end
   numbers[name] = number
   return number
@@ -26,8 +26,9 @@ local last = {}
 local function leaf_number(flow, weight, tenant, experiment, split)
   if last.flow == flow and last.experiment == experiment and last.split == split then return last.number end
   last.flow, last.experiment, last.split = flow, experiment, split
-  last.number = number_of(flow .. '/' .. experiment .. '/' .. split, function()
-    return number_of(flow) .. ':' .. weight .. ':' .. tenant .. ':' .. experiment
+  last.number = number_of(flow .. '/' .. experiment .. '/' .. split, function(number)
+    redis.call('HSET', key('leaves'), number, number_of(flow) .. ':' .. weight .. ':' .. tenant .. ':' .. experiment)
+    if split ~= '' then redis.call('HSET', key('models'), number, split) end
   end)
   return last.number
 end

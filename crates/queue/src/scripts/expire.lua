@@ -8,7 +8,7 @@ for _, id in ipairs(passed) do
   redis.call('ZREM', key('deadlines'), id)
   local job = read_job(id)
   if job.state == QUEUED or job.state == DELAYED then
-    stop_waiting(id, job)
+    stop_waiting(id, job, now)
     finish_job(id, job, EXPIRED, now)
   end
 end

@@ -2,12 +2,13 @@
 -- was lost changes nothing, but what it cost is booked. May be repeated.
 -- KEYS  1 lane
 -- ARGV  1 how a fenced attempt ends   then for each attempt: id, epoch, worker, its start, new state, how it ended,
---       cost or '', failure class or '', failure message, result or '', delay ms
+--       cost or '', failure class or '', failure message, result or '', delay ms, 1 when the failure counts, what its
+--       call tells or '' when it made none
 -- Returns for each attempt 1 when kept, 0 when the lease was lost.
 local now = now_ms()
 
-local function finish(id, epoch, worker, started, state, ended, cost, class, message, result, delay_ms)
-  local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf')
+local function finish(id, epoch, worker, started, state, ended, cost, class, message, result, delay_ms, counts, told)
+  local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf', 'tk', 'pm')
   if not stored[1] then return 0 end
   local attempt = {
     epoch = tonumber(epoch), worker = worker, started_at = tonumber(started), ended_at = now, ['end'] = ended,
@@ -21,11 +22,13 @@ local function finish(id, epoch, worker, started, state, ended, cost, class, mes
     end
     return 0
   end
-  local job = { cancelled = stored[5], deadline = stored[7], leaf = stored[8] }
+  local job = { cancelled = stored[5], deadline = stored[7], leaf = stored[8], tokens = stored[9], permit = stored[10] }
+  if job.permit then told = told ~= '' and cmsgpack.unpack(told) or nil end
   release(id, job, stored[4])
+  release_permit(id, job, now, attempt.started_at, told)
   book(id, attempt, cost, class, message, epoch == '1')
   local kept = 'k' .. epoch
-  if class ~= '' then redis.call('HINCRBY', job_key(id), 'fc', 1) end
+  if counts == '1' then redis.call('HINCRBY', job_key(id), 'fc', 1) end
   if state == QUEUED then
     queue_again(id, read_job(id), now, kept, '1')
   elseif state ~= DELAYED then
@@ -45,8 +48,8 @@ end
 
 -- What was collected for the others is written even where one attempt cannot be ended: Redis takes nothing back.
 local answer, problem = {}, nil
-for at = 2, #ARGV, 11 do
-  local ended, kept = pcall(finish, unpack(ARGV, at, at + 10))
+for at = 2, #ARGV, 13 do
+  local ended, kept = pcall(finish, unpack(ARGV, at, at + 12))
   if ended then answer[#answer + 1] = kept else problem = kept end
 end
 feed(now)

@@ -17,6 +17,8 @@ for _, id in ipairs(lost) do
   if job.state == RUNNING then
     local lease = redis.call('HMGET', job_key(id), 'ep', 'wk', 'en', 'sa')
     release(id, job, lease[3])
+    -- Its call did happen, as far as anybody knows.
+    release_permit(id, job, now, tonumber(lease[4]), { signal = 'given_up' })
     local losses = redis.call('HINCRBY', job_key(id), 'lc', 1)
     local attempt = {
       epoch = tonumber(lease[1]), worker = lease[2], started_at = tonumber(lease[4]), ended_at = now, ['end'] = ARGV[3],
@@ -28,6 +30,9 @@ for _, id in ipairs(lost) do
     redis.call('ZREM', key('leases'), id)
   end
 end
-if #lost > 0 then feed(now) end
+-- So are the permits of those who did not settle them.
+local lent = redis.call('ZRANGEBYSCORE', key('lent'), '-inf', now, 'LIMIT', 0, ARGV[1])
+for _, permit in ipairs(lent) do permits().settle(permit, now, { signal = 'given_up' }) end
+if #lost + #lent > 0 then feed(now) end
 settle()
 return #lost

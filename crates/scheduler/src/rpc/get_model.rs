@@ -3,6 +3,7 @@
 use crate::mill::Mill;
 use genmill_core::admit::Facts;
 use genmill_core::model::ModelName;
+use genmill_core::registration::Availability;
 use genmill_wire::v1;
 use tonic::Status;
 
@@ -21,11 +22,14 @@ pub(super) async fn serve(mill: &Mill, asked: v1::GetModelRequest) -> Result<v1:
 pub(super) fn model(name: &ModelName, facts: &Facts) -> v1::Model {
     let why_not = facts.check(name).err();
     let served = facts.listed.first().map(|(_, served)| served);
+    let names = |availability| facts.that_are(availability).map(ToString::to_string).collect();
     v1::Model {
         name: name.as_str().to_owned(),
         available: why_not.is_none(),
         unavailable_reason: why_not.map(|refusal| refusal.to_string()).unwrap_or_default(),
-        workers: facts.ready().map(ToString::to_string).collect(),
+        workers: facts.serving().map(ToString::to_string).collect(),
+        ready_workers: names(&Availability::Ready),
+        loading_workers: names(&Availability::Loading),
         description: served.map(|served| served.description.clone()).unwrap_or_default(),
         context_tokens: served.and_then(|served| served.context_tokens),
     }

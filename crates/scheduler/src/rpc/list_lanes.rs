@@ -3,19 +3,48 @@
 use crate::mill::{Mill, api_error};
 use futures_util::future::join_all;
 use genmill_core::ids::LaneNumber;
-use genmill_core::model::Lane;
-use genmill_queue::{LaneState, QueueError, Setting, Settings};
+use genmill_core::model::{Lane, Prefix};
+use genmill_queue::{HeldBack, HeldBy, LaneState, Opens, QueueError, Setting, Settings};
 use genmill_wire::error::ApiError;
+use genmill_wire::to_pb::timestamp;
 use genmill_wire::v1;
 use tonic::Status;
 
 pub(super) async fn serve(mill: &Mill) -> Result<v1::ListLanesResponse, Status> {
     let settings = mill.queue.settings().await.map_err(api_error)?;
     let states = states(mill).await?;
-    let mut lanes: Vec<v1::Lane> =
-        states.into_iter().map(|(number, lane, state)| shown(number, &lane, state, &settings)).collect();
+    let held = join_all(states.iter().map(|(number, lane, state)| held_back(mill, *number, lane, *state))).await;
+    let shown = |((number, lane, state), held): (_, Vec<HeldBack>)| v1::Lane {
+        held_back: held.into_iter().map(told).collect(),
+        ..shown(number, &lane, state, &settings)
+    };
+    let mut lanes: Vec<v1::Lane> = states.into_iter().zip(held).map(shown).collect();
     lanes.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     Ok(v1::ListLanesResponse { lanes })
+}
+
+/// What is held back in a lane, where anything can be.
+async fn held_back(mill: &Mill, number: LaneNumber, lane: &Lane, state: Option<LaneState>) -> Vec<HeldBack> {
+    let is_remote = Prefix::find(&lane.prefix).is_some_and(Prefix::is_remote);
+    if !is_remote || state.is_none_or(|state| state.queued == 0) {
+        return Vec::new();
+    }
+    mill.queue.gates(number).await.map(|gates| gates.held_back).unwrap_or_else(|error| {
+        tracing::warn!(error = error.in_full(), lane = number.0, "cannot look at what is held back");
+        Vec::new()
+    })
+}
+
+fn told(held: HeldBack) -> v1::HeldBack {
+    let reason = match held.held_by {
+        HeldBy::Throttled => v1::HeldBackReason::Throttled,
+        HeldBy::Failing => v1::HeldBackReason::Failing,
+        HeldBy::Requests => v1::HeldBackReason::Requests,
+        HeldBy::Tokens => v1::HeldBackReason::Tokens,
+        HeldBy::Calls => v1::HeldBackReason::Calls,
+    };
+    let until = if let Opens::At(at) = held.until { Some(timestamp(at)) } else { None };
+    v1::HeldBack { model: held.model, reason: reason.into(), until }
 }
 
 /// How each lane stands; `None` while the node of Redis that has it is away.
@@ -44,5 +73,6 @@ fn shown(number: LaneNumber, lane: &Lane, state: Option<LaneState>, settings: &S
         paused: settings.get(&Setting::PauseLane(number)).is_some(),
         max_running: settings.get(&Setting::LaneCap(number)).and_then(|cap| u32::try_from(cap).ok()),
         away,
+        held_back: Vec::new(),
     }
 }

@@ -1,13 +1,13 @@
 //! Anthropic's messages.
 
 use super::parameters::{self, arguments_schema};
-use super::sse::Events;
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{conversation, errors, sse};
 use crate::providers::{Provider, Thinking};
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
 use genmill_core::job::JobSpec;
-use genmill_core::request::{ChatMessage, Input, Role};
+use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
 
 /// The path below the base URL.
@@ -40,36 +40,48 @@ impl Dialect for Anthropic {
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let headers = parameters::headers(provider);
+        let (body, left_out) = Self::body(spec, model, provider, streaming);
         let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
-        let mut body = json!({"model": model, "messages": messages(&spec.input)});
-        let system = system(&spec.input);
-        if !system.is_empty() {
-            body["system"] = json!(system);
-        }
-        if streaming == Streaming::On {
-            body["stream"] = json!(true);
-        }
-        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec, provider.thinking(model)));
-        Encoded { path, headers, body: body.to_string(), left_out }
+        Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
-        let Ok(message) = serde_json::from_slice::<Value>(body) else {
-            return Err(ProviderError::saying("the answer is not a message"));
-        };
+        let message = errors::json(body, "the answer is not a message")?;
         if message["type"] == "error" {
             return Err(errors::of_value(&message));
         }
         let blocks = message["content"].as_array().into_iter().flatten().enumerate();
         let mut events: Vec<StreamEvent> = blocks.flat_map(|(index, block)| of_block(index, block)).collect();
-        events.extend(stop_reason(&message["stop_reason"]));
+        events.extend(StreamEvent::finished(&message["stop_reason"], STOP_REASONS));
         events.extend(usage(&message["usage"]).into_iter().flatten());
         Reply::of(events)
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
-        Box::new(Decoder::default())
+        let mut message = Message::default();
+        sse::reading(move |data| message.take(data))
+    }
+}
+
+impl Anthropic {
+    /// The body, and the parameters that have no place in it.
+    pub(super) fn body(
+        spec: &JobSpec,
+        model: &str,
+        provider: &Provider,
+        streaming: Streaming,
+    ) -> (Value, Vec<&'static str>) {
+        let turns = conversation::turns(&spec.input, "assistant", "content", |message, _| blocks(message));
+        let mut body = json!({"model": model, "messages": turns});
+        let system = conversation::system(&spec.input);
+        if !system.is_empty() {
+            body["system"] = json!(system.join("\n\n"));
+        }
+        if streaming == Streaming::On {
+            body["stream"] = json!(true);
+        }
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec, provider.thinking(model)));
+        (body, left_out)
     }
 }
 
@@ -141,40 +153,13 @@ fn tool_choice(choice: &ToolChoice) -> Value {
     }
 }
 
-/// The texts of all system messages.
-fn system(input: &Input) -> String {
-    let Input::Messages(messages) = input else { return String::new() };
-    let system = messages.iter().filter(|message| message.role == Role::System);
-    system.map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n\n")
-}
-
-/// The conversation without its system messages. Answers of tools are the user's; those that follow each other are one
-/// message, as the calls were.
-fn messages(input: &Input) -> Vec<Value> {
-    let messages = match input {
-        Input::Prompt(prompt) => return vec![json!({"role": "user", "content": prompt})],
-        Input::Messages(messages) => messages,
-    };
-    let mut out: Vec<Value> = Vec::new();
-    for message in messages.iter().filter(|message| message.role != Role::System) {
-        let (role, blocks) = blocks(message);
-        match out.last_mut().filter(|last| last["role"] == role).and_then(|last| last["content"].as_array_mut()) {
-            Some(content) => content.extend(blocks),
-            None => out.push(json!({"role": role, "content": blocks})),
-        }
-    }
-    out
-}
-
-fn blocks(message: &ChatMessage) -> (&'static str, Vec<Value>) {
+fn blocks(message: &ChatMessage) -> Vec<Value> {
     if message.role == Role::Tool {
-        let result = json!({"type": "tool_result", "tool_use_id": message.tool_call_id, "content": message.content});
-        return ("user", vec![result]);
+        return vec![json!({"type": "tool_result", "tool_use_id": message.tool_call_id, "content": message.content})];
     }
     let text = (!message.content.is_empty()).then(|| json!({"type": "text", "text": message.content}));
     let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"type": "tool_use", "id": id, "name": name, "input": parameters::object(arguments)});
-    let role = if message.role == Role::Assistant { "assistant" } else { "user" };
-    (role, text.into_iter().chain(message.tool_calls.iter().map(call)).collect())
+    text.into_iter().chain(message.tool_calls.iter().map(call)).collect()
 }
 
 /// What a whole block says.
@@ -191,12 +176,6 @@ fn of_block(index: usize, block: &Value) -> Option<StreamEvent> {
     }
 }
 
-fn stop_reason(reason: &Value) -> Option<StreamEvent> {
-    let reason = reason.as_str()?;
-    let known = STOP_REASONS.iter().find(|(name, _)| *name == reason);
-    Some(StreamEvent::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
-}
-
 /// The tokens of a call. Anthropic counts what was read from a cache and written to it apart from the rest of the input.
 fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
     let count = |field: &str| usage[field].as_u64();
@@ -211,30 +190,16 @@ fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
     ])
 }
 
-/// Reads a stream of named events; each names itself in its data too.
+/// What is known of a message that comes as named events; each names itself in its data too.
 #[derive(Debug, Default)]
-struct Decoder {
-    events: Events,
+struct Message {
     /// The usage so far: its parts come at the beginning and at the end.
     usage: Value,
     /// The blocks that are calls, by their index in the message.
     calls: Vec<u64>,
 }
 
-impl StreamDecoder for Decoder {
-    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
-        match self.events.push(bytes) {
-            Ok(data) => data.iter().flat_map(|data| self.take(data)).collect(),
-            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
-        }
-    }
-
-    fn end(&mut self) -> Vec<StreamEvent> {
-        self.events.end().map(|data| self.take(&data)).unwrap_or_default()
-    }
-}
-
-impl Decoder {
+impl Message {
     fn take(&mut self, data: &str) -> Vec<StreamEvent> {
         let Ok(event) = serde_json::from_str::<Value>(data) else {
             return vec![StreamEvent::Error(ProviderError::saying("the stream is not one of messages"))];
@@ -246,7 +211,8 @@ impl Decoder {
             "message_delta" => {
                 self.count(&event["usage"]);
                 let usage = usage(&self.usage).into_iter().flatten();
-                return stop_reason(&event["delta"]["stop_reason"]).into_iter().chain(usage).collect();
+                let ended = StreamEvent::finished(&event["delta"]["stop_reason"], STOP_REASONS);
+                return ended.into_iter().chain(usage).collect();
             }
             "message_stop" => return vec![StreamEvent::Done],
             "error" => return vec![StreamEvent::Error(errors::of_value(&event))],

@@ -3,13 +3,14 @@
 mod frames;
 
 use super::parameters::{self, arguments_schema};
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, conversation, errors};
 use crate::providers::Provider;
+use crate::url::escaped;
 use frames::{Frame, Frames};
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{Tool, ToolCall, ToolChoice};
 use genmill_core::job::JobSpec;
-use genmill_core::request::{ChatMessage, Input, Role};
+use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
 
 /// How many stop strings are taken of every model. The worker cuts at the others itself.
@@ -40,10 +41,6 @@ const EXCEPTIONS: &[(&str, u16)] = &[
 pub(super) struct Bedrock;
 
 impl Dialect for Bedrock {
-    fn key_header(&self) -> KeyHeader {
-        KeyHeader { name: "authorization", scheme: "Bearer " }
-    }
-
     /// The list is at another host.
     fn models_path(&self) -> Option<&'static str> {
         None
@@ -54,24 +51,24 @@ impl Dialect for Bedrock {
             Streaming::On => "converse-stream",
             Streaming::Off => "converse",
         };
-        let mut body = json!({"messages": messages(&spec.input)});
-        let system = system(&spec.input);
+        let turns = conversation::turns(&spec.input, "assistant", "content", |message, _| blocks(message));
+        let mut body = json!({"messages": turns});
+        let system: Vec<Value> =
+            conversation::system(&spec.input).into_iter().map(|text| json!({"text": text})).collect();
         if !system.is_empty() {
             body["system"] = json!(system);
         }
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
-        let path = format!("/model/{}/{method}", percent_encoded(model));
+        let path = format!("/model/{}/{method}", escaped(model));
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
-        let Ok(answer) = serde_json::from_slice::<Value>(body) else {
-            return Err(ProviderError::saying("the answer is not that of a conversation"));
-        };
+        let answer = errors::json(body, "the answer is not that of a conversation")?;
         let blocks = answer["output"]["message"]["content"].as_array().into_iter().flatten();
         let mut calls = 0;
         let mut events: Vec<StreamEvent> = blocks.filter_map(|block| of_block(block, &mut calls)).collect();
-        events.extend(stop_reason(&answer["stopReason"]));
+        events.extend(StreamEvent::finished(&answer["stopReason"], STOP_REASONS));
         events.extend(usage(&answer["usage"]).into_iter().flatten());
         Reply::of(events)
     }
@@ -113,31 +110,6 @@ fn tool_choice(choice: &ToolChoice) -> Option<Value> {
     }
 }
 
-fn system(input: &Input) -> Vec<Value> {
-    let Input::Messages(messages) = input else { return Vec::new() };
-    let system = messages.iter().filter(|message| message.role == Role::System);
-    system.map(|message| json!({"text": message.content})).collect()
-}
-
-/// The conversation without its system messages. Answers of tools are the user's; those that follow each other are one
-/// message, as the calls were.
-fn messages(input: &Input) -> Vec<Value> {
-    let messages = match input {
-        Input::Prompt(prompt) => return vec![json!({"role": "user", "content": [{"text": prompt}]})],
-        Input::Messages(messages) => messages,
-    };
-    let mut out: Vec<Value> = Vec::new();
-    for message in messages.iter().filter(|message| message.role != Role::System) {
-        let role = if message.role == Role::Assistant { "assistant" } else { "user" };
-        let blocks = blocks(message);
-        match out.last_mut().filter(|last| last["role"] == role).and_then(|last| last["content"].as_array_mut()) {
-            Some(content) => content.extend(blocks),
-            None => out.push(json!({"role": role, "content": blocks})),
-        }
-    }
-    out
-}
-
 fn blocks(message: &ChatMessage) -> Vec<Value> {
     if message.role == Role::Tool {
         let (id, text) = (&message.tool_call_id, &message.content);
@@ -146,12 +118,6 @@ fn blocks(message: &ChatMessage) -> Vec<Value> {
     let text = (!message.content.is_empty()).then(|| json!({"text": message.content}));
     let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"toolUse": {"toolUseId": id, "name": name, "input": parameters::object(arguments)}});
     text.into_iter().chain(message.tool_calls.iter().map(call)).collect()
-}
-
-/// A model's name as one segment of a path.
-fn percent_encoded(model: &str) -> String {
-    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-    model.bytes().map(|byte| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 /// What a whole block says.
@@ -170,12 +136,6 @@ fn of_block(block: &Value, calls: &mut usize) -> Option<StreamEvent> {
 fn begun(call: &Value) -> ToolCall {
     let text = |field: &str| call[field].as_str().unwrap_or_default().to_owned();
     ToolCall { id: text("toolUseId"), name: text("name"), arguments: String::new() }
-}
-
-fn stop_reason(reason: &Value) -> Option<StreamEvent> {
-    let reason = reason.as_str()?;
-    let known = STOP_REASONS.iter().find(|(name, _)| *name == reason);
-    Some(StreamEvent::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
 }
 
 /// The tokens of a call. What was read from a cache and written to it is counted apart from the rest of the input.
@@ -223,7 +183,7 @@ impl Decoder {
         match event.as_str() {
             "contentBlockStart" => self.begin(&payload).into_iter().collect(),
             "contentBlockDelta" => self.more(&payload).into_iter().collect(),
-            "messageStop" => stop_reason(&payload["stopReason"]).into_iter().collect(),
+            "messageStop" => StreamEvent::finished(&payload["stopReason"], STOP_REASONS).into_iter().collect(),
             "metadata" => usage(&payload["usage"]).into_iter().flatten().chain([StreamEvent::Done]).collect(),
             _ => Vec::new(),
         }
@@ -252,12 +212,6 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_is_one_segment() {
-        assert_eq!(percent_encoded("anthropic.claude-3-5-v1:0"), "anthropic.claude-3-5-v1%3A0");
-        assert_eq!(percent_encoded("arn:x/é"), "arn%3Ax%2F%C3%A9");
-    }
 
     #[test]
     fn an_exception_in_a_stream_has_the_status_of_its_name() {

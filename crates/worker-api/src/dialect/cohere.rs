@@ -1,13 +1,13 @@
 //! Cohere's chat, version 2.
 
-use super::parameters::{self, arguments_schema};
-use super::sse::Events;
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use super::parameters;
+use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{conversation, errors, sse};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
-use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
+use genmill_core::controls::{ReasoningEffort, ToolCall, ToolChoice};
 use genmill_core::job::JobSpec;
-use genmill_core::request::{ChatMessage, Input, Role};
+use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
 
 /// The path below the base URL.
@@ -33,19 +33,12 @@ const FINISHED_BY_ERROR: &[&str] = &["ERROR", "TIMEOUT"];
 pub(super) struct Cohere;
 
 impl Dialect for Cohere {
-    fn key_header(&self) -> KeyHeader {
-        KeyHeader { name: "authorization", scheme: "Bearer " }
-    }
-
     fn models_path(&self) -> Option<&'static str> {
         Some("/v1/models")
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let messages = match &spec.input {
-            Input::Prompt(prompt) => json!([{"role": "user", "content": prompt}]),
-            Input::Messages(messages) => messages.iter().map(message).collect(),
-        };
+        let messages = conversation::each(&spec.input, |said| [message(said)]);
         let mut body = json!({"model": model, "messages": messages, "stream": streaming == Streaming::On});
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
         let path = provider.path.as_deref().unwrap_or(PATH).to_owned();
@@ -53,9 +46,7 @@ impl Dialect for Cohere {
     }
 
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
-        let Ok(answer) = serde_json::from_slice::<Value>(body) else {
-            return Err(ProviderError::saying("the answer is not a chat response"));
-        };
+        let answer = errors::json(body, "the answer is not a chat response")?;
         let message = &answer["message"];
         let parts = message["content"].as_array().into_iter().flatten().filter_map(part);
         let calls = message["tool_calls"].as_array().into_iter().flatten().enumerate();
@@ -67,7 +58,7 @@ impl Dialect for Cohere {
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
-        Box::new(Decoder::default())
+        sse::reading(events)
     }
 }
 
@@ -87,7 +78,7 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("frequency_penalty", "frequency_penalty", number(controls.frequency_penalty)),
         ("presence_penalty", "presence_penalty", number(controls.presence_penalty)),
         ("structured_output", "response_format", format),
-        ("tools", "tools", parameters::tools(controls, tool)),
+        ("tools", "tools", parameters::tools(controls, parameters::function)),
         ("tool_choice", "tool_choice", controls.tool_choice.as_ref().and_then(tool_choice)),
         ("reasoning_effort", "thinking", controls.reasoning_effort.map(thinking)),
     ]
@@ -105,14 +96,6 @@ fn tool_choice(choice: &ToolChoice) -> Option<Value> {
         ToolChoice::Required => Some(json!("REQUIRED")),
         ToolChoice::Auto | ToolChoice::Tool(_) => None,
     }
-}
-
-fn tool(tool: &Tool) -> Value {
-    let mut function = json!({"name": tool.name, "parameters": arguments_schema(tool)});
-    if !tool.description.is_empty() {
-        function["description"] = json!(tool.description);
-    }
-    json!({"type": "function", "function": function})
 }
 
 fn message(message: &ChatMessage) -> Value {
@@ -145,12 +128,10 @@ fn tool_call(call: &Value) -> ToolCall {
 }
 
 fn finished(reason: &Value) -> Option<StreamEvent> {
-    let reason = reason.as_str()?;
-    if FINISHED_BY_ERROR.contains(&reason) {
+    if reason.as_str().is_some_and(|reason| FINISHED_BY_ERROR.contains(&reason)) {
         return Some(StreamEvent::Error(ProviderError::saying("the provider failed while it answered")));
     }
-    let known = FINISH_REASONS.iter().find(|(name, _)| *name == reason);
-    Some(StreamEvent::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
+    StreamEvent::finished(reason, FINISH_REASONS)
 }
 
 /// The tokens that are billed, which are fewer than those that are read: Cohere adds to prompts at its own cost.
@@ -162,25 +143,6 @@ fn usage(usage: &Value) -> Option<StreamEvent> {
     let (prompt_tokens, completion_tokens) = (of("input_tokens")?, of("output_tokens")?);
     let cached_prompt_tokens = count(&usage["cached_tokens"]).unwrap_or(0).min(prompt_tokens);
     Some(StreamEvent::Usage(Usage { prompt_tokens, cached_prompt_tokens, completion_tokens }))
-}
-
-/// Reads a stream of typed events.
-#[derive(Debug, Default)]
-struct Decoder {
-    events: Events,
-}
-
-impl StreamDecoder for Decoder {
-    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
-        match self.events.push(bytes) {
-            Ok(data) => data.iter().flat_map(|data| events(data)).collect(),
-            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
-        }
-    }
-
-    fn end(&mut self) -> Vec<StreamEvent> {
-        self.events.end().map(|data| events(&data)).unwrap_or_default()
-    }
 }
 
 fn events(data: &str) -> Vec<StreamEvent> {

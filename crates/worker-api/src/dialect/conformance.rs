@@ -14,7 +14,10 @@ fn recorded(file: &str) -> Vec<u8> {
 /// A provider that speaks a dialect: the one of its name, else the first.
 fn provider(table: &Table, dialect: &str) -> Provider {
     let own = table.find(dialect).filter(|row| row.dialect == dialect);
-    let first = || table.names().filter_map(|name| table.find(name)).find(|row| row.dialect == dialect);
+    let speaks = |row: &&Provider| {
+        row.dialect == dialect || row.models.iter().any(|models| models.dialect.as_deref() == Some(dialect))
+    };
+    let first = || table.names().filter_map(|name| table.find(name)).find(speaks);
     own.or_else(first).unwrap().clone()
 }
 

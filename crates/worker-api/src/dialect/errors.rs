@@ -3,6 +3,11 @@
 use super::ProviderError;
 use serde_json::Value;
 
+/// An answer as JSON; `not` says what it is when it is none.
+pub(super) fn json(answer: &[u8], not: &str) -> Result<Value, ProviderError> {
+    serde_json::from_slice(answer).map_err(|_| ProviderError::saying(not))
+}
+
 /// What the body of a refusal says.
 pub(super) fn of_body(body: &[u8]) -> ProviderError {
     match serde_json::from_slice::<Value>(body) {

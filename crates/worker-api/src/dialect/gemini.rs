@@ -1,13 +1,13 @@
 //! Gemini's `generateContent`, as AI Studio and Vertex speak it.
 
 use super::parameters::{self, arguments_schema};
-use super::sse::Events;
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{conversation, errors, sse};
 use crate::providers::{Provider, Thinking};
 use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
 use genmill_core::job::JobSpec;
-use genmill_core::request::{ChatMessage, Input, Role};
+use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
 
 /// How many stop strings are taken. The worker cuts at the others itself.
@@ -44,8 +44,10 @@ impl Dialect for Gemini {
             Streaming::Off => "generateContent",
         };
         let thinking = provider.thinking(model);
-        let mut body = json!({"contents": contents(&spec.input, thinking)});
-        let system = system(&spec.input);
+        let parts = |message: &ChatMessage, before: &[ChatMessage]| parts(message, before, thinking);
+        let mut body = json!({"contents": conversation::turns(&spec.input, "model", "parts", parts)});
+        let system: Vec<Value> =
+            conversation::system(&spec.input).into_iter().map(|text| json!({"text": text})).collect();
         if !system.is_empty() {
             body["systemInstruction"] = json!({"parts": system});
         }
@@ -66,7 +68,8 @@ impl Dialect for Gemini {
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
-        Box::new(Decoder::default())
+        let mut answer = Answer::default();
+        sse::reading(move |data| answer.take(data))
     }
 }
 
@@ -137,31 +140,6 @@ fn tool_choice(choice: &ToolChoice) -> Value {
     }
 }
 
-fn system(input: &Input) -> Vec<Value> {
-    let Input::Messages(messages) = input else { return Vec::new() };
-    let system = messages.iter().filter(|message| message.role == Role::System);
-    system.map(|message| json!({"text": message.content})).collect()
-}
-
-/// The conversation without its system messages. Answers of tools that follow each other are one content, as the calls
-/// were.
-fn contents(input: &Input, thinking: Thinking) -> Vec<Value> {
-    let messages = match input {
-        Input::Prompt(prompt) => return vec![json!({"role": "user", "parts": [{"text": prompt}]})],
-        Input::Messages(messages) => messages,
-    };
-    let mut out: Vec<Value> = Vec::new();
-    for (at, message) in messages.iter().enumerate().filter(|(_, message)| message.role != Role::System) {
-        let role = if message.role == Role::Assistant { "model" } else { "user" };
-        let parts = parts(message, &messages[..at], thinking);
-        match out.last_mut().filter(|last| last["role"] == role).and_then(|last| last["parts"].as_array_mut()) {
-            Some(last) => last.extend(parts),
-            None => out.push(json!({"role": role, "parts": parts})),
-        }
-    }
-    out
-}
-
 fn parts(message: &ChatMessage, before: &[ChatMessage], thinking: Thinking) -> Vec<Value> {
     if message.role == Role::Tool {
         // An answer names the function; messages name only the call, and a later call may have the id of an earlier one.
@@ -183,26 +161,6 @@ fn parts(message: &ChatMessage, before: &[ChatMessage], thinking: Thinking) -> V
     text.into_iter().chain(message.tool_calls.iter().enumerate().map(call)).collect()
 }
 
-/// Reads a stream.
-#[derive(Debug, Default)]
-struct Decoder {
-    events: Events,
-    answer: Answer,
-}
-
-impl StreamDecoder for Decoder {
-    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
-        match self.events.push(bytes) {
-            Ok(data) => data.iter().flat_map(|data| self.answer.take(data)).collect(),
-            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
-        }
-    }
-
-    fn end(&mut self) -> Vec<StreamEvent> {
-        self.events.end().map(|data| self.answer.take(&data)).unwrap_or_default()
-    }
-}
-
 /// What must be known of the chunks so far to read the next one. A whole answer is one chunk.
 #[derive(Debug, Default)]
 struct Answer {
@@ -212,8 +170,9 @@ struct Answer {
 
 impl Answer {
     fn take(&mut self, data: &str) -> Vec<StreamEvent> {
-        let Ok(chunk) = serde_json::from_str::<Value>(data) else {
-            return vec![StreamEvent::Error(ProviderError::saying("the answer is not generated content"))];
+        let chunk = match errors::json(data.as_bytes(), "the answer is not generated content") {
+            Ok(chunk) => chunk,
+            Err(error) => return vec![StreamEvent::Error(error)],
         };
         if !chunk["error"].is_null() || chunk.is_array() {
             return vec![StreamEvent::Error(error(&chunk))];

@@ -7,19 +7,25 @@ mod bedrock;
 mod cohere;
 #[cfg(test)]
 mod conformance;
+mod conversation;
 mod errors;
 mod gemini;
 mod ollama;
 mod openai;
 mod parameters;
+mod replicate;
 mod responses;
 mod sse;
+mod tgi;
+mod vertex;
+mod watsonx;
 
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
+use serde_json::Value;
 
 pub(crate) use parameters::FILLED_IN;
 
@@ -32,6 +38,11 @@ pub const DIALECTS: &[(&str, &dyn Dialect)] = &[
     ("ollama", &ollama::Ollama),
     ("bedrock-converse", &bedrock::Bedrock),
     ("openai-responses", &responses::Responses),
+    ("vertex", &vertex::Vertex),
+    ("vertex-anthropic", &vertex::VertexAnthropic),
+    ("watsonx", &watsonx::Watsonx),
+    ("tgi", &tgi::Tgi),
+    ("replicate", &replicate::Replicate),
 ];
 
 /// The dialect of a name.
@@ -116,7 +127,7 @@ impl Reply {
                 StreamEvent::Billed(billed) => reply.billed = Some(billed),
                 StreamEvent::Fingerprint(fingerprint) => reply.fingerprint = fingerprint,
                 StreamEvent::Error(error) => return Err(error),
-                StreamEvent::Done => {}
+                StreamEvent::Id(_) | StreamEvent::Done => {}
             }
         }
         Ok(reply)
@@ -169,16 +180,29 @@ pub enum StreamEvent {
     Billed(Picodollars),
     /// What the provider says of the system that answers.
     Fingerprint(String),
+    /// Under which name the provider keeps its record of the call.
+    Id(String),
     /// The call failed.
     Error(ProviderError),
     /// Nothing more comes.
     Done,
 }
 
+impl StreamEvent {
+    /// Why the text ended, by the names that a dialect has for it. A name that is not known is no error.
+    fn finished(reason: &Value, known: &[(&str, FinishReason)]) -> Option<Self> {
+        let reason = reason.as_str().filter(|reason| !reason.is_empty())?;
+        let known = known.iter().find(|(name, _)| name.eq_ignore_ascii_case(reason));
+        Some(Self::Finished(known.map_or(FinishReason::Unknown, |(_, reason)| *reason)))
+    }
+}
+
 /// A way of speaking to providers.
 pub trait Dialect: Sync {
     /// Where the key goes.
-    fn key_header(&self) -> KeyHeader;
+    fn key_header(&self) -> KeyHeader {
+        KeyHeader { name: "authorization", scheme: "Bearer " }
+    }
 
     /// Where the list of models is, below the base URL; `None` when there is none.
     fn models_path(&self) -> Option<&'static str> {
@@ -198,6 +222,11 @@ pub trait Dialect: Sync {
     /// # Errors
     /// The error that it tells in place of an answer, or that it cannot be read.
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError>;
+
+    /// Where to look again, when a whole answer only says that the real one will be there.
+    fn pending(&self, _body: &[u8]) -> Option<String> {
+        None
+    }
 
     /// What the body of a refusal says.
     fn decode_error(&self, body: &[u8]) -> ProviderError {

@@ -1,12 +1,12 @@
 //! Ollama's own chat: a line of JSON for each piece.
 
-use super::parameters::{self, arguments_schema};
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use super::parameters;
+use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, conversation, errors};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
-use genmill_core::controls::{ReasoningEffort, Tool, ToolCall};
+use genmill_core::controls::{ReasoningEffort, ToolCall};
 use genmill_core::job::JobSpec;
-use genmill_core::request::{ChatMessage, Input};
+use genmill_core::request::ChatMessage;
 use serde_json::{Value, json};
 
 /// The path below the base URL.
@@ -20,19 +20,12 @@ const LINE_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub(super) struct Ollama;
 
 impl Dialect for Ollama {
-    fn key_header(&self) -> KeyHeader {
-        KeyHeader { name: "authorization", scheme: "Bearer " }
-    }
-
     fn models_path(&self) -> Option<&'static str> {
         Some("/api/tags")
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let messages = match &spec.input {
-            Input::Prompt(prompt) => json!([{"role": "user", "content": prompt}]),
-            Input::Messages(messages) => messages.iter().map(message).collect(),
-        };
+        let messages = conversation::each(&spec.input, |said| [message(said)]);
         // Unless told not to, it streams.
         let mut body = json!({"model": model, "messages": messages, "stream": streaming == Streaming::On});
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
@@ -65,14 +58,9 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("presence_penalty", "options.presence_penalty", number(controls.presence_penalty)),
         ("repetition_penalty", "options.repeat_penalty", number(controls.repetition_penalty)),
         ("structured_output", "format", parameters::schema(controls)),
-        ("tools", "tools", parameters::tools(controls, tool)),
+        ("tools", "tools", parameters::tools(controls, parameters::function)),
         ("reasoning_effort", "think", controls.reasoning_effort.map(|effort| json!(effort != ReasoningEffort::None))),
     ]
-}
-
-fn tool(tool: &Tool) -> Value {
-    let function = json!({"name": tool.name, "description": tool.description, "parameters": arguments_schema(tool)});
-    json!({"type": "function", "function": function})
 }
 
 fn message(message: &ChatMessage) -> Value {

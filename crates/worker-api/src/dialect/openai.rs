@@ -2,9 +2,8 @@
 
 mod extras;
 
-use super::sse::Events;
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{errors, parameters};
+use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{conversation, errors, parameters, sse};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
 use genmill_core::job::JobSpec;
@@ -43,13 +42,9 @@ const FINISHED_BY_ERROR: &[&str] = &["error", "insufficient_system_resource", "a
 pub(super) struct OpenAi;
 
 impl Dialect for OpenAi {
-    fn key_header(&self) -> KeyHeader {
-        KeyHeader { name: "authorization", scheme: "Bearer " }
-    }
-
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
         let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
-        let (body, left_out) = body(spec, model, provider, streaming);
+        let (body, left_out) = Self::body(spec, model, provider, streaming);
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 
@@ -58,55 +53,50 @@ impl Dialect for OpenAi {
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
-        Box::new(Decoder::default())
+        let mut begun = false;
+        sse::reading(move |data| {
+            // Each chunk has the id: it is enough to tell it once.
+            let id = if std::mem::replace(&mut begun, true) { None } else { id(data) };
+            id.into_iter().chain(events(data)).collect()
+        })
     }
 }
 
-fn body(spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> (Value, Vec<&'static str>) {
-    let sampling = &spec.sampling;
-    let max_tokens_field = provider.max_tokens_field(model).unwrap_or("max_tokens");
-    let seed_field = provider.seed_field.as_deref().unwrap_or("seed");
-    let stops = &sampling.stop[..sampling.stop.len().min(STOPS_MAX)];
-    let rows = vec![
-        ("max_tokens", max_tokens_field, Some(json!(sampling.max_tokens))),
-        ("temperature", "temperature", Some(json!(sampling.temperature))),
-        ("top_p", "top_p", sampling.top_p.map(|top_p| json!(top_p))),
-        ("top_k", "top_k", sampling.top_k.map(|top_k| json!(top_k))),
-        ("seed", seed_field, Some(json!(parameters::seed(sampling.seed)))),
-        ("stop", "stop", (!stops.is_empty()).then(|| json!(stops))),
-    ];
-    let rows = rows.into_iter().chain(extras::parameters(&sampling.controls));
-    let model_field = provider.model_field.as_deref().unwrap_or("model");
-    let mut body = json!({model_field: model, "messages": extras::messages(&spec.input)});
-    for (field, value) in &provider.body {
-        body[field] = json!(value);
-    }
-    let left_out = parameters::fill(&mut body, spec, model, provider, rows);
-    if streaming == Streaming::On {
-        body["stream"] = json!(true);
-        if provider.stream_usage {
-            body["stream_options"] = json!({"include_usage": true});
+impl OpenAi {
+    /// The body, and the parameters that have no place in it.
+    pub(super) fn body(
+        spec: &JobSpec,
+        model: &str,
+        provider: &Provider,
+        streaming: Streaming,
+    ) -> (Value, Vec<&'static str>) {
+        let sampling = &spec.sampling;
+        let max_tokens_field = provider.max_tokens_field(model).unwrap_or("max_tokens");
+        let seed_field = provider.seed_field.as_deref().unwrap_or("seed");
+        let stops = &sampling.stop[..sampling.stop.len().min(STOPS_MAX)];
+        let rows = vec![
+            ("max_tokens", max_tokens_field, Some(json!(sampling.max_tokens))),
+            ("temperature", "temperature", Some(json!(sampling.temperature))),
+            ("top_p", "top_p", sampling.top_p.map(|top_p| json!(top_p))),
+            ("top_k", "top_k", sampling.top_k.map(|top_k| json!(top_k))),
+            ("seed", seed_field, Some(json!(parameters::seed(sampling.seed)))),
+            ("stop", "stop", (!stops.is_empty()).then(|| json!(stops))),
+        ];
+        let rows = rows.into_iter().chain(extras::parameters(&sampling.controls));
+        let model_field = provider.model_field.as_deref().unwrap_or("model");
+        let mut body =
+            json!({model_field: model, "messages": conversation::each(&spec.input, |said| [extras::message(said)])});
+        for (field, value) in &provider.body {
+            body[field] = json!(value);
         }
-    }
-    (body, left_out)
-}
-
-/// Reads a stream of chunks.
-#[derive(Debug, Default)]
-struct Decoder {
-    events: Events,
-}
-
-impl StreamDecoder for Decoder {
-    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
-        match self.events.push(bytes) {
-            Ok(data) => data.iter().flat_map(|data| events(data)).collect(),
-            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows);
+        if streaming == Streaming::On {
+            body["stream"] = json!(true);
+            if provider.stream_usage {
+                body["stream_options"] = json!({"include_usage": true});
+            }
         }
-    }
-
-    fn end(&mut self) -> Vec<StreamEvent> {
-        self.events.end().map(|data| events(&data)).unwrap_or_default()
+        (body, left_out)
     }
 }
 
@@ -188,6 +178,16 @@ fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::E
     Ok(Value::deserialize(deserializer)?.as_u64())
 }
 
+/// The id of the completion that a chunk is of.
+fn id(data: &str) -> Option<StreamEvent> {
+    #[derive(Deserialize)]
+    struct Named {
+        id: String,
+    }
+    let named: Named = serde_json::from_str(data).ok()?;
+    (!named.id.is_empty()).then_some(StreamEvent::Id(named.id))
+}
+
 /// What one object says: a whole completion or a chunk, which differ in one name.
 fn events(data: &str) -> Vec<StreamEvent> {
     let data = data.trim();
@@ -234,19 +234,13 @@ fn of_choice(choice: Choice) -> Vec<StreamEvent> {
         events.extend(extras::tool_calls(&tool_calls));
     }
     events.extend(extras::logprobs(&choice.logprobs));
-    match choice.finish_reason.as_ref().and_then(Value::as_str).filter(|reason| !reason.is_empty()) {
-        Some(reason) if FINISHED_BY_ERROR.contains(&reason) => {
-            events.push(StreamEvent::Error(ProviderError::saying("the provider failed while it answered")));
-        }
-        Some(reason) => events.push(StreamEvent::Finished(finish_reason(reason))),
-        None => {}
+    let reason = choice.finish_reason.unwrap_or_default();
+    if reason.as_str().is_some_and(|reason| FINISHED_BY_ERROR.contains(&reason)) {
+        events.push(StreamEvent::Error(ProviderError::saying("the provider failed while it answered")));
+    } else {
+        events.extend(StreamEvent::finished(&reason, FINISH_REASONS));
     }
     events
-}
-
-fn finish_reason(reason: &str) -> FinishReason {
-    let known = FINISH_REASONS.iter().find(|(name, _)| name.eq_ignore_ascii_case(reason));
-    known.map_or(FinishReason::Unknown, |(_, reason)| *reason)
 }
 
 /// The text of a content: a string, or a list of parts of which some are text.

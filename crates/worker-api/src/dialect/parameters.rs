@@ -98,6 +98,15 @@ pub(super) fn arguments_schema(tool: &Tool) -> Value {
     if tool.parameters.is_empty() { json!({"type": "object", "properties": {}}) } else { parsed(&tool.parameters) }
 }
 
+/// A tool as a function, in the form that OpenAI's followers took over.
+pub(super) fn function(tool: &Tool) -> Value {
+    let mut function = json!({"name": tool.name, "parameters": arguments_schema(tool)});
+    if !tool.description.is_empty() {
+        function["description"] = json!(tool.description);
+    }
+    json!({"type": "function", "function": function})
+}
+
 /// Strings as JSON, when there are any.
 pub(super) fn list<'a>(texts: impl Iterator<Item = &'a String>) -> Option<Value> {
     let texts: Vec<&String> = texts.collect();

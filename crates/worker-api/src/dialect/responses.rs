@@ -1,13 +1,13 @@
 //! OpenAI's responses.
 
 use super::parameters::{self, arguments_schema};
-use super::sse::Events;
-use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, errors};
+use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{conversation, errors, sse};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{Tool, ToolCall, ToolChoice};
 use genmill_core::job::JobSpec;
-use genmill_core::request::{ChatMessage, Input, Role};
+use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
 
 /// The path below the base URL.
@@ -18,15 +18,8 @@ const PATH: &str = "/responses";
 pub(super) struct Responses;
 
 impl Dialect for Responses {
-    fn key_header(&self) -> KeyHeader {
-        KeyHeader { name: "authorization", scheme: "Bearer " }
-    }
-
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let input = match &spec.input {
-            Input::Prompt(prompt) => json!([{"role": "user", "content": prompt}]),
-            Input::Messages(messages) => messages.iter().flat_map(items).collect(),
-        };
+        let input = conversation::each(&spec.input, items);
         // Nothing is kept at the provider.
         let mut body = json!({"model": model, "input": input, "store": false});
         if streaming == Streaming::On {
@@ -38,9 +31,7 @@ impl Dialect for Responses {
     }
 
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
-        let Ok(response) = serde_json::from_slice::<Value>(body) else {
-            return Err(ProviderError::saying("the answer is not a response"));
-        };
+        let response = errors::json(body, "the answer is not a response")?;
         let mut calls = 0;
         let items = response["output"].as_array().into_iter().flatten();
         let mut events: Vec<StreamEvent> = items.flat_map(|item| of_item(item, &mut calls)).collect();
@@ -49,7 +40,8 @@ impl Dialect for Responses {
     }
 
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
-        Box::new(Decoder::default())
+        let mut response = Response::default();
+        sse::reading(move |data| response.take(data))
     }
 }
 
@@ -155,28 +147,14 @@ fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
     Some([StreamEvent::Usage(usage), StreamEvent::UsageDetails(details)])
 }
 
-/// Reads a stream of typed events.
+/// What is known of a response that comes as typed events.
 #[derive(Debug, Default)]
-struct Decoder {
-    events: Events,
+struct Response {
     /// The items that are calls, by their place in the output.
     calls: Vec<u64>,
 }
 
-impl StreamDecoder for Decoder {
-    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
-        match self.events.push(bytes) {
-            Ok(data) => data.iter().flat_map(|data| self.take(data)).collect(),
-            Err(_) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
-        }
-    }
-
-    fn end(&mut self) -> Vec<StreamEvent> {
-        self.events.end().map(|data| self.take(&data)).unwrap_or_default()
-    }
-}
-
-impl Decoder {
+impl Response {
     fn take(&mut self, data: &str) -> Vec<StreamEvent> {
         let Ok(event) = serde_json::from_str::<Value>(data) else {
             return vec![StreamEvent::Error(ProviderError::saying("the stream is not one of a response"))];

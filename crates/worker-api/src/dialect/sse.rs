@@ -1,16 +1,18 @@
 //! Server-sent events: bytes in, the data of whole events out. Never here: what the data means.
 
+use super::{ProviderError, StreamDecoder, StreamEvent};
+
 /// The longest event that is taken, in bytes: no provider sends a text chunk of this size.
 const EVENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// An event was longer than any may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct TooLong;
+struct TooLong;
 
 /// Collects bytes until events are whole. Takes every line ending, comment lines, and data over several lines; names
 /// and ids of events are passed over.
 #[derive(Debug, Default)]
-pub(crate) struct Events {
+struct Events {
     line: Vec<u8>,
     data: Option<Vec<u8>>,
     after_return: bool,
@@ -18,7 +20,7 @@ pub(crate) struct Events {
 
 impl Events {
     /// Takes the next bytes and returns the data of the events that they complete.
-    pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<Vec<String>, TooLong> {
+    fn push(&mut self, bytes: &[u8]) -> Result<Vec<String>, TooLong> {
         let mut events = Vec::new();
         let mut rest = bytes;
         while let Some(&first) = rest.first() {
@@ -40,7 +42,7 @@ impl Events {
     }
 
     /// The event that was not ended by an empty line before the stream ended.
-    pub(crate) fn end(&mut self) -> Option<String> {
+    fn end(&mut self) -> Option<String> {
         if !self.line.is_empty() {
             // A line is never empty here, so it ends no event.
             drop(self.end_line());
@@ -66,6 +68,31 @@ impl Events {
             }
         }
         None
+    }
+}
+
+/// Reads a stream of events with `read`, which is given the data of one after the other.
+pub(super) fn reading(
+    read: impl FnMut(&str) -> Vec<StreamEvent> + Send + 'static,
+) -> Box<dyn StreamDecoder + Send + 'static> {
+    Box::new(Reading { events: Events::default(), read })
+}
+
+struct Reading<R> {
+    events: Events,
+    read: R,
+}
+
+impl<R: FnMut(&str) -> Vec<StreamEvent>> StreamDecoder for Reading<R> {
+    fn push(&mut self, bytes: &[u8]) -> Vec<StreamEvent> {
+        match self.events.push(bytes) {
+            Ok(data) => data.iter().flat_map(|data| (self.read)(data)).collect(),
+            Err(TooLong) => vec![StreamEvent::Error(ProviderError::saying("an event of the stream is too long"))],
+        }
+    }
+
+    fn end(&mut self) -> Vec<StreamEvent> {
+        self.events.end().map(|data| (self.read)(&data)).unwrap_or_default()
     }
 }
 

@@ -8,10 +8,12 @@
 //! Weights are packed in panels of [`PANEL`] outputs: all their values for input 0, then for
 //! input 1, and so on, so that a tile streams through memory once in order.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::backend::cpu::quantized::{CHUNK, Chunk, QuantPanels};
+use crate::backend::cpu::quantized::{CHUNK, Chunk, PANELS, QuantPanels};
 use crate::backend::cpu::{LINE, threads};
 use crate::backend::{Dense, Write};
 use crate::quantized::Quantized;
@@ -272,29 +274,45 @@ impl WithSimd for Share<'_> {
                     }
                 }
             }
-            Panels::Quantized(quantized) => {
-                let mut chunk: Chunk = [0.0; CHUNK * PANEL];
-                let mut sums = vec![[[0.0; PANEL]; ROWS_MAX]; self.tiles.count];
-                for panel in panels {
-                    sums.fill([[0.0; PANEL]; ROWS_MAX]);
-                    for start in (0..inputs).step_by(CHUNK) {
-                        let weights = quantized.unpack(simd, self.first_panel + panel, start, &mut chunk);
-                        let count = weights.len() / PANEL;
-                        for ((first, height), sums) in self.tiles.iter().zip(&mut sums) {
-                            let x = &self.x[first * inputs + start * height..][..count * height];
-                            tile(simd, weights, x, height, sums);
-                        }
-                    }
-                    for ((first, height), sums) in self.tiles.iter().zip(&sums) {
-                        self.put(panel, first, &sums[..height]);
+            Panels::Quantized(quantized) if self.tiles.rows == 1 => {
+                let whole = panels.end / PANELS * PANELS;
+                for panel in (0..whole).step_by(PANELS) {
+                    let mut sums = [[0.0; PANEL]; PANELS];
+                    quantized.row(simd, self.first_panel + panel, self.x, &mut sums);
+                    for (index, sums) in sums.iter().enumerate() {
+                        self.put(panel + index, 0, std::slice::from_ref(sums));
                     }
                 }
+                self.unpacked(simd, quantized, whole..panels.end);
             }
+            Panels::Quantized(quantized) => self.unpacked(simd, quantized, panels),
         }
     }
 }
 
 impl Share<'_> {
+    /// The products with weights that are unpacked a chunk at a time.
+    #[inline(always)]
+    fn unpacked<S: Simd>(&mut self, simd: S, quantized: &QuantPanels, panels: Range<usize>) {
+        let inputs = self.task.matrix.inputs;
+        let mut chunk: Chunk = [0.0; CHUNK * PANEL];
+        let mut sums = vec![[[0.0; PANEL]; ROWS_MAX]; self.tiles.count];
+        for panel in panels {
+            sums.fill([[0.0; PANEL]; ROWS_MAX]);
+            for start in (0..inputs).step_by(CHUNK) {
+                let weights = quantized.unpack(simd, self.first_panel + panel, start, &mut chunk);
+                let count = weights.len() / PANEL;
+                for ((first, height), sums) in self.tiles.iter().zip(&mut sums) {
+                    let x = &self.x[first * inputs + start * height..][..count * height];
+                    tile(simd, weights, x, height, sums);
+                }
+            }
+            for ((first, height), sums) in self.tiles.iter().zip(&sums) {
+                self.put(panel, first, &sums[..height]);
+            }
+        }
+    }
+
     /// Adds the bias and writes a tile's sums to their place.
     #[inline(always)]
     fn put(&mut self, panel: usize, first_row: usize, sums: &[[f32; PANEL]]) {
@@ -466,7 +484,9 @@ mod tests {
         };
         let blocks = inputs / block * outputs;
         let minimums = minimums.then(|| noise(blocks, 7));
-        Quantized { outputs, inputs, block, lowest, bits, quants, scales: noise(blocks, 6), minimums }
+        // As few bits as those of the formats.
+        let scales = noise(blocks, 6).into_iter().map(|scale| half::f16::from_f32(scale).to_f32() * 61.0).collect();
+        Quantized { outputs, inputs, block, lowest, bits, quants, scales, minimums }
     }
 
     #[test]

@@ -4,18 +4,11 @@ use super::StreamEvent;
 use crate::dialect::parameters::{self, Row};
 use genmill_core::attempt::TokenLogprob;
 use genmill_core::controls::{Controls, Tool, ToolCall, ToolChoice};
-use genmill_core::request::{ChatMessage, Input, Role};
+use genmill_core::request::ChatMessage;
 use serde_json::{Map, Value, json};
 
-/// The conversation as it is sent; a prompt is one message of the user.
-pub(super) fn messages(input: &Input) -> Value {
-    match input {
-        Input::Prompt(prompt) => json!([message(&ChatMessage::new(Role::User, prompt.as_str()))]),
-        Input::Messages(messages) => messages.iter().map(message).collect(),
-    }
-}
-
-fn message(message: &ChatMessage) -> Value {
+/// A message as it is sent.
+pub(super) fn message(message: &ChatMessage) -> Value {
     let mut out = json!({"role": message.role.name(), "content": message.content});
     if !message.tool_calls.is_empty() {
         out["tool_calls"] = message.tool_calls.iter().map(call).collect();
@@ -115,6 +108,7 @@ mod tests {
     use crate::dialect::Streaming;
     use crate::fixture::spec;
     use genmill_core::controls::StructuredOutput;
+    use genmill_core::request::{Input, Role};
 
     #[test]
     fn what_steers_a_generation_is_sent_and_what_a_provider_refuses_is_dropped() {

@@ -65,7 +65,8 @@ pub(crate) fn schedules<D: Device + Clone>(
     }
     let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
     let start = |step_tokens| {
-        let model = Model::on(&paths, "bfloat16", || Ok(Cuda::new(device.clone(), Dtype::Bf16))).map_err(wrong)?;
+        let model =
+            Model::on(&paths, ("bfloat16", None), || Ok(Cuda::new(device.clone(), Dtype::Bf16))).map_err(wrong)?;
         // So few blocks that those that are kept have to go now and then.
         let options = EngineOptions { kv_tokens: 768, max_sequences: 5, step_tokens, ..EngineOptions::default() };
         Engine::start(model, options).map_err(wrong)

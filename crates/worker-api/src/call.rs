@@ -1,0 +1,349 @@
+//! One call to a provider: sent, read, and what became of it. Never here: whether it may go out now (`gates`), and what
+//! follows from how it ended (`perform`).
+
+use crate::catalog::Endpoint;
+use crate::collect::Collected;
+use crate::dialect::{Dialect, Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
+use crate::failure::{Fault, Kind, classify, redact};
+use crate::http::{Http, Trouble, Unsent};
+use crate::limits;
+use crate::perform::{Limits, Unsupported};
+use crate::wait::{asked_ms, time_ms};
+use genmill_core::job::JobSpec;
+use genmill_core::request::Input;
+use genmill_core::time::UnixMs;
+use genmill_daemon::clock::now_unix_ms;
+use genmill_worker::perform::Progress;
+use http::HeaderMap;
+use reqwest::{Response, StatusCode};
+use std::time::Duration;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+/// The longest answer that is read, in bytes: far above what the largest models write.
+const ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// The most that is read of a refusal, in bytes.
+const REFUSAL_BYTES_MAX: usize = 64 * 1024;
+
+/// How long the usage is waited for once the text is whole. A provider that does not end its stream must not spoil the
+/// answer.
+const TAIL: Duration = Duration::from_secs(5);
+
+/// A wait for bytes is parted into so many looks: a process that was stopped for longer than all of it finds the time
+/// over before it has read what came meanwhile, and loses one look only.
+const LOOKS: u32 = 5;
+
+/// How long an answer that is not there yet is left alone.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// Stands for no limit.
+const FOREVER: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// How a call ended.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// The provider said all it had to say.
+    Answered,
+    /// Nothing was generated, so nothing is billed.
+    Refused(Fault),
+    /// It failed after something may have been generated.
+    Broken(Fault),
+    /// It was told to stop.
+    Stopped,
+}
+
+impl Ended {
+    /// The same end after something may have been generated.
+    fn into_broken(self) -> Self {
+        if let Self::Refused(fault) = self { Self::Broken(fault) } else { self }
+    }
+}
+
+/// One call.
+pub(crate) struct Call<'a> {
+    pub(crate) endpoint: &'a Endpoint,
+    /// How the model is spoken to.
+    pub(crate) dialect: &'static dyn Dialect,
+    pub(crate) http: &'a Http,
+    pub(crate) limits: Limits,
+    pub(crate) spec: &'a JobSpec,
+    pub(crate) progress: &'a mut Progress,
+    /// When the attempt began.
+    pub(crate) begun: Instant,
+}
+
+impl Call<'_> {
+    pub(crate) async fn make(&mut self, collected: &mut Collected) -> Ended {
+        let endpoint = self.endpoint;
+        let streaming = if endpoint.provider.streaming { Streaming::On } else { Streaming::Off };
+        let model = self.spec.model.backend_name();
+        let encoded = self.dialect.encode(self.spec, model, &endpoint.provider, streaming);
+        if let Some(refused) = self.refuse_unsupported(&encoded.left_out) {
+            return refused;
+        }
+        collected.left_out(&encoded.left_out);
+        let first_byte = Instant::now() + self.limits.first_byte.unwrap_or(FOREVER);
+        let response = match timeout_at(first_byte, self.send(encoded)).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(Unsent::Lost(error))) => return self.unreachable(&error, collected),
+            Ok(Err(Unsent::Fault(fault))) => return Ended::Refused(fault),
+            Err(_) => return self.silent(),
+        };
+        let now = UnixMs(now_unix_ms());
+        collected.limits(limits::told(response.headers(), |value| time_ms(value, now)));
+        tracing::debug!(provider = endpoint.name, model, status = response.status().as_u16(), "answered");
+        if !response.status().is_success() {
+            return self.refused(response).await;
+        }
+        let kind = response.headers().get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+        let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
+        let mut body = Body { response, first_byte, limits: self.limits, read: 0 };
+        match kind.as_str() {
+            "text/html" => Ended::Broken(self.fault(Kind::Transient, "answered with a web page")),
+            "application/json" => self.read_whole(&mut body, collected).await,
+            // A server that does not say what it sends sends what was asked for.
+            _ if streaming == Streaming::On => self.read_stream(&mut body, collected).await,
+            _ => self.read_whole(&mut body, collected).await,
+        }
+    }
+
+    /// The failure of a request with parameters that the provider does not take, unless they are to be left out.
+    fn refuse_unsupported(&self, left_out: &[&str]) -> Option<Ended> {
+        let wanted: Vec<&str> = left_out.iter().filter(|name| !FILLED_IN.contains(name)).copied().collect();
+        if wanted.is_empty() || self.limits.unsupported == Unsupported::LeaveOut {
+            return None;
+        }
+        let what = format!(
+            "does not take {} for {}: leave it out of the request, or set drop_params = true under [api]",
+            wanted.join(", "),
+            self.spec.model.backend_name()
+        );
+        Some(Ended::Refused(self.fault(Kind::Invalid, &what)))
+    }
+
+    async fn send(&self, encoded: Encoded) -> Result<Response, Unsent> {
+        let endpoint = self.endpoint;
+        let url = format!("{}{}", endpoint.base_url.as_str().trim_end_matches('/'), encoded.path);
+        let mut request = self.http.client(&endpoint.base_url).post(url).body(encoded.body);
+        for (name, value) in encoded.headers {
+            request = request.header(name, value);
+        }
+        self.http.send(endpoint, request).await
+    }
+
+    fn fault(&self, kind: Kind, what: &str) -> Fault {
+        Fault::new(kind, &self.endpoint.name, what)
+    }
+
+    /// Nothing came within the limit for the first byte.
+    fn silent(&self) -> Ended {
+        let limit_s = self.limits.first_byte.unwrap_or(FOREVER).as_secs_f64();
+        Ended::Broken(self.fault(Kind::Timeout, &format!("sent nothing for {limit_s} s (api.first_byte_timeout_ms)")))
+    }
+
+    fn unreachable(&self, error: &reqwest::Error, collected: &Collected) -> Ended {
+        let host = self.endpoint.base_url.host_str().unwrap_or_default();
+        let fault = |kind, what: &str| self.fault(kind, &format!("{what} {host}: {}", Trouble::of(error)));
+        if error.is_builder() {
+            return Ended::Refused(fault(Kind::Invalid, "cannot be asked at"));
+        }
+        if error.is_connect() {
+            return Ended::Refused(fault(Kind::Transient, "cannot be connected to at"));
+        }
+        self.cut(fault(Kind::Cut, "lost the connection to"), collected)
+    }
+
+    /// The failure of an answer that broke off: told from others by where it did.
+    fn cut(&self, fault: Fault, collected: &Collected) -> Ended {
+        Ended::Broken(fault.marked(format!("cut after {}", collected.bytes())))
+    }
+
+    /// The failure that a provider's error stands for. What it quotes of key and prompt is cut out.
+    fn told(&self, status: StatusCode, error: ProviderError) -> Fault {
+        let key = self.endpoint.credentials.secret();
+        let said: Vec<&str> = match &self.spec.input {
+            Input::Prompt(prompt) => vec![prompt],
+            Input::Messages(messages) => messages.iter().map(|message| message.content.as_str()).collect(),
+        };
+        classify(&self.endpoint.name, status.as_u16(), &redact(error, key.into_iter().chain(said)))
+    }
+
+    async fn refused(&self, mut response: Response) -> Ended {
+        let status = response.status();
+        let mut body = Vec::new();
+        let idle = self.limits.idle.unwrap_or(FOREVER);
+        // What does not come in time is done without: the status tells most.
+        while let Ok(Ok(Some(bytes))) = timeout(idle, response.chunk()).await {
+            body.extend_from_slice(&bytes[..bytes.len().min(REFUSAL_BYTES_MAX - body.len())]);
+            if body.len() == REFUSAL_BYTES_MAX {
+                break;
+            }
+        }
+        let error = self.dialect.decode_error(&body);
+        let asked_ms = asked_ms(response.headers(), &error, UnixMs(now_unix_ms()));
+        let mut fault = self.told(status, error);
+        if !may_try_again(response.headers()) && fault.kind.policy().class.is_retried() {
+            fault.kind = Kind::Invalid;
+            fault.message.push_str("; it asks not to be called again (x-should-retry: false)");
+        }
+        Ended::Refused(fault.asked_ms(asked_ms))
+    }
+
+    async fn read_whole(&mut self, body: &mut Body, collected: &mut Collected) -> Ended {
+        let mut whole = match body.rest().await {
+            Ok(whole) => whole,
+            Err(came) => return self.gone_wrong(came, collected),
+        };
+        while let Some(url) = self.dialect.pending(&whole) {
+            sleep(LOOK_AGAIN).await;
+            whole = match self.look_again(&url, collected).await {
+                Ok(whole) => whole,
+                Err(ended) => return ended,
+            };
+        }
+        match self.dialect.decode(&whole) {
+            Ok(reply) => {
+                let text = collected.take_reply(reply, self.elapsed_ms());
+                self.progress.text(text).await;
+                Ended::Answered
+            }
+            Err(error) => Ended::Broken(self.told(body.response.status(), error)),
+        }
+    }
+
+    /// The answer that is to be found at `url` by now.
+    async fn look_again(&self, url: &str, collected: &Collected) -> Result<Vec<u8>, Ended> {
+        let request = self.http.client(&self.endpoint.base_url).get(url);
+        let first_byte = Instant::now() + self.limits.first_byte.unwrap_or(FOREVER);
+        let response = match timeout_at(first_byte, self.http.send(self.endpoint, request)).await {
+            Ok(Ok(response)) => response,
+            // Whatever went out is billed.
+            Ok(Err(Unsent::Lost(error))) => return Err(self.unreachable(&error, collected).into_broken()),
+            Ok(Err(Unsent::Fault(fault))) => return Err(Ended::Broken(fault)),
+            Err(_) => return Err(self.silent()),
+        };
+        if !response.status().is_success() {
+            return Err(self.refused(response).await.into_broken());
+        }
+        let mut body = Body { response, first_byte, limits: self.limits, read: 0 };
+        body.rest().await.map_err(|came| self.gone_wrong(came, collected))
+    }
+
+    async fn read_stream(&mut self, body: &mut Body, collected: &mut Collected) -> Ended {
+        let mut decoder = self.dialect.decoder();
+        while !collected.is_done() {
+            let patience = if collected.is_whole() { TAIL } else { body.idle() };
+            let events = match body.chunk(patience).await {
+                Came::Bytes(bytes) => decoder.push(&bytes),
+                Came::End => {
+                    self.take(decoder.end(), collected).await;
+                    break;
+                }
+                // The text is there: whatever else was to come is done without.
+                Came::Nothing if collected.is_whole() => break,
+                other => return self.gone_wrong(other, collected),
+            };
+            self.take(events, collected).await;
+        }
+        match collected.error() {
+            Some(error) => Ended::Broken(self.told(body.response.status(), error.clone())),
+            None if collected.is_whole() => Ended::Answered,
+            None => self.cut(self.fault(Kind::Cut, "ended the connection before the answer was whole"), collected),
+        }
+    }
+
+    fn gone_wrong(&self, came: Came, collected: &Collected) -> Ended {
+        match came {
+            Came::Lost(error) => self.unreachable(&error, collected),
+            Came::TooMuch => {
+                Ended::Broken(self.fault(Kind::Invalid, "sent more than the 32 MiB that an answer may have"))
+            }
+            Came::NotEvenTheFirst => self.silent(),
+            Came::Nothing | Came::Bytes(_) | Came::End => {
+                let limit_s = self.limits.idle.unwrap_or(FOREVER).as_secs_f64();
+                let what = format!("sent nothing more for {limit_s} s (api.idle_timeout_ms)");
+                Ended::Broken(self.fault(Kind::Timeout, &what))
+            }
+        }
+    }
+
+    async fn take(&mut self, events: Vec<StreamEvent>, collected: &mut Collected) {
+        for event in events {
+            if let Some(text) = collected.take(event, self.elapsed_ms()) {
+                self.progress.text(text).await;
+            }
+        }
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Whether a provider does not rule out another try.
+fn may_try_again(headers: &HeaderMap) -> bool {
+    headers.get("x-should-retry").is_none_or(|value| !value.as_bytes().eq_ignore_ascii_case(b"false"))
+}
+
+/// What came of waiting for bytes.
+#[derive(Debug)]
+enum Came {
+    Bytes(bytes::Bytes),
+    /// There are no more.
+    End,
+    Lost(reqwest::Error),
+    /// More than an answer may have.
+    TooMuch,
+    /// Nothing in time.
+    Nothing,
+    /// Nothing in time, nor before.
+    NotEvenTheFirst,
+}
+
+/// The body of an answer.
+struct Body {
+    response: Response,
+    /// By when its first byte has to come.
+    first_byte: Instant,
+    limits: Limits,
+    /// How many bytes have come.
+    read: usize,
+}
+
+impl Body {
+    /// All that is left.
+    async fn rest(&mut self) -> Result<Vec<u8>, Came> {
+        let mut rest = Vec::new();
+        loop {
+            match self.chunk(self.idle()).await {
+                Came::Bytes(bytes) => rest.extend_from_slice(&bytes),
+                Came::End => return Ok(rest),
+                other => return Err(other),
+            }
+        }
+    }
+
+    /// How long may pass between two pieces.
+    fn idle(&self) -> Duration {
+        self.limits.idle.unwrap_or(FOREVER)
+    }
+
+    /// The next bytes, which are waited for as long as `patience`, or if they are the first as long as those may take.
+    async fn chunk(&mut self, patience: Duration) -> Came {
+        let first = self.read == 0;
+        let patience = if first { self.first_byte.saturating_duration_since(Instant::now()) } else { patience };
+        for _ in 0..LOOKS {
+            match timeout(patience / LOOKS, self.response.chunk()).await {
+                Ok(Ok(Some(bytes))) if self.read + bytes.len() > ANSWER_BYTES_MAX => return Came::TooMuch,
+                Ok(Ok(Some(bytes))) => {
+                    self.read += bytes.len();
+                    return Came::Bytes(bytes);
+                }
+                Ok(Ok(None)) => return Came::End,
+                Ok(Err(error)) => return Came::Lost(error),
+                Err(_) => {}
+            }
+        }
+        if first { Came::NotEvenTheFirst } else { Came::Nothing }
+    }
+}

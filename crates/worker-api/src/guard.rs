@@ -1,0 +1,92 @@
+//! Addresses that are never called, whoever names them: those at which machines of clouds tell their secrets.
+//!
+//! Servers of one's own are called wherever they are: on this machine, in a private network.
+
+use reqwest::Url;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Names of such places.
+const NAMES: &[&str] = &["metadata", "metadata.google.internal", "metadata.goog", "instance-data"];
+
+/// Such addresses beside the link-local ones: Amazon's by IPv6, Alibaba's, Oracle's.
+const ADDRESSES: &[IpAddr] = &[
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+];
+
+/// The host of a URL when it must not be called.
+#[must_use]
+pub fn forbidden_host(url: &Url) -> Option<String> {
+    let host = url.host_str()?.trim_matches(['[', ']']).trim_end_matches('.');
+    let address = host.parse::<IpAddr>();
+    let forbidden = address.map_or_else(|_| NAMES.contains(&host), is_forbidden);
+    forbidden.then(|| host.to_owned())
+}
+
+/// Whether an address must not be called.
+fn is_forbidden(address: IpAddr) -> bool {
+    let link_local = match address.to_canonical() {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    link_local || ADDRESSES.contains(&address.to_canonical())
+}
+
+/// Looks names up, and leaves out what must not be called: a harmless name may lead there.
+#[derive(Debug)]
+pub(crate) struct Guarded;
+
+impl Resolve for Guarded {
+    fn resolve(&self, name: Name) -> Resolving {
+        Box::pin(async move {
+            let found = tokio::net::lookup_host((name.as_str(), 0)).await;
+            let found: Vec<_> = found.map_err(|error| io::Error::other(format!("dns error: {error}")))?.collect();
+            let allowed: Vec<_> = found.iter().copied().filter(|at| !is_forbidden(at.ip())).collect();
+            if allowed.is_empty() && !found.is_empty() {
+                return Err("leads to an address that tells secrets of machines and is never called".into());
+            }
+            let allowed: Addrs = Box::new(allowed.into_iter());
+            Ok(allowed)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(url: &str, forbidden: bool) {
+        assert_eq!(forbidden_host(&Url::parse(url).unwrap()).is_some(), forbidden, "{url}");
+    }
+
+    #[test]
+    fn where_machines_tell_secrets_nobody_calls() {
+        check("http://169.254.169.254/latest/meta-data", true);
+        check("http://169.254.170.2/v2/credentials", true);
+        check("http://[fe80::1]/", true);
+        check("http://[fd00:ec2::254]/", true);
+        check("http://[::ffff:169.254.169.254]/", true);
+        check("http://0xa9fea9fe/", true);
+        check("http://2852039166/", true);
+        check("http://metadata.google.internal/computeMetadata/v1", true);
+        check("http://METADATA.google.internal./", true);
+        check("http://100.100.100.200/", true);
+    }
+
+    #[test]
+    fn servers_of_ones_own_are_called() {
+        check("http://127.0.0.1:8000/v1", false);
+        check("http://10.0.0.7/v1", false);
+        check("http://[fd12::1]/v1", false);
+        check("https://metadata.example.com/", false);
+    }
+
+    #[tokio::test]
+    async fn names_of_this_machine_are_found() {
+        let found = Guarded.resolve("localhost".parse().unwrap()).await.unwrap();
+        assert!(found.count() > 0);
+    }
+}
