@@ -125,12 +125,8 @@ async fn jobs_wait_while_their_provider_asks_to_be_spared() {
     let throttled =
         "!status=429 times=1 header=x-ratelimit-remaining-requests:0 header=x-ratelimit-reset-requests:2s a";
     let first = client.submit(Request::new(model).prompt(throttled)).await.unwrap().job.id;
-    let refused = async {
-        while !mill.place.provider.bill().statuses.contains_key(&429) {
-            tokio::task::yield_now().await;
-        }
-    };
-    timeout(WITHIN, refused).await.expect("the first call is refused");
+    let told = async { while client.get(&first).await.unwrap().attempt_history.is_empty() {} };
+    timeout(WITHIN, told).await.expect("the first call is refused, and the queue knows");
     // These find the gate shut; they wait without a failure, and without a call before the time.
     let waiting = futures_util::future::join_all((0..5).map(|n| {
         let client = &client;

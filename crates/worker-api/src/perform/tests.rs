@@ -243,7 +243,7 @@ async fn a_refusal_is_classified_and_costs_nothing() {
     check_failure(never, FailureClass::Invalid, true, "asks not to be called again").await;
     check_failure("!status=500", FailureClass::Transient, true, "openai failed (HTTP 500").await;
     check_failure("!status=503 retry-after-ms=20", FailureClass::Transient, true, "503").await;
-    check_failure("!status=529", FailureClass::Throttled, true, "529").await;
+    check_failure("!status=529", FailureClass::Transient, true, "529").await;
     check_failure("!status=400", FailureClass::Invalid, true, "400").await;
     check_failure("!status=403", FailureClass::Auth, true, "403").await;
     check_failure("!status=404", FailureClass::NotFound, true, "404").await;
@@ -652,7 +652,7 @@ async fn every_dialect_tells_what_went_wrong() {
     class("hi", BAD_KEY, FailureClass::Auth).await;
     class("!status=429 retry-after=1", "sk-a", FailureClass::Throttled).await;
     class("!status=500", "sk-a", FailureClass::Transient).await;
-    class("!status=529", "sk-a", FailureClass::Throttled).await;
+    class("!status=529", "sk-a", FailureClass::Transient).await;
     class("!status=400", "sk-a", FailureClass::Invalid).await;
     class("!cut-after=1 a b c", "sk-a", FailureClass::Transient).await;
     class("!error-after=1 a b c", "sk-a", FailureClass::Transient).await;
