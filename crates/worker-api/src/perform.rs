@@ -1,4 +1,4 @@
-//! Performs a job: one call to its provider, once its circuit lets it pass, and what came of it.
+//! Performs a job: one call to its provider, or to those that answer in its place, and what came of it.
 //!
 //! Never here: another try after a failure, and the bound of the whole attempt, which the worker's loop keeps.
 
