@@ -83,6 +83,21 @@ impl Needs {
         })
     }
 
+    /// A plan as far as it can be kept once the weights are loaded and `bytes` are left for the rest: memory may have gone
+    /// meanwhile. `None` when too few are.
+    pub(crate) fn after_load(&self, plan: Plan, bytes: u64) -> Option<Plan> {
+        let fits = self.footprint.kv_tokens(bytes.saturating_sub(self.activation_bytes));
+        if fits >= plan.kv_tokens {
+            return Some(plan);
+        }
+        (fits >= self.context_tokens.min(KV_TOKENS_MIN).min(self.wanted_tokens)).then(|| Plan {
+            kv_bytes: self.footprint.kv_bytes(fits),
+            kv_tokens: fits,
+            short_of: Some(self.wanted_tokens),
+            ..plan
+        })
+    }
+
     /// Why it can never be served with `bytes`.
     pub(crate) fn never_fits(&self, bytes: u64) -> String {
         format!(
@@ -177,6 +192,20 @@ mod tests {
             reason.contains("1000 B") && reason.contains("of weights") && reason.contains("256 tokens"),
             "{reason}"
         );
+    }
+
+    #[test]
+    fn what_went_while_weights_were_loaded_leaves_fewer_blocks() {
+        let needs = needs(4096, None);
+        let plan = needs.plan(u64::MAX).unwrap();
+        let left = |tokens| needs.activation_bytes + needs.footprint.kv_bytes(tokens);
+        assert_eq!(needs.after_load(plan, left(4096)), Some(plan));
+        let short = needs.after_load(plan, left(1000)).unwrap();
+        assert_eq!((short.kv_tokens, short.short_of), (1008, Some(4096)));
+        assert_eq!(short.kv_bytes, needs.footprint.kv_bytes(1008));
+        assert_eq!(needs.after_load(plan, left(256)).map(|plan| plan.kv_tokens), Some(256));
+        assert_eq!(needs.after_load(plan, left(256) - 1), None);
+        assert_eq!(needs.after_load(plan, 0), None);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use genmill_core::controls::SAMPLES_MAX;
 use genmill_core::model::{ModelName, Prefix};
 use genmill_core::money::Picodollars;
 use genmill_daemon::config::Gpu;
+use genmill_daemon::memory::available_bytes;
 use genmill_daemon::models::{ListedModel, ModelPath};
 use genmill_engine::quantized::Format;
 use genmill_engine::{
@@ -231,8 +232,8 @@ impl Entry {
         self.context_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX))
     }
 
-    /// Loads it and runs its largest step once.
-    pub(crate) fn start(&self, measured: &Measured, plan: &Plan) -> anyhow::Result<Engine> {
+    /// Loads it and runs its largest step once. `None` when memory went to others meanwhile.
+    pub(crate) fn start(&self, measured: &Measured, plan: &Plan) -> anyhow::Result<Option<Engine>> {
         let begun = Instant::now();
         let paths = &measured.paths;
         let loaded = match &self.device {
@@ -244,6 +245,9 @@ impl Entry {
         if let Some(tokens) = self.context_limit() {
             model = model.with_context_limit(tokens);
         }
+        // What is free now decides, not what was when the plan was made.
+        let left = if self.device == Device::Cpu { available_bytes() } else { None };
+        let Some(plan) = measured.needs.after_load(*plan, left.unwrap_or(u64::MAX)) else { return Ok(None) };
         let kv_tokens = plan.kv_tokens.min(model.kv_tokens_max().unwrap_or(usize::MAX));
         let options = EngineOptions { kv_tokens, ..self.engine };
         let engine = match &self.device {
@@ -257,14 +261,14 @@ impl Entry {
                 Engine::start(model, options)?
             }
         };
-        let Plan { weights_bytes, activation_bytes, kv_bytes, short_of, .. } = *plan;
+        let Plan { weights_bytes, activation_bytes, kv_bytes, short_of, .. } = plan;
         let (weights, activations, kv) = (shown(weights_bytes), shown(activation_bytes), shown(kv_bytes));
         let (model, fingerprint) = (&self.name, engine.card().fingerprint());
         tracing::info!(%model, %fingerprint, took = ?begun.elapsed(), weights, activations, kv, kv_tokens, "loaded");
         if let Some(wanted) = short_of {
             tracing::warn!(%model, kv_tokens, wanted, "memory is short: fewer sequences run at once");
         }
-        Ok(engine)
+        Ok(Some(engine))
     }
 
     /// What its files look like now.

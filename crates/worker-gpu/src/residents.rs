@@ -93,7 +93,7 @@ enum Phase {
 /// What was done beside the runtime, with the index of the model.
 enum Done {
     Measured(usize, Result<Measured, String>, Files),
-    Loaded(usize, Result<Engine, String>, Files, Duration),
+    Loaded(usize, Result<Option<Engine>, String>, Files, Duration),
     Freed(usize),
     Looked(usize, Files),
 }
@@ -336,7 +336,11 @@ impl Residents {
                 let again = model.entry.may_be_downloaded().then_some(AGAIN_AFTER);
                 model.fail(reason, Some(files), again);
             }
-            Done::Loaded(index, Ok(engine), _, took) => self.models[index].hold(engine, took),
+            Done::Loaded(index, Ok(Some(engine)), _, took) => self.models[index].hold(engine, took),
+            Done::Loaded(index, Ok(None), ..) => {
+                let reason = "memory went to others while it was loaded: it is tried again every minute".to_owned();
+                self.models[index].fail(reason, None, Some(AGAIN_AFTER));
+            }
             Done::Loaded(index, Err(reason), files, _) => self.models[index].fail(reason, Some(files), None),
             Done::Freed(index) => self.models[index].phase = Phase::Cold,
             Done::Looked(index, now) => {
