@@ -3,6 +3,7 @@
 //! Never here: how work is done (a daemon implements [`perform::Perform`]), nor Redis commands (`genmill-queue`).
 
 mod attempt;
+pub mod batches;
 mod finisher;
 mod lane;
 pub mod perform;
