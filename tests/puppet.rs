@@ -66,6 +66,7 @@ impl Perform for Performer {
             availability: Availability::Ready,
             description: String::new(),
             context_tokens: None,
+            batches: false,
         };
         self.models.iter().map(served).collect()
     }

@@ -33,5 +33,6 @@ pub fn plain(model: ModelName) -> JobSpec {
         context_tokens: None,
         prefix: None,
         redriven_from: None,
+        batch: false,
     }
 }

@@ -485,6 +485,7 @@ async fn many_requests_for_an_unlisted_model_are_refused_together_and_a_new_work
         availability: Availability::Ready,
         description: String::new(),
         context_tokens: None,
+        batches: false,
     };
     let registration = Registration {
         worker: WorkerId::new("test", "host", 0),

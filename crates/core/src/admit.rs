@@ -6,7 +6,7 @@ use crate::job::JobSpec;
 use crate::model::{BadModelName, ModelName};
 use crate::prefix::PrefixKey;
 use crate::registration::{Availability, Registration, ServedModel};
-use crate::request::{Invalid, Request, Sampling, TEXT_BYTES_MAX};
+use crate::request::{Invalid, Mode, Request, Sampling, TEXT_BYTES_MAX};
 use crate::time::UnixMs;
 
 /// Values for what a request leaves open.
@@ -39,6 +39,14 @@ pub enum Refusal {
         bytes: usize,
         /// What it may carry.
         max: usize,
+    },
+    /// A batch is asked for where there are none.
+    #[error(
+        "model `{model}` cannot be asked in batches: its provider has no batch API that is known here; submit it without `mode: batch`"
+    )]
+    NoBatches {
+        /// The model.
+        model: ModelName,
     },
     /// The name is not that of a model.
     #[error(transparent)]
@@ -177,6 +185,13 @@ pub fn admit(
         return Err(Invalid::new("min_tokens", format!("must be at most max_tokens, which is {max_tokens}")).into());
     }
     let remote = request.model.prefix().is_remote();
+    let batches = facts.listed.iter().any(|(_, served)| served.availability.takes_jobs() && served.batches);
+    let batch = match request.mode {
+        Mode::Direct => false,
+        Mode::Auto => batches && request.has_slack(now),
+        Mode::Batch if batches => true,
+        Mode::Batch => return Err(Refusal::NoBatches { model: request.model }),
+    };
     let contexts = facts.listed.iter().filter_map(|(_, served)| served.context_tokens);
     Ok(JobSpec {
         context_tokens: contexts.max(),
@@ -202,6 +217,7 @@ pub fn admit(
         deadline: request.deadline,
         not_before: request.not_before,
         redriven_from: None,
+        batch,
     })
 }
 
@@ -216,6 +232,7 @@ mod tests {
             availability: availability.clone(),
             description: String::new(),
             context_tokens: None,
+            batches: false,
         };
         Registration {
             worker: WorkerId::new("api", "host", 1),

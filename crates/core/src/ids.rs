@@ -117,6 +117,12 @@ impl WorkerId {
         Self(id)
     }
 
+    /// Stands for whoever holds the batch of this tag: its jobs outlive the worker that took them.
+    #[must_use]
+    pub fn of_batch(tag: &str) -> Self {
+        Self(format!("batch-{tag}"))
+    }
+
     /// The id as text.
     #[must_use]
     pub fn as_str(&self) -> &str {

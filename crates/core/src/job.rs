@@ -2,7 +2,7 @@
 
 use crate::attempt::{Attempt, AttemptEnd, Failure, Generation};
 use crate::ids::{Epoch, JobId, WorkerId};
-use crate::model::ModelName;
+use crate::model::{Lane, ModelName};
 use crate::money::Picodollars;
 use crate::names::{Experiment, Tenant};
 use crate::prefix::PrefixKey;
@@ -52,9 +52,19 @@ pub struct JobSpec {
     /// The failed job that it repeats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redriven_from: Option<JobId>,
+    /// It goes to its provider in a batch.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub batch: bool,
 }
 
 impl JobSpec {
+    /// Where it waits.
+    #[must_use]
+    pub fn lane(&self) -> Lane {
+        let lane = self.model.lane();
+        if self.batch { lane.batch() } else { lane }
+    }
+
     /// The work it asks for in tokens, for fairness: a guess of the input at 4 bytes a token, plus the bound of output;
     /// no more than the model can hold for each sample.
     #[must_use]
@@ -63,6 +73,12 @@ impl JobSpec {
         let asked = input.saturating_add(u64::from(self.sampling.max_tokens)).max(1);
         let sample = self.context_tokens.map_or(asked, |context| asked.min(context.max(1)));
         sample.saturating_mul(u64::from(self.sampling.controls.samples().max(1)))
+    }
+
+    /// How many bytes of text it carries.
+    #[must_use]
+    pub fn text_bytes(&self) -> usize {
+        self.input.text_bytes() + self.sampling.controls.text_bytes()
     }
 
     /// The fields in which two specs differ, as the API names them. What admission chose for `self` (the seed, when the
@@ -86,6 +102,7 @@ impl JobSpec {
             ("timeout_ms", self.timeout_ms == other.timeout_ms),
             ("deadline", self.deadline == other.deadline),
             ("not_before", self.not_before == other.not_before),
+            ("mode", self.batch == other.batch),
         ];
         fields.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
     }

@@ -229,6 +229,23 @@ pub struct Lane {
     pub route: String,
 }
 
+/// What the route of a lane ends with whose jobs go out in batches.
+const BATCH: &str = "+batch";
+
+impl Lane {
+    /// The lane beside this one, for jobs that go out in batches.
+    #[must_use]
+    pub fn batch(&self) -> Self {
+        Self { prefix: self.prefix.clone(), route: format!("{}{BATCH}", self.route) }
+    }
+
+    /// Whether its jobs go out in batches.
+    #[must_use]
+    pub fn is_batch(&self) -> bool {
+        self.route.ends_with(BATCH)
+    }
+}
+
 impl std::fmt::Display for Lane {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.prefix, self.route)

@@ -31,6 +31,9 @@ pub struct ServedModel {
     pub description: String,
     /// Longest input plus output in tokens, where known.
     pub context_tokens: Option<u64>,
+    /// Whether the worker can have its jobs done in batches.
+    #[serde(default)]
+    pub batches: bool,
 }
 
 /// Whether a worker can run a model that it has in its configuration.

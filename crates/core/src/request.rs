@@ -146,6 +146,29 @@ pub struct Sampling {
     pub controls: Controls,
 }
 
+/// How a job gets to its provider.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// In a batch where the provider takes them and the job has slack (see [`Request::has_slack`]), else by a call of its own.
+    #[default]
+    Auto,
+    /// By a call of its own.
+    Direct,
+    /// In a batch, at the provider's price for batches.
+    Batch,
+}
+
+impl Mode {
+    fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
+
+/// A job whose deadline is so far away, in milliseconds, can wait for a batch: providers promise a day. A little less, because
+/// callers count from before they submit.
+const SLACK_MS: u64 = (24 * 60 - 5) * 60_000;
+
 /// A request as its caller wrote it: what is unset is for admission to fill in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {
@@ -185,6 +208,9 @@ pub struct Request {
     /// No attempt starts earlier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_before: Option<UnixMs>,
+    /// How the job gets to its provider.
+    #[serde(default, skip_serializing_if = "Mode::is_auto")]
+    pub mode: Mode,
 }
 
 /// A rule that a request breaks.
@@ -209,6 +235,13 @@ impl Invalid {
 pub const TEXT_BYTES_MAX: usize = 3 * 512 * 1024;
 
 impl Request {
+    /// Whether nobody waits for the job: it is of the bulk class and has a day or more until its deadline.
+    #[must_use]
+    pub fn has_slack(&self, now: UnixMs) -> bool {
+        let left_ms = |deadline: UnixMs| deadline.ms_since(self.not_before.unwrap_or(now).max(now));
+        self.priority == Priority::Bulk && self.deadline.is_some_and(|deadline| left_ms(deadline) >= SLACK_MS)
+    }
+
     /// Checks every rule that needs nothing but the request and the time.
     ///
     /// # Errors
@@ -304,6 +337,7 @@ pub(crate) mod tests {
             timeout_ms: None,
             deadline: None,
             not_before: None,
+            mode: Mode::Auto,
         }
     }
 

@@ -29,6 +29,9 @@
 //! | `NS:{N}:settings` | hash | `VERSION:VALUE` of each setting that was ever made |
 //! | `NS:{N}:g:LEAF:PREFIX` | string | when a prefix group started, expiring |
 //! | `NS:{N}:leases` | sorted set | running jobs, by end of lease |
+//! | `NS:{N}:batches` | sorted set | batches of a lane whose jobs go out in such, by when nobody holds them any more |
+//! | `NS:{N}:bt:TAG` | hash | a batch: `st` state, `wk` who holds it, `ep` how often it was taken over, `md` model, `ky` key, `cr` made, `sl` filled until, `tr` it was being submitted, `rm` the provider's name of it, `lv` jobs that are wanted still |
+//! | `NS:{N}:bj:TAG` | sorted set | its jobs, by the epoch under which they are in it |
 //! | `NS:{N}:delayed` | sorted set | delayed jobs, by due time |
 //! | `NS:{N}:deadlines` | sorted set | unfinished jobs with a deadline, by it |
 //! | `NS:{N}:jobs` | stream | all jobs, in the order of acceptance |
@@ -36,7 +39,7 @@
 //! | `NS:{N}:open` | hash | how many jobs are unfinished, by experiment; `` is the whole lane |
 //! | `NS:{N}:done` | stream | finished jobs, in order |
 //! | `NS:{N}:dead` | stream | failed jobs, in order |
-//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `ca` what live workers can run, `tb` whether tokens bound that, `gt` keys and limits that live workers have declared (MessagePack), `ag` when flows were aged, `rc` when leases were looked at, `rw` until when they are left alone |
+//! | `NS:{N}:meta` | hash | `vt` virtual time, `un` undelivered entries, `ca` what live workers can run, `tb` whether tokens bound that, `gt` keys and limits that live workers have declared (MessagePack), `bt` jobs in batches, `ag` when flows were aged, `rc` when leases were looked at, `rw` until when they are left alone |
 //! | `NS:{N}:slots` | hash | of each live worker: places, until when they count, free places, tokens that these can hold, what it declares of keys and limits |
 //! | `NS:{N}:hints` | channel | to workers: `w` there is work, `c` a running job was cancelled |
 //! | `NS:{N}:events` | channel | to schedulers: jobs' ids, after `t` (more text) or `f` (finished); several ids may follow each other |
@@ -50,7 +53,7 @@
 //!
 //! Fields of a job: `st` state, `ep` epoch, `lf` leaf, `tk` estimated tokens, `gp` order and start of its prefix group, `dl` deadline, `cr` created, `sa` started, `fa` finished, `du` due, `wk` worker, `fc` failures, `lc` losses,
 //! `pm` the key of its permit, with a `+` when it passed the gate of all models too, `en` stream entry, `de` entry among failed jobs, `rd` job that it was redriven as, `rg` that job was purged, `cx` cancel
-//! asked for, `kN` once a verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
+//! asked for, `bt` the batch that it is in, `kN` once a verdict of epoch N is kept, `fN` once the fenced attempt of epoch N is booked. Times in unix ms.
 
 use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::names::{Experiment, Tenant};
@@ -140,6 +143,16 @@ impl Keys {
 
     pub(crate) fn of_lane(&self, lane: LaneNumber, what: &str) -> String {
         format!("{}:{what}", self.lane(lane))
+    }
+
+    /// What is kept of a batch.
+    pub(crate) fn batch(&self, lane: LaneNumber, tag: &str) -> String {
+        format!("{}:bt:{tag}", self.lane(lane))
+    }
+
+    /// The jobs of a batch.
+    pub(crate) fn batch_jobs(&self, lane: LaneNumber, tag: &str) -> String {
+        format!("{}:bj:{tag}", self.lane(lane))
     }
 
     pub(crate) fn open(&self, lane: LaneNumber) -> String {
@@ -232,6 +245,8 @@ local function backlog_key(leaf) return base .. ':b:' .. leaf end
 local function full_key(tenant) return base .. ':full:' .. tenant end
 local function shut_key(model) return base .. ':shut:' .. model end
 local function group_key(leaf, prefix) return base .. ':g:' .. leaf .. ':' .. prefix end
+local function batch_key(tag) return base .. ':bt:' .. tag end
+local function batch_jobs_key(tag) return base .. ':bj:' .. tag end
 local function experiment_key(name) return base .. ':x:' .. name end
 "
     )

@@ -32,7 +32,7 @@ pub struct LaneState {
     pub queued: u64,
     /// Jobs that wait for a time.
     pub delayed: u64,
-    /// Jobs that run.
+    /// Jobs that run, those in batches included.
     pub running: u64,
     /// Of those that wait, what lies in the stream already.
     pub look_ahead: u64,
@@ -106,16 +106,17 @@ impl Queue {
     pub async fn lane_state(&self, lane: LaneNumber) -> Result<LaneState, QueueError> {
         let mut connection = self.connection.clone();
         let key = |what| self.keys.of_lane(lane, what);
-        type Answer = (Option<u64>, u64, u64, (Option<u64>, Option<u64>), u64);
-        let (open, delayed, running, (undelivered, capacity), failed): Answer = redis::pipe()
+        type Answer = (Option<u64>, u64, u64, (Option<u64>, Option<u64>, Option<u64>), u64);
+        let (open, delayed, leased, (undelivered, capacity, batched), failed): Answer = redis::pipe()
             .hget(key("open"), "")
             .zcard(key("delayed"))
             .zcard(key("leases"))
-            .hmget(key("meta"), &["un", "ca"])
+            .hmget(key("meta"), &["un", "ca", "bt"])
             .xlen(key("dead"))
             .query_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("looking at a lane", source))?;
+        let running = leased + batched.unwrap_or(0);
         let queued = open.unwrap_or(0).saturating_sub(delayed + running);
         Ok(LaneState {
             queued,

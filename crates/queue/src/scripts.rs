@@ -6,6 +6,7 @@ use crate::script::Script;
 /// All scripts, ready to be called.
 #[derive(Clone, Debug)]
 pub(crate) struct Scripts {
+    pub(crate) advance_batch: Script,
     pub(crate) age: Script,
     pub(crate) append: Script,
     pub(crate) apply: Script,
@@ -18,8 +19,10 @@ pub(crate) struct Scripts {
     pub(crate) free_request_id: Script,
     pub(crate) gates: Script,
     pub(crate) heartbeat: Script,
+    pub(crate) hold_batches: Script,
     pub(crate) leave: Script,
     pub(crate) open_lane: Script,
+    pub(crate) park: Script,
     pub(crate) permit: Script,
     pub(crate) promote: Script,
     pub(crate) purge: Script,
@@ -44,6 +47,7 @@ impl Scripts {
         let of_lane =
             |code: &str| Script::new(&[&prelude, &permits, include_str!("scripts/common.lua"), code].concat());
         Self {
+            advance_batch: of_lane(include_str!("scripts/advance_batch.lua")),
             age: of_lane(include_str!("scripts/age.lua")),
             append: of_lane(include_str!("scripts/append.lua")),
             apply: of_lane(include_str!("scripts/apply.lua")),
@@ -56,8 +60,10 @@ impl Scripts {
             free_request_id: Script::new(include_str!("scripts/free_request_id.lua")),
             gates: of_lane(include_str!("scripts/gates_of_lane.lua")),
             heartbeat: of_lane(include_str!("scripts/heartbeat.lua")),
+            hold_batches: of_lane(include_str!("scripts/hold_batches.lua")),
             leave: of_lane(include_str!("scripts/leave.lua")),
             open_lane: Script::new(include_str!("scripts/open_lane.lua")),
+            park: of_lane(include_str!("scripts/park.lua")),
             permit: of_lane(include_str!("scripts/permit.lua")),
             promote: of_lane(include_str!("scripts/promote.lua")),
             purge: of_lane(include_str!("scripts/purge.lua")),

@@ -42,6 +42,7 @@ pub(crate) fn served() -> anyhow::Result<ServedModel> {
         availability: Availability::Ready,
         description: String::new(),
         context_tokens: None,
+        batches: false,
     })
 }
 

@@ -1,4 +1,4 @@
--- Cancels unfinished jobs: those that wait at once, running ones by telling their workers. May be repeated.
+-- Cancels unfinished jobs: those that wait or are in a batch at once, running ones by telling their workers. May be repeated.
 -- KEYS  1 lane
 -- ARGV  ids
 -- Returns for each job: c(ancelled), r(unning, its worker will be told), f(inal already), n(o such job).
@@ -10,6 +10,10 @@ for _, id in ipairs(ARGV) do
     answer[#answer + 1] = 'n'
   elseif FINAL[job.state] then
     answer[#answer + 1] = 'f'
+  elseif job.batch then
+    leave_batch(id, job.batch)
+    finish_job(id, job, CANCELLED, now)
+    answer[#answer + 1] = 'c'
   elseif job.state == RUNNING then
     redis.call('HSET', job_key(id), 'cx', 1)
     running = true

@@ -346,10 +346,10 @@ end
 
 -- What moving a job on needs to know of it.
 local function read_job(id)
-  local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'gp', 'cr', 'tk', 'dl', 'cx', 'du', 'pm')
+  local job = redis.call('HMGET', job_key(id), 'st', 'lf', 'gp', 'cr', 'tk', 'dl', 'cx', 'du', 'pm', 'bt')
   return {
     state = job[1], leaf = job[2], group = job[3], created = job[4], tokens = job[5], deadline = job[6],
-    cancelled = job[7], due = job[8], permit = job[9],
+    cancelled = job[7], due = job[8], permit = job[9], batch = job[10],
   }
 end
 
@@ -376,6 +376,13 @@ local function release(id, job, entry)
   released[#released + 1] = id
   if entry then acknowledged[#acknowledged + 1] = entry end
   give_places(leaf_of(job.leaf).tenant, 1)
+end
+
+-- Takes a job out of its batch. What comes of it there is no concern of the job any more, but is booked.
+local function leave_batch(id, tag)
+  redis.call('HDEL', job_key(id), 'bt')
+  redis.call('HINCRBY', batch_key(tag), 'lv', -1)
+  redis.call('HINCRBY', key('meta'), 'bt', -1)
 end
 
 -- Queues a job again in its old place, unless it was cancelled or its deadline passed meanwhile.

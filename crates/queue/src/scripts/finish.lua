@@ -8,7 +8,7 @@
 local now = now_ms()
 
 local function finish(id, epoch, worker, started, state, ended, cost, class, message, result, delay_ms, counts, told)
-  local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf', 'tk', 'pm')
+  local stored = redis.call('HMGET', job_key(id), 'st', 'ep', 'wk', 'en', 'cx', 'k' .. epoch, 'dl', 'lf', 'tk', 'pm', 'bt')
   if not stored[1] then return 0 end
   local attempt = {
     epoch = tonumber(epoch), worker = worker, started_at = tonumber(started), ended_at = now, ['end'] = ended,
@@ -24,7 +24,7 @@ local function finish(id, epoch, worker, started, state, ended, cost, class, mes
   end
   local job = { cancelled = stored[5], deadline = stored[7], leaf = stored[8], tokens = stored[9], permit = stored[10] }
   if job.permit then told = told ~= '' and cmsgpack.unpack(told) or nil end
-  release(id, job, stored[4])
+  if stored[11] then leave_batch(id, stored[11]) else release(id, job, stored[4]) end
   release_permit(id, job, now, attempt.started_at, told)
   book(id, attempt, cost, class, message, epoch == '1')
   local kept = 'k' .. epoch

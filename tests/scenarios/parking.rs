@@ -1,0 +1,228 @@
+//! Batches in the queue: jobs leave their leases for a record that has a lease of its own, and end from there.
+
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
+use genmill_core::attempt::{AttemptEnd, FinishReason, Generation};
+use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
+use genmill_core::job::JobSpec;
+use genmill_core::judge::{Policy, Verdict};
+use genmill_core::model::ModelName;
+use genmill_core::money::Picodollars;
+use genmill_core::state::State;
+use genmill_core::time::UnixMs;
+use genmill_queue::{
+    BatchRecord, BatchState, Ended, Finish, Held, Kept, Lease, Member, Moved, NewJob, Options, Parking, Queue, Room,
+};
+use genmill_tests::redis_server::RedisServer;
+use genmill_tests::specs::plain;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+const LEASE_MS: u64 = 60_000;
+const TAG: &str = "tag";
+
+struct Bench {
+    _redis: RedisServer,
+    queue: Queue,
+    lane: LaneNumber,
+    next: u64,
+}
+
+fn now() -> UnixMs {
+    #[expect(clippy::disallowed_methods, reason = "a test has no daemon")]
+    let now = SystemTime::now();
+    UnixMs(u64::try_from(now.duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap())
+}
+
+fn worker(name: &str) -> WorkerId {
+    WorkerId::from_stored(name.to_owned())
+}
+
+fn spec() -> JobSpec {
+    JobSpec { batch: true, ..plain(ModelName::parse("litellm_gpt-4o").unwrap()) }
+}
+
+fn done() -> Finish {
+    let generation = Generation::new("text".to_owned(), FinishReason::Stop);
+    Finish { verdict: Verdict::Succeed(generation), cost: Some(Picodollars(7)), observation: None }
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let redis = RedisServer::start().unwrap();
+        let options = Options { url: redis.url(), namespace: "test".to_owned() };
+        let queue = Queue::connect(&options).await.unwrap();
+        let lane = queue.open_lane(&spec().lane()).await.unwrap();
+        Self { _redis: redis, queue, lane, next: 0 }
+    }
+
+    async fn submit(&mut self, spec: JobSpec) -> JobId {
+        self.next += 1;
+        let id = JobId::new(now(), self.lane, self.next << 32);
+        self.queue.enqueue(&spec.lane(), &[NewJob { id, spec }]).await.unwrap();
+        id
+    }
+
+    async fn claim(&self, name: &str) -> Vec<Lease> {
+        let room = Room { free: 100, tokens: None, keys: &[] };
+        self.queue.claim(self.lane, &worker(name), room, LEASE_MS).await.unwrap()
+    }
+
+    async fn park(&self, name: &str, lease_ms: u64, leases: &[Lease]) -> Option<Vec<bool>> {
+        let model = spec().model;
+        let parking = Parking { tag: TAG, model: &model, key: None, lease_ms, fill_ms: 1_000 };
+        let held: Vec<Held> = leases.iter().map(Lease::held).collect();
+        self.queue.park(self.lane, &worker(name), parking, &held).await.unwrap()
+    }
+
+    /// Two jobs in a batch that `w` holds for so long.
+    async fn parked(lease_ms: u64) -> (Self, [JobId; 2]) {
+        let mut bench = Self::new().await;
+        let ids = [bench.submit(spec()).await, bench.submit(spec()).await];
+        let leases = bench.claim("w").await;
+        assert_eq!(bench.park("w", lease_ms, &leases).await, Some(vec![true, true]));
+        (bench, ids)
+    }
+
+    async fn members(&self) -> Vec<Member> {
+        let members = self.queue.batch_members(self.lane, TAG).await.unwrap();
+        assert!(members.damaged.is_empty());
+        members.jobs
+    }
+
+    async fn hold(&self, name: &str, held: &[(&str, Epoch)]) -> (Vec<Option<u64>>, Vec<BatchRecord>) {
+        self.queue.hold_batches(self.lane, &worker(name), LEASE_MS, 9, held).await.unwrap()
+    }
+
+    async fn advance(&self, name: &str, epoch: u32, state: BatchState, tried: bool, remote: Option<&str>) -> Moved {
+        let batch = (TAG, Epoch(epoch));
+        self.queue.advance_batch(self.lane, &worker(name), batch, state, tried, remote).await.unwrap()
+    }
+
+    async fn close(&self, name: &str, epoch: u32) -> Moved {
+        self.queue.close_batch(self.lane, &worker(name), (TAG, Epoch(epoch))).await.unwrap()
+    }
+
+    async fn finish(&self, member: &Member, finish: &Finish) -> Kept {
+        let ended = Ended { held: member.held, started_at: member.started_at, finish };
+        self.queue.finish(self.lane, &WorkerId::of_batch(TAG), &[ended]).await.unwrap()[0]
+    }
+
+    async fn states(&self, ids: &[JobId]) -> Vec<State> {
+        self.queue.states(ids).await.unwrap().into_iter().map(Option::unwrap).collect()
+    }
+
+    async fn running(&self) -> (u64, u64) {
+        let state = self.queue.lane_state(self.lane).await.unwrap();
+        (state.queued, state.running)
+    }
+}
+
+#[tokio::test]
+async fn parked_jobs_run_on_without_a_lease_and_end_from_their_batch() {
+    let (bench, ids) = Bench::parked(LEASE_MS).await;
+    bench.queue.reclaim(bench.lane, &Policy::default(), 0).await.unwrap();
+    assert_eq!(bench.states(&ids).await, [State::Running, State::Running]);
+    assert_eq!(bench.running().await, (0, 2));
+    let job = bench.queue.get(ids[0]).await.unwrap();
+    assert_eq!((job.worker, job.losses), (Some(WorkerId::of_batch(TAG)), 0));
+    let members = bench.members().await;
+    assert!(members.iter().all(|member| member.wanted && member.spec == spec() && member.held.epoch == Epoch(1)));
+    // Whoever held the leases has nothing to say any more.
+    let old = Ended { held: members[0].held, started_at: members[0].started_at, finish: &done() };
+    assert_eq!(bench.queue.finish(bench.lane, &worker("w"), &[old]).await.unwrap(), [Kept::LeaseLost]);
+    assert_eq!(bench.finish(&members[0], &done()).await, Kept::Kept);
+    assert_eq!(bench.finish(&members[0], &done()).await, Kept::Kept, "it may be said again");
+    assert_eq!(bench.states(&ids).await, [State::Succeeded, State::Running]);
+    assert_eq!(bench.close("w", 1).await, Moved::NotDone);
+    // What is missing goes back to its place.
+    let missing = bench.members().await;
+    assert_eq!(missing.len(), 1);
+    let hand_back = Finish { verdict: Verdict::HandBack, cost: Some(Picodollars(0)), observation: None };
+    assert_eq!(bench.finish(&missing[0], &hand_back).await, Kept::Kept);
+    assert_eq!(bench.running().await, (1, 0));
+    assert_eq!((bench.close("w", 1).await, bench.close("w", 1).await), (Moved::On, Moved::On));
+    assert!(bench.queue.batches(bench.lane).await.unwrap().is_empty());
+    let again = bench.claim("w").await;
+    assert_eq!((again[0].id, again[0].epoch, again[0].failures), (ids[1], Epoch(2), 0));
+}
+
+#[tokio::test]
+async fn one_that_was_cancelled_or_has_expired_ends_at_once_and_what_it_cost_is_booked_later() {
+    let mut bench = Bench::new().await;
+    let cancelled = bench.submit(spec()).await;
+    let late = bench.submit(JobSpec { deadline: Some(UnixMs(now().0 + 300)), ..spec() }).await;
+    let leases = bench.claim("w").await;
+    bench.park("w", LEASE_MS, &leases).await.unwrap();
+    bench.queue.cancel(bench.lane, &[cancelled]).await.unwrap();
+    assert_eq!(bench.states(&[cancelled]).await, [State::Cancelled]);
+    for _ in 0..200 {
+        bench.queue.expire(bench.lane).await.unwrap();
+        if bench.states(&[late]).await == [State::Expired] {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(bench.states(&[late]).await, [State::Expired]);
+    assert_eq!(bench.hold("w", &[(TAG, Epoch(1))]).await.0, [Some(0)]);
+    let members = bench.members().await;
+    assert!(members.len() == 2 && members.iter().all(|member| !member.wanted));
+    for member in &members {
+        assert_eq!(bench.finish(member, &done()).await, Kept::LeaseLost);
+        assert_eq!(bench.finish(member, &done()).await, Kept::LeaseLost);
+        let job = bench.queue.get(member.held.id).await.unwrap();
+        assert_eq!(job.attempts.iter().map(|attempt| attempt.end).collect::<Vec<_>>(), [AttemptEnd::Fenced]);
+        assert_eq!((job.cost(), job.generation), (Some(Picodollars(7)), None));
+    }
+    assert_eq!(bench.close("w", 1).await, Moved::On);
+    assert_eq!(bench.running().await, (0, 0));
+}
+
+#[tokio::test]
+async fn a_batch_that_nobody_holds_is_taken_over_as_it_was_left() {
+    let (bench, ids) = Bench::parked(0).await;
+    assert_eq!(bench.advance("w", 1, BatchState::Intent, true, None).await, Moved::On);
+    let (_, taken) = bench.hold("other", &[]).await;
+    let [batch] = &taken[..] else { panic!("{taken:?}") };
+    assert_eq!((batch.tag.as_str(), batch.epoch, batch.state), (TAG, Epoch(2), BatchState::Intent));
+    assert!(batch.tried && batch.remote.is_none() && batch.jobs == 2 && batch.model == spec().model);
+    // The one before cannot say anything any more.
+    assert_eq!(bench.hold("w", &[(TAG, Epoch(1))]).await, (vec![None], vec![]));
+    assert_eq!(bench.advance("w", 1, BatchState::Submitted, false, Some("its")).await, Moved::Lost);
+    assert_eq!(bench.close("w", 1).await, Moved::Lost);
+    assert_eq!(bench.advance("other", 2, BatchState::Submitted, false, Some("mine")).await, Moved::On);
+    let batches = bench.queue.batches(bench.lane).await.unwrap();
+    assert_eq!((batches[0].state, batches[0].remote.as_deref()), (BatchState::Submitted, Some("mine")));
+    assert!(!batches[0].tried);
+    // Let go, it is anybody's at once.
+    bench.queue.hold_batches(bench.lane, &worker("other"), 0, 0, &[(TAG, Epoch(2))]).await.unwrap();
+    assert_eq!(bench.hold("third", &[]).await.1[0].epoch, Epoch(3));
+    assert_eq!(bench.states(&ids).await, [State::Running, State::Running]);
+}
+
+#[tokio::test]
+async fn a_batch_that_is_being_submitted_takes_no_more_jobs() {
+    let (mut bench, _) = Bench::parked(LEASE_MS).await;
+    let id = bench.submit(spec()).await;
+    let leases = bench.claim("w").await;
+    assert_eq!(bench.park("other", LEASE_MS, &leases).await, None, "it is not theirs");
+    assert_eq!(bench.advance("w", 1, BatchState::Intent, true, None).await, Moved::On);
+    assert_eq!(bench.park("w", LEASE_MS, &leases).await, None);
+    assert_eq!(bench.advance("w", 1, BatchState::Intent, false, None).await, Moved::On);
+    assert_eq!(bench.park("w", LEASE_MS, &leases).await, Some(vec![true]));
+    assert_eq!(bench.park("w", LEASE_MS, &leases).await, Some(vec![true]), "it may be said again");
+    assert_eq!(bench.members().await.len(), 3);
+    assert_eq!(bench.hold("w", &[(TAG, Epoch(1))]).await.0, [Some(3)]);
+    assert_eq!(bench.states(&[id]).await, [State::Running]);
+}
+
+#[tokio::test]
+async fn a_job_that_was_cancelled_while_it_was_claimed_does_not_go_into_a_batch() {
+    let mut bench = Bench::new().await;
+    let id = bench.submit(spec()).await;
+    let leases = bench.claim("w").await;
+    bench.queue.cancel(bench.lane, &[id]).await.unwrap();
+    assert_eq!(bench.park("w", LEASE_MS, &leases).await, Some(vec![true]));
+    assert_eq!(bench.states(&[id]).await, [State::Cancelled]);
+    assert!(bench.members().await.is_empty());
+    assert_eq!((bench.running().await, bench.close("w", 1).await), ((0, 0), Moved::On));
+}
