@@ -15,7 +15,8 @@ pub(crate) struct Args {
 }
 
 const MEANING: &str = "\
-A lane is a local model (vllm:NAME) or a remote provider (litellm:openai). LIMIT is the most jobs
+A lane is a local model (vllm:NAME) or a remote provider (litellm:openai; litellm:openai+batch has what
+goes out in batches, whose jobs count as running). LIMIT is the most jobs
 that run there at once: `genmill limit` sets it, without one the workers' capacity bounds it.";
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
@@ -37,6 +38,9 @@ pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
         for held in &lane.held_back {
             output::line(&format!("\n{}", held_back(held)))?;
         }
+    }
+    for batch in lanes.iter().flat_map(|lane| &lane.batches) {
+        output::line(&format!("\n{}", in_batch(batch)))?;
     }
     let away: Vec<&str> = lanes.iter().filter(|lane| lane.away).map(|lane| lane.name.as_str()).collect();
     if !away.is_empty() {
@@ -91,6 +95,19 @@ fn held_back(held: &v1::HeldBack) -> String {
     };
     let until = held.until.as_ref().map_or_else(|| "a call ends".to_owned(), |at| show::time(Some(at)));
     format!("{} is held back until {until}: {why}", held.model)
+}
+
+/// How far a batch is.
+fn in_batch(batch: &v1::Batch) -> String {
+    let since = show::time(batch.created_at.as_ref());
+    let (model, tag, jobs) = (&batch.model, &batch.tag, batch.jobs);
+    let stage = match batch.state() {
+        v1::BatchState::Intent => "is being filled or submitted".to_owned(),
+        v1::BatchState::Submitted => format!("is at the provider as {}", batch.provider_batch),
+        v1::BatchState::Collecting => format!("has ended as {}, results are being read", batch.provider_batch),
+        v1::BatchState::Unspecified => "is in an unknown state".to_owned(),
+    };
+    format!("batch {tag} of {model} since {since}, {jobs} of its jobs wanted still: {stage}")
 }
 
 const TENANT_COLUMNS: [Column; 4] =

@@ -84,6 +84,10 @@ struct RequestArgs {
     /// No attempt starts earlier: an RFC 3339 time, or a duration from now such as 10m
     #[arg(long, value_name = "WHEN", value_parser = parse_when)]
     not_before: Option<When>,
+    /// How the job gets to its provider: in a batch at half the price or so, which may take a day, or by a call of its own.
+    /// Unset: in a batch if it is of priority bulk and its deadline is a day or more away
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
 }
 
 /// What else steers a generation, and the form of its text.
@@ -178,6 +182,22 @@ pub(crate) enum Priority {
     Normal,
     /// Large runs that may take what is left
     Bulk,
+}
+
+/// How a job gets to its provider.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Mode {
+    Direct,
+    Batch,
+}
+
+impl From<Mode> for v1::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Direct => Self::Direct,
+            Mode::Batch => Self::Batch,
+        }
+    }
 }
 
 impl From<Priority> for v1::Priority {
@@ -319,6 +339,7 @@ impl RequestArgs {
             timeout_ms: self.timeout_ms,
             deadline: self.deadline.map(|when| when.timestamp(now_unix_ms)),
             not_before: self.not_before.map(|when| when.timestamp(now_unix_ms)),
+            mode: self.mode.map_or(v1::Mode::Unspecified, v1::Mode::from).into(),
         })
     }
 }
@@ -350,7 +371,7 @@ mod tests {
                     --request-id r --timeout-ms 5 --deadline 1s --not-before 500ms --min-p 0.1 --logit-bias 5=-1.5 \
                     --min-tokens 1 --stop-token 8 --ignore-eos --frequency-penalty -0.5 --presence-penalty 0.5 \
                     --repetition-penalty 1.5 -n 2 --logprobs 3 --prompt-logprobs 0 --echo --choice a --choice b \
-                    --reasoning-effort low";
+                    --reasoning-effort low --mode batch";
         let request = Line::try_parse_from(line.split_whitespace()).unwrap().request.into_message(4_000).unwrap();
         let expect = v1::GenerationRequest {
             model: "vllm_x".to_owned(),
@@ -369,6 +390,7 @@ mod tests {
             timeout_ms: Some(5),
             deadline: Some(prost_types::Timestamp { seconds: 5, nanos: 0 }),
             not_before: Some(prost_types::Timestamp { seconds: 4, nanos: 500_000_000 }),
+            mode: v1::Mode::Batch.into(),
             min_p: Some(0.1),
             logit_bias: [(5, -1.5)].into(),
             min_tokens: Some(1),

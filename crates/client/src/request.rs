@@ -250,6 +250,11 @@ impl Request {
         self.with(|message| message.priority = priority.into())
     }
 
+    /// How the job gets to its provider.
+    pub fn mode(self, mode: v1::Mode) -> Self {
+        self.with(|message| message.mode = mode.into())
+    }
+
     /// Makes submission idempotent: submitted twice with the same id, it is one job.
     pub fn request_id(self, id: impl Into<String>) -> Self {
         self.with(|message| message.request_id = id.into())

@@ -264,6 +264,14 @@ pub struct Api {
     pub calls_start: u32,
     /// Whether a parameter that a provider does not take is left out and noted in the result, instead of failing the job.
     pub drop_params: bool,
+    /// Whether jobs with slack go out in batches where their providers take those.
+    pub batches: bool,
+    /// How long a batch is filled, unless it is full before.
+    pub batch_fill_ms: u64,
+    /// How long between two looks at a batch that a provider works on.
+    pub batch_poll_ms: u64,
+    /// How long is searched for a batch that may have been submitted by a worker that died, before it is submitted again.
+    pub batch_settle_ms: u64,
     /// Which models answer in place of others that fail.
     pub fallbacks: Vec<Fallback>,
 }
@@ -293,6 +301,10 @@ impl Default for Api {
             idle_timeout_ms: 60_000,
             calls_start: 20,
             drop_params: false,
+            batches: true,
+            batch_fill_ms: 60_000,
+            batch_poll_ms: 30_000,
+            batch_settle_ms: 60_000,
             fallbacks: Vec::new(),
         }
     }
@@ -491,6 +503,9 @@ fn check(config: &Config) -> Result<(), ConfigError> {
         || config.gpu.step_tokens == 0
     {
         return wrong("api.calls_max, api.calls_start, gpu.sequences_max, gpu.step_tokens", "must be at least 1");
+    }
+    if config.api.batch_poll_ms == 0 {
+        return wrong("api.batch_poll_ms", "must be at least 1: providers are asked so often");
     }
     if config.gpu.step_timeout_ms < STEP_TIMEOUT_MS_MIN {
         return wrong(

@@ -91,13 +91,12 @@ impl Mill {
             Ok(request) => request,
             Err(refusal) => return Ok(Plan::Answer(Err(refusal.into()))),
         };
-        let lane = request.model.lane();
         let content = request.request_id.is_some().then(|| content_hash(&request)).transpose().map_err(api_error)?;
         let spec = match self.admit(request.clone()).await? {
             Ok(spec) => spec,
             Err(refusal) => return self.refuse(&request, content, refusal).await,
         };
-        let lane = self.queue.open_lane(&lane).await.map_err(api_error)?;
+        let lane = self.queue.open_lane(&spec.lane()).await.map_err(api_error)?;
         let job = NewJob { id: JobId::new(self.now(), lane, self.random()?), spec };
         let seeded = request.seed.is_some();
         Ok(Plan::Store(Box::new(Wanted { job, reserved: content.is_none(), content, seeded })))
@@ -145,11 +144,24 @@ impl Mill {
             match reserved {
                 RequestId::Fresh => wanted.reserved = true,
                 // Enqueueing what exists does nothing; what was lost between reserving and enqueueing is made good.
-                RequestId::Same(id) => (wanted.reserved, wanted.job.id) = (true, id),
+                RequestId::Same(id) => {
+                    wanted.reserved = true;
+                    self.becomes(&mut wanted.job, id).await?;
+                }
                 RequestId::Other(earlier) if self.is_gone(earlier).await? => self.free(wanted, earlier).await?,
                 RequestId::Other(earlier) => **plan = Plan::Answer(Err(self.reused(wanted, earlier).await?)),
             }
         }
+        Ok(())
+    }
+
+    /// Makes the same job of one that was submitted before. Whether it has slack may have been answered otherwise then.
+    async fn becomes(&self, job: &mut NewJob, id: JobId) -> Result<(), ApiError> {
+        if job.id.lane() != id.lane() {
+            let batch = self.queue.open_lane(&job.spec.model.lane().batch()).await.map_err(api_error)?;
+            job.spec.batch = id.lane() == batch;
+        }
+        job.id = id;
         Ok(())
     }
 
@@ -180,7 +192,7 @@ impl Mill {
                 && wanted.reserved
             {
                 let job = wanted.job.clone();
-                by_lane.entry(job.spec.model.lane()).or_default().push((plan, job));
+                by_lane.entry(job.spec.lane()).or_default().push((plan, job));
             }
         }
         for (lane, jobs) in by_lane {

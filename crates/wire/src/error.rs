@@ -145,6 +145,7 @@ impl From<Refusal> for ApiError {
             Refusal::NoLiveWorker { .. } => Reason::NoLiveWorker,
             Refusal::KeyMissing { .. } => Reason::KeyMissing,
             Refusal::Unavailable { .. } => Reason::ModelUnavailable,
+            Refusal::NoBatches { .. } => Reason::InvalidRequest,
         };
         Self::new(reason, refusal.to_string())
     }

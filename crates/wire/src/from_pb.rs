@@ -7,7 +7,7 @@ use genmill_core::controls::{Controls, ReasoningEffort, StructuredOutput, Tool, 
 use genmill_core::ids::JobId;
 use genmill_core::model::ModelName;
 use genmill_core::names::{Experiment, Tenant};
-use genmill_core::request::{ChatMessage, Input, Invalid, Priority, Request, Role};
+use genmill_core::request::{ChatMessage, Input, Invalid, Mode, Priority, Request, Role};
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 
@@ -60,6 +60,7 @@ pub fn request(pb: v1::GenerationRequest) -> Result<Request, Refusal> {
         timeout_ms: pb.timeout_ms,
         deadline: pb.deadline.map(|at| unix_ms("deadline", &at)).transpose()?,
         not_before: pb.not_before.map(|at| unix_ms("not_before", &at)).transpose()?,
+        mode: mode(pb.mode)?,
     })
 }
 
@@ -130,6 +131,15 @@ fn message(pb: v1::ChatMessage) -> Result<ChatMessage, Refusal> {
     };
     let tool_calls = pb.tool_calls.into_iter().map(tool_call).collect();
     Ok(ChatMessage { role, content: pb.content, tool_calls, tool_call_id: pb.tool_call_id })
+}
+
+fn mode(pb: i32) -> Result<Mode, Refusal> {
+    match v1::Mode::try_from(pb) {
+        Ok(v1::Mode::Unspecified) => Ok(Mode::Auto),
+        Ok(v1::Mode::Direct) => Ok(Mode::Direct),
+        Ok(v1::Mode::Batch) => Ok(Mode::Batch),
+        Err(_) => Err(invalid("mode", format!("{pb} is no mode"))),
+    }
 }
 
 fn priority(pb: i32) -> Result<Priority, Refusal> {

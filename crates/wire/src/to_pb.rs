@@ -97,6 +97,7 @@ fn request(spec: JobSpec) -> v1::GenerationRequest {
         timeout_ms: spec.timeout_ms,
         deadline: spec.deadline.map(timestamp),
         not_before: spec.not_before.map(timestamp),
+        mode: if spec.batch { v1::Mode::Batch } else { v1::Mode::Unspecified }.into(),
     }
 }
 

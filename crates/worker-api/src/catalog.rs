@@ -160,7 +160,13 @@ fn served(
         }
         Err(missing) => missing,
     };
-    ServedModel { name, availability, description: model.description.clone(), context_tokens: model.context_tokens }
+    ServedModel {
+        name,
+        availability,
+        description: model.description.clone(),
+        context_tokens: model.context_tokens,
+        batches: false,
+    }
 }
 
 /// Everything that is known of providers.

@@ -32,6 +32,7 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
         context_tokens: None,
         prefix: None,
         redriven_from: None,
+        batch: false,
     }
 }
 

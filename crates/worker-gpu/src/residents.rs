@@ -369,6 +369,7 @@ fn described(entry: &Entry) -> ServedModel {
         availability: Availability::Available,
         description: entry.description.clone(),
         context_tokens: entry.context_tokens,
+        batches: false,
     }
 }
 

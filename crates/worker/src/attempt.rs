@@ -118,15 +118,9 @@ fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Pe
         Some(Stop::TimedOut) if lease.spec.timeout_ms >= Some(PATIENCE_MS) => observation.map(too_slow),
         _ => observation,
     };
-    let outcome = match (performed.map(|performed| performed.outcome), stop) {
-        (Some(Outcome::Generated(generation)), _) if generation.bytes() > TEXT_BYTES_MAX => {
-            let bytes = generation.bytes();
-            let message = format!(
-                "the result has {bytes} bytes; at most {TEXT_BYTES_MAX} are kept: lower max_tokens, n or logprobs"
-            );
-            Outcome::Failed(Failure::new(FailureClass::Invalid, message))
-        }
+    let outcome = match (performed.map(|performed| bounded(performed.outcome)), stop) {
         (Some(Outcome::Generated(generation)), _) => Outcome::Generated(generation),
+        (Some(Outcome::Failed(failure)), None) => Outcome::Failed(failure),
         (Some(outcome), None) => outcome,
         (_, Some(Stop::Cancelled)) => Outcome::Cancelled,
         (_, Some(Stop::DeadlinePassed)) => Outcome::DeadlinePassed,
@@ -137,6 +131,20 @@ fn settle(performed: Option<Performed>, stop: Option<Stop>, lease: &Lease) -> Pe
         (_, Some(Stop::LeaseLost | Stop::Draining | Stop::HandBack)) | (None, None) => Outcome::HandedBack,
     };
     Performed { outcome, cost, observation }
+}
+
+/// An outcome, unless it is larger than what is kept.
+pub(crate) fn bounded(outcome: Outcome) -> Outcome {
+    match outcome {
+        Outcome::Generated(generation) if generation.bytes() > TEXT_BYTES_MAX => {
+            let bytes = generation.bytes();
+            let message = format!(
+                "the result has {bytes} bytes; at most {TEXT_BYTES_MAX} are kept: lower max_tokens, n or logprobs"
+            );
+            Outcome::Failed(Failure::new(FailureClass::Invalid, message))
+        }
+        outcome => outcome,
+    }
 }
 
 /// What a call tells that was given up because it took too long.

@@ -20,12 +20,14 @@ pub struct BatchOffer {
     pub key: Option<KeyId>,
     /// How many jobs a batch has at most.
     pub items_max: usize,
+    /// How many bytes of text they have together at most.
+    pub bytes_max: usize,
 }
 
 /// A batch, as its provider is told of it.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// Unique: 32 hexadecimal digits. Goes with the batch, so that it can be found.
+    /// Unique: 40 hexadecimal digits. Goes with the batch, so that it can be found.
     pub tag: String,
     /// The model of all of its jobs.
     pub model: ModelName,

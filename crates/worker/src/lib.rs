@@ -3,7 +3,9 @@
 //! Never here: how work is done (a daemon implements [`perform::Perform`]), nor Redis commands (`genmill-queue`).
 
 mod attempt;
+mod batch;
 pub mod batches;
+mod batching;
 mod finisher;
 mod lane;
 pub mod perform;
@@ -11,5 +13,6 @@ mod run;
 mod serve;
 mod text;
 
+pub use batching::Batching;
 pub use run::{Options, run};
-pub use serve::{Kind, serve};
+pub use serve::{Kind, serve, serve_batches};

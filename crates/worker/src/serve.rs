@@ -1,5 +1,7 @@
 //! A whole worker daemon around a performer: queue, health endpoints, registration, loop. Both workers start alike.
 
+use crate::batches::PerformBatches;
+use crate::batching::{self, Batching};
 use crate::perform::Perform;
 use crate::run::{Options, run};
 use anyhow::Context as _;
@@ -11,8 +13,10 @@ use genmill_daemon::health::{self, Readiness};
 use genmill_daemon::host::host_name;
 use genmill_daemon::random::random_u64;
 use genmill_daemon::run::{Context, print_ready};
-use genmill_queue::Queue;
+use genmill_queue::{Queue, QueueError};
+use std::future::Future;
 use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
 
 /// What tells one kind of worker from another.
 #[derive(Clone, Debug)]
@@ -29,6 +33,31 @@ pub struct Kind {
 /// # Errors
 /// When Redis does not answer at the start, or the health address cannot be listened on.
 pub async fn serve<P: Perform>(context: Context, kind: Kind, performer: Arc<P>) -> anyhow::Result<()> {
+    serve_beside(context, kind, performer, |_, _, _| async { Ok(()) }).await
+}
+
+/// The same with a performer that also has jobs done in batches.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_batches<P: Perform + PerformBatches>(
+    context: Context,
+    kind: Kind,
+    performer: Arc<P>,
+    times: Batching,
+) -> anyhow::Result<()> {
+    let batches = performer.clone();
+    serve_beside(context, kind, performer, |queue, options, stop| batching::run(queue, batches, options, times, stop))
+        .await
+}
+
+/// Serves, and does something beside it with the same queue until shutdown begins.
+async fn serve_beside<P: Perform, F: Future<Output = Result<(), QueueError>> + Send>(
+    context: Context,
+    kind: Kind,
+    performer: Arc<P>,
+    beside: impl FnOnce(Queue, Arc<Options>, CancellationToken) -> F,
+) -> anyhow::Result<()> {
     let Context { config, shutdown, .. } = context;
     let redis = &config.redis;
     let at = genmill_queue::Options { url: redis.url_or_default().to_owned(), namespace: redis.namespace.clone() };
@@ -62,6 +91,7 @@ pub async fn serve<P: Perform>(context: Context, kind: Kind, performer: Arc<P>) 
             tracing::warn!(%error, "cannot say that this worker is ready");
         }
     };
-    run(queue, performer, options, shutdown.token(), ready).await?;
+    let beside = beside(queue.clone(), Arc::new(options.clone()), shutdown.token());
+    tokio::try_join!(run(queue, performer, options, shutdown.token(), ready), beside)?;
     Ok(())
 }

@@ -32,5 +32,6 @@ pub(super) fn model(name: &ModelName, facts: &Facts) -> v1::Model {
         loading_workers: names(&Availability::Loading),
         description: served.map(|served| served.description.clone()).unwrap_or_default(),
         context_tokens: served.and_then(|served| served.context_tokens),
+        batches: facts.listed.iter().any(|(_, served)| served.batches),
     }
 }

@@ -4,7 +4,7 @@ use crate::mill::{Mill, api_error};
 use futures_util::future::join_all;
 use genmill_core::ids::LaneNumber;
 use genmill_core::model::{Lane, Prefix};
-use genmill_queue::{HeldBack, HeldBy, LaneState, Opens, QueueError, Setting, Settings};
+use genmill_queue::{BatchRecord, BatchState, HeldBack, HeldBy, LaneState, Opens, QueueError, Setting, Settings};
 use genmill_wire::error::ApiError;
 use genmill_wire::to_pb::timestamp;
 use genmill_wire::v1;
@@ -14,11 +14,13 @@ pub(super) async fn serve(mill: &Mill) -> Result<v1::ListLanesResponse, Status> 
     let settings = mill.queue.settings().await.map_err(api_error)?;
     let states = states(mill).await?;
     let held = join_all(states.iter().map(|(number, lane, state)| held_back(mill, *number, lane, *state))).await;
-    let shown = |((number, lane, state), held): (_, Vec<HeldBack>)| v1::Lane {
+    let batches = join_all(states.iter().map(|(number, lane, state)| batches(mill, *number, lane, *state))).await;
+    let shown = |(((number, lane, state), held), batches): ((_, Vec<HeldBack>), Vec<BatchRecord>)| v1::Lane {
         held_back: held.into_iter().map(told).collect(),
+        batches: batches.into_iter().map(batch).collect(),
         ..shown(number, &lane, state, &settings)
     };
-    let mut lanes: Vec<v1::Lane> = states.into_iter().zip(held).map(shown).collect();
+    let mut lanes: Vec<v1::Lane> = states.into_iter().zip(held).zip(batches).map(shown).collect();
     lanes.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     Ok(v1::ListLanesResponse { lanes })
 }
@@ -33,6 +35,33 @@ async fn held_back(mill: &Mill, number: LaneNumber, lane: &Lane, state: Option<L
         tracing::warn!(error = error.in_full(), lane = number.0, "cannot look at what is held back");
         Vec::new()
     })
+}
+
+/// The batches of a lane, where it can have any.
+async fn batches(mill: &Mill, number: LaneNumber, lane: &Lane, state: Option<LaneState>) -> Vec<BatchRecord> {
+    if !lane.is_batch() || state.is_none() {
+        return Vec::new();
+    }
+    mill.queue.batches(number).await.unwrap_or_else(|error| {
+        tracing::warn!(error = error.in_full(), lane = number.0, "cannot look at its batches");
+        Vec::new()
+    })
+}
+
+fn batch(batch: BatchRecord) -> v1::Batch {
+    let state = match batch.state {
+        BatchState::Intent => v1::BatchState::Intent,
+        BatchState::Submitted => v1::BatchState::Submitted,
+        BatchState::Collecting => v1::BatchState::Collecting,
+    };
+    v1::Batch {
+        tag: batch.tag,
+        model: batch.model.into(),
+        state: state.into(),
+        jobs: batch.jobs,
+        provider_batch: batch.remote.unwrap_or_default(),
+        created_at: Some(timestamp(batch.made_at)),
+    }
 }
 
 fn told(held: HeldBack) -> v1::HeldBack {
@@ -74,5 +103,6 @@ fn shown(number: LaneNumber, lane: &Lane, state: Option<LaneState>, settings: &S
         max_running: settings.get(&Setting::LaneCap(number)).and_then(|cap| u32::try_from(cap).ok()),
         away,
         held_back: Vec::new(),
+        batches: Vec::new(),
     }
 }

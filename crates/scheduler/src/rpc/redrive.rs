@@ -110,7 +110,7 @@ async fn redrive(mill: &Mill, jobs: Vec<Job>, response: &mut v1::RedriveResponse
             }
         }
         let Some(first) = new.first() else { continue };
-        for stored in mill.queue.enqueue(&first.spec.model.lane(), &new).await.map_err(api_error)? {
+        for stored in mill.queue.enqueue(&first.spec.lane(), &new).await.map_err(api_error)? {
             match stored {
                 Enqueued::New => response.redriven += 1,
                 Enqueued::Existed => response.redriven_before += 1,
