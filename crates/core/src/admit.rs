@@ -224,6 +224,7 @@ pub fn admit(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::Priority;
     use crate::request::tests::request;
 
     fn registration(models: &[(&str, Availability)]) -> Registration {
@@ -282,6 +283,45 @@ mod tests {
         refused("litellm_gpt-5", &workers, "litellm_models.yaml");
         refused("litellm_gpt-5", &workers, "did you mean `litellm_gpt-4`?");
         refused("vllm_x", &workers, "no live worker serves `vllm_x`: start `genmill-worker-gpu`");
+    }
+
+    #[test]
+    fn a_job_with_slack_goes_out_in_a_batch_where_there_are_any() {
+        const DAY_MS: u64 = 24 * 3_600_000;
+        let now = UnixMs(1_000_000);
+        let batched = |batches: bool, change: &dyn Fn(&mut Request)| {
+            let mut worker = registration(&[("litellm_gpt-4", Availability::Ready)]);
+            worker.models[0].batches = batches;
+            let mut request = request("litellm_gpt-4");
+            change(&mut request);
+            let facts = Facts::about(&request.model, &[worker]);
+            admit(request, &facts, &Defaults::default(), now, 0).map(|spec| (spec.batch, spec.lane().to_string()))
+        };
+        let bulk = |wait_ms: u64| {
+            move |request: &mut Request| {
+                request.priority = Priority::Bulk;
+                request.deadline = Some(UnixMs(now.0 + wait_ms));
+            }
+        };
+        let (batch, direct) = ((true, "litellm:openai+batch".to_owned()), (false, "litellm:openai".to_owned()));
+        assert_eq!(batched(true, &bulk(DAY_MS - 1_000)), Ok(batch.clone()), "callers count from before they submit");
+        assert_eq!(batched(true, &bulk(DAY_MS / 2)), Ok(direct.clone()));
+        assert_eq!(batched(true, &|request| request.priority = Priority::Bulk), Ok(direct.clone()), "no deadline");
+        assert_eq!(batched(true, &|request| request.deadline = Some(UnixMs(now.0 + DAY_MS))), Ok(direct.clone()));
+        assert_eq!(batched(false, &bulk(DAY_MS)), Ok(direct.clone()));
+        let later = |request: &mut Request| {
+            bulk(DAY_MS)(request);
+            request.not_before = Some(UnixMs(now.0 + DAY_MS / 2));
+        };
+        assert_eq!(batched(true, &later), Ok(direct.clone()), "half a day is left when it may begin");
+        let asked = |request: &mut Request| request.mode = Mode::Batch;
+        assert_eq!(batched(true, &asked), Ok(batch));
+        assert!(matches!(batched(false, &asked), Err(Refusal::NoBatches { .. })));
+        let refused = |request: &mut Request| {
+            bulk(DAY_MS)(request);
+            request.mode = Mode::Direct;
+        };
+        assert_eq!(batched(true, &refused), Ok(direct));
     }
 
     #[test]
