@@ -78,8 +78,8 @@ impl Call<'_> {
         let streaming = if endpoint.provider.streaming { Streaming::On } else { Streaming::Off };
         let model = self.spec.model.backend_name();
         let encoded = self.dialect.encode(self.spec, model, &endpoint.provider, streaming);
-        if let Some(refused) = self.refuse_unsupported(&encoded.left_out) {
-            return refused;
+        if let Some(fault) = unsupported(endpoint, self.spec, self.limits.unsupported, &encoded.left_out) {
+            return Ended::Refused(fault);
         }
         collected.left_out(&encoded.left_out);
         let first_byte = Instant::now() + self.limits.first_byte.unwrap_or(FOREVER);
@@ -107,20 +107,6 @@ impl Call<'_> {
         }
     }
 
-    /// The failure of a request with parameters that the provider does not take, unless they are to be left out.
-    fn refuse_unsupported(&self, left_out: &[&str]) -> Option<Ended> {
-        let wanted: Vec<&str> = left_out.iter().filter(|name| !FILLED_IN.contains(name)).copied().collect();
-        if wanted.is_empty() || self.limits.unsupported == Unsupported::LeaveOut {
-            return None;
-        }
-        let what = format!(
-            "does not take {} for {}: leave it out of the request, or set drop_params = true under [api]",
-            wanted.join(", "),
-            self.spec.model.backend_name()
-        );
-        Some(Ended::Refused(self.fault(Kind::Invalid, &what)))
-    }
-
     async fn send(&self, encoded: Encoded) -> Result<Response, Unsent> {
         let endpoint = self.endpoint;
         let url = format!("{}{}", endpoint.base_url.as_str().trim_end_matches('/'), encoded.path);
@@ -142,15 +128,8 @@ impl Call<'_> {
     }
 
     fn unreachable(&self, error: &reqwest::Error, collected: &Collected) -> Ended {
-        let host = self.endpoint.base_url.host_str().unwrap_or_default();
-        let fault = |kind, what: &str| self.fault(kind, &format!("{what} {host}: {}", Trouble::of(error)));
-        if error.is_builder() {
-            return Ended::Refused(fault(Kind::Invalid, "cannot be asked at"));
-        }
-        if error.is_connect() {
-            return Ended::Refused(fault(Kind::Transient, "cannot be connected to at"));
-        }
-        self.cut(fault(Kind::Cut, "lost the connection to"), collected)
+        let fault = lost(self.endpoint, error);
+        if was_sent(error) { self.cut(fault, collected) } else { Ended::Refused(fault) }
     }
 
     /// The failure of an answer that broke off: told from others by where it did.
@@ -158,35 +137,13 @@ impl Call<'_> {
         Ended::Broken(fault.marked(format!("cut after {}", collected.bytes())))
     }
 
-    /// The failure that a provider's error stands for. What it quotes of key and prompt is cut out.
     fn told(&self, status: StatusCode, error: ProviderError) -> Fault {
-        let key = self.endpoint.credentials.secret();
-        let said: Vec<&str> = match &self.spec.input {
-            Input::Prompt(prompt) => vec![prompt],
-            Input::Messages(messages) => messages.iter().map(|message| message.content.as_str()).collect(),
-        };
-        classify(&self.endpoint.name, status.as_u16(), &redact(error, key.into_iter().chain(said)))
+        told(self.endpoint, status.as_u16(), error, &said(self.spec))
     }
 
-    async fn refused(&self, mut response: Response) -> Ended {
-        let status = response.status();
-        let mut body = Vec::new();
+    async fn refused(&self, response: Response) -> Ended {
         let idle = self.limits.idle.unwrap_or(FOREVER);
-        // What does not come in time is done without: the status tells most.
-        while let Ok(Ok(Some(bytes))) = timeout(idle, response.chunk()).await {
-            body.extend_from_slice(&bytes[..bytes.len().min(REFUSAL_BYTES_MAX - body.len())]);
-            if body.len() == REFUSAL_BYTES_MAX {
-                break;
-            }
-        }
-        let error = self.dialect.decode_error(&body);
-        let asked_ms = asked_ms(response.headers(), &error, UnixMs(now_unix_ms()));
-        let mut fault = self.told(status, error);
-        if !may_try_again(response.headers()) && fault.kind.policy().class.is_retried() {
-            fault.kind = Kind::Invalid;
-            fault.message.push_str("; it asks not to be called again (x-should-retry: false)");
-        }
-        Ended::Refused(fault.asked_ms(asked_ms))
+        Ended::Refused(refusal(self.endpoint, self.dialect, &said(self.spec), idle, response).await)
     }
 
     async fn read_whole(&mut self, body: &mut Body, collected: &mut Collected) -> Ended {
@@ -278,6 +235,81 @@ impl Call<'_> {
     fn elapsed_ms(&self) -> u64 {
         u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
+}
+
+/// The failure of a request with parameters that the provider does not take, unless they are to be left out.
+pub(crate) fn unsupported(
+    endpoint: &Endpoint,
+    spec: &JobSpec,
+    unsupported: Unsupported,
+    left_out: &[&str],
+) -> Option<Fault> {
+    let wanted: Vec<&str> = left_out.iter().filter(|name| !FILLED_IN.contains(name)).copied().collect();
+    if wanted.is_empty() || unsupported == Unsupported::LeaveOut {
+        return None;
+    }
+    let what = format!(
+        "does not take {} for {}: leave it out of the request, or set drop_params = true under [api]",
+        wanted.join(", "),
+        spec.model.backend_name()
+    );
+    Some(Fault::new(Kind::Invalid, &endpoint.name, &what))
+}
+
+/// What a request says, which nobody else is to read.
+pub(crate) fn said(spec: &JobSpec) -> Vec<&str> {
+    match &spec.input {
+        Input::Prompt(prompt) => vec![prompt],
+        Input::Messages(messages) => messages.iter().map(|message| message.content.as_str()).collect(),
+    }
+}
+
+/// The failure that a provider's error stands for. What it quotes of the key and of what was `said` is cut out.
+pub(crate) fn told(endpoint: &Endpoint, status: u16, error: ProviderError, said: &[&str]) -> Fault {
+    let hidden = endpoint.credentials.secret().into_iter().chain(said.iter().copied());
+    classify(&endpoint.name, status, &redact(error, hidden))
+}
+
+/// Whether what the connection failed for may have reached the provider.
+pub(crate) fn was_sent(error: &reqwest::Error) -> bool {
+    !error.is_builder() && !error.is_connect()
+}
+
+/// The failure of a connection.
+pub(crate) fn lost(endpoint: &Endpoint, error: &reqwest::Error) -> Fault {
+    let host = endpoint.base_url.host_str().unwrap_or_default();
+    let (kind, what) = match (error.is_builder(), error.is_connect()) {
+        (true, _) => (Kind::Invalid, "cannot be asked at"),
+        (false, true) => (Kind::Transient, "cannot be connected to at"),
+        (false, false) => (Kind::Cut, "lost the connection to"),
+    };
+    Fault::new(kind, &endpoint.name, &format!("{what} {host}: {}", Trouble::of(error)))
+}
+
+/// The failure that an answer without success stands for.
+pub(crate) async fn refusal(
+    endpoint: &Endpoint,
+    dialect: &dyn Dialect,
+    said: &[&str],
+    idle: Duration,
+    mut response: Response,
+) -> Fault {
+    let mut body = Vec::new();
+    // What does not come in time is done without: the status tells most.
+    while let Ok(Ok(Some(bytes))) = timeout(idle, response.chunk()).await {
+        body.extend_from_slice(&bytes[..bytes.len().min(REFUSAL_BYTES_MAX - body.len())]);
+        if body.len() == REFUSAL_BYTES_MAX {
+            break;
+        }
+    }
+    let error = dialect.decode_error(&body);
+    let asked_ms = asked_ms(response.headers(), &error, UnixMs(now_unix_ms()));
+    let mut fault = told(endpoint, response.status().as_u16(), error, said);
+    if !may_try_again(response.headers()) && fault.kind.policy().class.is_retried() {
+        fault.kind = Kind::Invalid;
+        fault.message.push_str("; it asks not to be called again (x-should-retry: false)");
+    }
+    fault.asked_ms(asked_ms)
 }
 
 /// Whether a provider does not rule out another try.

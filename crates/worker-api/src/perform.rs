@@ -40,14 +40,14 @@ const HANDED_BACK_MAX: Duration = Duration::from_secs(10 * 60);
 /// Calls providers.
 #[derive(Debug)]
 pub struct Performer {
-    catalog: Catalog,
-    prices: Prices,
-    http: Http,
-    limits: Limits,
+    pub(crate) catalog: Catalog,
+    pub(crate) prices: Prices,
+    pub(crate) http: Http,
+    pub(crate) limits: Limits,
     fallbacks: Fallbacks,
     gates: Gates,
     repeats: Repeats,
-    keys: Keys,
+    pub(crate) keys: Keys,
     calls_start: u32,
     rows: Vec<config::Limit>,
 }
@@ -298,7 +298,7 @@ impl Performer {
     }
 }
 
-fn performed(
+pub(crate) fn performed(
     endpoint: &Endpoint,
     spec: &JobSpec,
     ended: Ended,
