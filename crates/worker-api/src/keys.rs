@@ -28,6 +28,11 @@ impl Keys {
         endpoints.find(|(id, _)| key.is_none_or(|key| key == id)).map(|(_, endpoint)| endpoint)
     }
 
+    /// The first key of a lane.
+    pub(crate) fn first(&self, lane: &Lane) -> Option<&KeyId> {
+        self.lanes.get(lane)?.first().map(|(key, _)| key)
+    }
+
     /// What is declared of a lane.
     pub(crate) fn declaration(&self, lane: &Lane, start: u32, limits: Vec<Limit>) -> Option<Declaration> {
         let keys = self.lanes.get(lane)?.iter().map(|(id, _)| id.clone()).collect();

@@ -1,10 +1,12 @@
 //! The API worker: calls remote providers.
 //!
-//! A provider is a row of `providers.toml`, a dialect a row of [`dialect::DIALECTS`], a price a row of `prices.csv`, a
-//! kind of failure a row in [`failure`]. [`perform`] joins them: one call for each attempt and model. Never here: when
+//! A provider is a row of `providers.toml`, a dialect a row of [`dialect::DIALECTS`], a batch API a row of
+//! [`batch::BATCH_APIS`], a price a row of `prices.csv`, a kind of failure a row in [`failure`]. [`perform`] joins them: one
+//! call for each attempt and model; [`batch::perform`] does so for batches. Never here: when
 //! a job is tried again (`genmill-core`), leases (`genmill-worker`), Redis (`genmill-queue`).
 
 pub mod auth;
+pub mod batch;
 pub mod breaker;
 mod call;
 pub mod catalog;

@@ -24,6 +24,8 @@ pub struct Provider {
     pub key_need: KeyNeed,
     /// How it is spoken to: the name of a dialect.
     pub dialect: String,
+    /// How its batches are spoken of: the name of a batch API; `None` when it has none that is known.
+    pub batch: Option<String>,
     /// What follows the base URL, where it is not the dialect's own path.
     pub path: Option<String>,
     /// What its calls are proven with.
@@ -268,7 +270,7 @@ pub fn variable_stem(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dialect;
+    use crate::{batch, dialect};
 
     #[test]
     fn every_row_is_usable() {
@@ -281,6 +283,7 @@ mod tests {
             }
             let dialects = row.models.iter().filter_map(|models| models.dialect.as_deref());
             assert!(dialects.into_iter().all(|dialect| dialect::find(dialect).is_some()), "{name}");
+            assert!(row.batch.as_deref().is_none_or(|batch| batch::find(batch).is_some()), "{name}");
             for header in row.headers.keys() {
                 assert!(http::HeaderName::from_bytes(header.as_bytes()).is_ok(), "{name}: {header}");
             }

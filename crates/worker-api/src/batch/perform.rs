@@ -1,0 +1,429 @@
+//! Submits, finds, looks at and reads batches. Never here: which jobs they have, and what is done next (`genmill-worker`).
+
+use super::calls::{Calls, Failed};
+use super::{Answer, Answered, BatchApi, Listed, Request, Source, State, Submission, Tag, batch_lane, custom_id};
+use crate::auth::Credentials;
+use crate::call::{Ended, said, told, unsupported};
+use crate::catalog::Endpoint;
+use crate::collect::Collected;
+use crate::dialect::{Encoded, Streaming};
+use crate::failure::{Fault, Kind};
+use crate::perform::{Performer, performed};
+use crate::prices::{Class, Day};
+use crate::wait::asked_ms;
+use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
+use genmill_core::job::JobSpec;
+use genmill_core::model::Lane;
+use genmill_core::money::Picodollars;
+use genmill_core::time::UnixMs;
+use genmill_daemon::clock::now_unix_ms;
+use genmill_worker::batches::{Arrived, Batch, BatchOffer, Found, Item, PerformBatches, Stage, Unsubmitted};
+use http::HeaderMap;
+use std::collections::HashMap;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// How many items a batch has at most, whatever its provider takes.
+const ITEMS_MAX: usize = 10_000;
+
+/// How many bytes of items go out at once, whatever a provider takes: a worker has them all in memory. What has no room is
+/// not sent on, and goes into a later batch.
+const BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// The name of a batch that no provider was told of, because none of its items can be asked.
+const NOTHING: &str = "nothing";
+
+/// How long after a batch may have been submitted a search that does not find it proves nothing: its provider may be
+/// about to make it.
+pub(crate) const SETTLED: Duration = Duration::from_secs(60);
+
+/// How far a provider's clock may be behind.
+const CLOCKS: Duration = Duration::from_secs(10 * 60);
+
+/// How many pages of a list are read in search of a batch.
+const PAGES_MAX: usize = 1_000;
+
+impl Performer {
+    /// Whether the jobs of a lane can go out in batches.
+    #[must_use]
+    pub fn batches(&self, lane: &Lane) -> bool {
+        self.catalog.endpoints.get(lane).is_some_and(|endpoint| api_of(endpoint).is_some())
+    }
+
+    /// The same one, which believes a search that finds no batch only so long after it may have been submitted.
+    #[must_use]
+    pub fn searching_after(mut self, settled: Duration) -> Self {
+        self.settled = settled;
+        self
+    }
+
+    /// How a batch's provider is called, with the key that the batch has.
+    fn desk<'a>(&'a self, batch: &'a Batch) -> Result<Desk<'a>, Failure> {
+        let lane = batch.model.lane();
+        let missing = |what: &str| Failure::new(FailureClass::Auth, format!("{what} lane {lane}"));
+        if !self.catalog.endpoints.contains_key(&lane) {
+            return Err(missing("this worker has no provider for"));
+        }
+        let endpoint = self.keys.endpoint(&lane, batch.key.as_ref());
+        let endpoint = endpoint.ok_or_else(|| missing("this worker has not the key of the batch any more, for"))?;
+        let api = api_of(endpoint).ok_or_else(|| missing("this worker knows no batch API of"))?;
+        let model = batch.model.backend_name();
+        let dialect = endpoint.dialect(model);
+        let calls = Calls { http: &self.http, endpoint, dialect, limits: self.limits };
+        Ok(Desk { performer: self, api, calls, submission: Submission { tag: &batch.tag, model } })
+    }
+}
+
+fn api_of(endpoint: &Endpoint) -> Option<&'static dyn BatchApi> {
+    endpoint.provider.batch.as_deref().and_then(super::find)
+}
+
+/// Where a batch's provider is dealt with.
+struct Desk<'a> {
+    performer: &'a Performer,
+    api: &'static dyn BatchApi,
+    calls: Calls<'a>,
+    submission: Submission<'a>,
+}
+
+impl PerformBatches for Performer {
+    fn batch_offers(&self) -> Vec<BatchOffer> {
+        let offer = |(lane, endpoint): (&Lane, &Endpoint)| {
+            let items_max = api_of(endpoint)?.items_max().min(ITEMS_MAX);
+            let keyed = !matches!(endpoint.credentials, Credentials::None);
+            let key = self.keys.first(lane).filter(|_| keyed).cloned();
+            Some(BatchOffer { lane: batch_lane(lane), key, items_max })
+        };
+        self.catalog.endpoints.iter().filter_map(offer).collect()
+    }
+
+    async fn submit(&self, batch: &Batch) -> Result<String, Unsubmitted> {
+        self.desk(batch).map_err(Unsubmitted::Refused)?.submit(batch).await
+    }
+
+    async fn find(&self, batch: &Batch) -> Result<Found, Failure> {
+        let found = self.desk(batch)?.find(batch).await?;
+        let settled = UnixMs(now_unix_ms()).ms_since(batch.since) >= millis(self.settled);
+        Ok(if found == Found::NotThere && !settled { Found::NotYet } else { found })
+    }
+
+    async fn look(&self, batch: &Batch, remote: &str) -> Result<Stage, Failure> {
+        if remote == NOTHING {
+            return Ok(Stage::Ended);
+        }
+        let desk = self.desk(batch)?;
+        Ok(match desk.state(remote).await? {
+            State::Works => Stage::Works,
+            State::Ended { .. } => Stage::Ended,
+            State::Refused { status, body } => Stage::Refused(desk.refused(status, &body, &[]).into_failure()),
+        })
+    }
+
+    async fn collect(&self, batch: &Batch, remote: &str, results: mpsc::Sender<Arrived>) -> Result<(), Failure> {
+        let desk = self.desk(batch)?;
+        let mut wanted: HashMap<String, &Item> =
+            batch.items.iter().map(|item| (custom_id(item.id, item.epoch), item)).collect();
+        let (sources, early) = match remote {
+            NOTHING => (Vec::new(), false),
+            _ => match desk.state(remote).await? {
+                State::Ended { sources, early } => (sources, early),
+                State::Refused { .. } => (Vec::new(), false),
+                State::Works => {
+                    return Err(desk.calls.fault(Kind::Transient, "works on the batch still").into_failure());
+                }
+            },
+        };
+        for source in &sources {
+            desk.collect(source, early, &mut wanted, &results).await?;
+        }
+        desk.unasked(&batch.items, &wanted, &results).await
+    }
+
+    async fn cancel(&self, batch: &Batch, remote: &str) -> Result<(), Failure> {
+        if remote == NOTHING {
+            return Ok(());
+        }
+        let desk = self.desk(batch)?;
+        let Err(failed) = desk.calls.json(desk.api.cancel(remote), &[]).await else { return Ok(()) };
+        // One that has ended by itself cannot be ended.
+        match desk.state(remote).await? {
+            State::Works => Err(failed.fault.into_failure()),
+            State::Ended { .. } | State::Refused { .. } => Ok(()),
+        }
+    }
+}
+
+impl Desk<'_> {
+    /// An item as its provider is to be asked, or why it cannot.
+    fn encoded(&self, spec: &JobSpec) -> Result<Encoded, Fault> {
+        let (endpoint, limits) = (self.calls.endpoint, self.calls.limits);
+        let encoded = self.calls.dialect.encode(spec, spec.model.backend_name(), &endpoint.provider, Streaming::Off);
+        match unsupported(endpoint, spec, limits.unsupported, &encoded.left_out) {
+            Some(fault) => Err(fault),
+            None if encoded.body.len() > self.body_bytes_max() => {
+                Err(self.calls.fault(Kind::Invalid, "takes no request in a batch that is as long as this one"))
+            }
+            None => Ok(encoded),
+        }
+    }
+
+    fn bytes_max(&self) -> usize {
+        self.api.bytes_max().min(BYTES_MAX)
+    }
+
+    /// The longest body of an item: it has room in a batch of its own.
+    fn body_bytes_max(&self) -> usize {
+        self.bytes_max() - 64 * 1024
+    }
+
+    async fn submit(&self, batch: &Batch) -> Result<String, Unsubmitted> {
+        let carrier = self.api.carrier(self.submission);
+        let (mut body, mut path, mut count) = (carrier.opening, None, 0);
+        for item in batch.items.iter() {
+            // Told when results are collected.
+            let Ok(encoded) = self.encoded(&item.spec) else { continue };
+            let text = self.api.item(&custom_id(item.id, item.epoch), &encoded);
+            let bytes = body.len() + text.len() + carrier.between.len() + carrier.closing.len();
+            if count == self.api.items_max().min(ITEMS_MAX) || bytes > self.bytes_max() {
+                tracing::info!(
+                    tag = batch.tag,
+                    count,
+                    "the batch is full: the rest of its items goes into another one"
+                );
+                break;
+            }
+            body.push_str(if count == 0 { "" } else { carrier.between });
+            body.push_str(&text);
+            path = Some(encoded.path);
+            count += 1;
+        }
+        let Some(path) = path else { return Ok(NOTHING.to_owned()) };
+        body.push_str(&carrier.closing);
+        let said: Vec<&str> = batch.items.iter().flat_map(|item| said(&item.spec)).collect();
+        let (content_type, creates) = (carrier.content_type, self.api.creation(self.submission, &path, "").is_none());
+        let mut request = Request { content_type, ..Request::post(carrier.path, body) };
+        if !creates {
+            // Whatever became of a file, it is no batch.
+            let refused = |fault: Fault| Unsubmitted::Refused(fault.into_failure());
+            let answer = self.calls.json(request, &said).await.map_err(|failed| refused(failed.fault))?;
+            let file = self.api.name(&answer);
+            let creation = file.and_then(|file| self.api.creation(self.submission, &path, &file));
+            let nameless = || refused(self.calls.fault(Kind::Transient, "took a file and did not tell its name"));
+            request = creation.ok_or_else(nameless)?;
+        }
+        let answer = self.calls.json(request, &said).await.map_err(unsubmitted)?;
+        let nameless = || self.calls.fault(Kind::Transient, "made a batch and did not tell its name").into_failure();
+        let remote = self.api.name(&answer).ok_or_else(|| Unsubmitted::Unclear(nameless()))?;
+        tracing::info!(provider = self.calls.endpoint.name, tag = batch.tag, remote, count, "submitted a batch");
+        Ok(remote)
+    }
+
+    async fn find(&self, batch: &Batch) -> Result<Found, Failure> {
+        let since = UnixMs(batch.since.0.saturating_sub(millis(CLOCKS)));
+        let (mut next, mut runs) = (None, false);
+        for _ in 0..PAGES_MAX {
+            let answer = self.json(Request::get(self.api.list(since, next.as_deref()))).await?;
+            let page = self.api.page(&answer, next.as_deref());
+            let may_be = |listed: &&Listed| listed.created.is_none_or(|created| created >= since);
+            for listed in page.batches.iter().filter(may_be) {
+                match self.is_it(listed, batch).await? {
+                    Is::It => return Ok(Found::Here(listed.remote.clone())),
+                    Is::Unknown => runs = true,
+                    Is::Never(why) => return Ok(Found::Never(why)),
+                    Is::Another => {}
+                }
+            }
+            let Some(following) = page.next.filter(|_| !self.is_past(&page.batches, since)) else {
+                return Ok(if runs { Found::NotYet } else { Found::NotThere });
+            };
+            next = Some(following);
+        }
+        let name = &self.calls.endpoint.name;
+        Ok(Found::Never(format!("{name} lists more batches than are searched for one that may have been submitted")))
+    }
+
+    /// Whether all that follows in a list is older than what is sought.
+    fn is_past(&self, batches: &[Listed], since: UnixMs) -> bool {
+        let old = |listed: &Listed| listed.created.is_some_and(|created| created < since);
+        self.api.newest_first() && batches.last().is_some_and(old)
+    }
+
+    /// Whether a batch in a list is the one that is sought.
+    async fn is_it(&self, listed: &Listed, batch: &Batch) -> Result<Is, Failure> {
+        let it = |is: bool| if is { Is::It } else { Is::Another };
+        Ok(match &listed.tag {
+            Tag::Is(tag) => it(*tag == batch.tag),
+            Tag::Other => Is::Another,
+            Tag::InNameOf(file) => {
+                let answer = self.json(Request::get(file.clone())).await?;
+                it(answer["filename"].as_str().is_some_and(|name| name.contains(&batch.tag)))
+            }
+            Tag::InResults(State::Ended { sources, .. }) if sources.is_empty() => Is::Never(format!(
+                "{} does not tell the results of {} any more, which may be the batch",
+                self.calls.endpoint.name, listed.remote
+            )),
+            Tag::InResults(State::Ended { sources, .. }) => it(self.has_ours(sources, batch).await?),
+            Tag::InResults(State::Works) => Is::Unknown,
+            Tag::InResults(State::Refused { .. }) => Is::Another,
+        })
+    }
+
+    /// Whether there are results of a batch's items.
+    async fn has_ours(&self, sources: &[Source], batch: &Batch) -> Result<bool, Failure> {
+        let ours: Vec<String> = batch.items.iter().map(|item| custom_id(item.id, item.epoch)).collect();
+        let ours: std::collections::HashSet<&str> = ours.iter().map(String::as_str).collect();
+        for source in sources {
+            let mut results = self.calls.results(source).await.map_err(Fault::into_failure)?;
+            while let Some(records) = results.next().await.map_err(Fault::into_failure)? {
+                let answered = |record: &Vec<u8>| self.api.result(record);
+                let mut answered = records.iter().flatten().filter_map(answered);
+                if answered.any(|answered| ours.contains(answered.custom_id.as_str())) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    async fn state(&self, remote: &str) -> Result<State, Failure> {
+        let answer = self.json(Request::get(self.api.batch(remote))).await?;
+        Ok(self.api.state(&answer))
+    }
+
+    async fn json(&self, request: Request) -> Result<serde_json::Value, Failure> {
+        self.calls.json(request, &[]).await.map_err(|failed| failed.fault.into_failure())
+    }
+
+    /// Sends on what can be read at one source, each result once.
+    async fn collect(
+        &self,
+        source: &Source,
+        early: bool,
+        wanted: &mut HashMap<String, &Item>,
+        results: &mpsc::Sender<Arrived>,
+    ) -> Result<(), Failure> {
+        let (mut strange, mut foreign) = (0_usize, 0_usize);
+        let mut reading = self.calls.results(source).await.map_err(Fault::into_failure)?;
+        while let Some(records) = reading.next().await.map_err(Fault::into_failure)? {
+            for record in records {
+                let Some(answered) = record.and_then(|record| self.api.result(&record)) else {
+                    strange += 1;
+                    continue;
+                };
+                let Some(item) = wanted.get(&answered.custom_id).copied() else {
+                    foreign += 1;
+                    continue;
+                };
+                let Some(performed) = self.performed(item, &answered, early) else { continue };
+                wanted.remove(&answered.custom_id);
+                send(results, item, performed).await?;
+            }
+        }
+        if strange > 0 {
+            tracing::warn!(
+                provider = self.calls.endpoint.name,
+                strange,
+                "what a batch came to has parts that are no results"
+            );
+        }
+        if foreign > 0 {
+            tracing::debug!(
+                provider = self.calls.endpoint.name,
+                foreign,
+                "results came twice, or of jobs that are not wanted"
+            );
+        }
+        Ok(())
+    }
+
+    /// What came of an item; `None` when it had no turn.
+    fn performed(&self, item: &Item, answered: &Answered, early: bool) -> Option<Performed> {
+        let (endpoint, dialect) = (self.calls.endpoint, self.calls.dialect);
+        let mut collected = Collected::new(&item.spec.sampling.stop);
+        let ended = match &answered.answer {
+            Answer::Body(body) => match dialect.decode(body.as_bytes()) {
+                Ok(reply) => {
+                    collected.take_reply(reply, 0);
+                    Ended::Answered
+                }
+                Err(error) => Ended::Broken(told(endpoint, 200, error, &said(&item.spec))),
+            },
+            Answer::Refused { status, body } => Ended::Refused(self.refused(*status, body, &said(&item.spec))),
+            Answer::GivenUp if early => return None,
+            Answer::GivenUp => Ended::Refused(self.calls.fault(Kind::Transient, "gave the request up")),
+        };
+        if let Ok(encoded) = self.encoded(&item.spec) {
+            collected.left_out(&encoded.left_out);
+        }
+        let cost = self.cost(&item.spec, &ended, &collected);
+        let mut performed = performed(endpoint, &item.spec, ended, collected, cost);
+        // When the first of it was there, nobody knows; and what it tells of limits is not about those of single calls.
+        performed.observation = None;
+        if let Outcome::Generated(generation) = &mut performed.outcome {
+            generation.first_token_ms = None;
+        }
+        Some(performed)
+    }
+
+    /// What an error in a result or in place of a whole batch means.
+    fn refused(&self, status: u16, body: &str, said: &[&str]) -> Fault {
+        let error = self.calls.dialect.decode_error(body.as_bytes());
+        let asked_ms = asked_ms(&HeaderMap::new(), &error, UnixMs(now_unix_ms()));
+        told(self.calls.endpoint, status, error, said).asked_ms(asked_ms)
+    }
+
+    /// What an item cost, at the price of batches. Never an estimate.
+    fn cost(&self, spec: &JobSpec, ended: &Ended, collected: &Collected) -> Option<Picodollars> {
+        if matches!(ended, Ended::Refused(_)) {
+            return Some(Picodollars(0));
+        }
+        let endpoint = self.calls.endpoint;
+        let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
+        let (day, prompt) = (Day::of(UnixMs(now_unix_ms())), collected.prompt_tokens());
+        let prices = &self.performer.prices;
+        collected.cost(prices.rates(priced_as, spec.model.backend_name(), Class::Batch, &day, prompt).as_ref())
+    }
+
+    /// Tells of the items that were not submitted, because they cannot be asked.
+    async fn unasked(
+        &self,
+        items: &[Item],
+        wanted: &HashMap<String, &Item>,
+        results: &mpsc::Sender<Arrived>,
+    ) -> Result<(), Failure> {
+        for item in items.iter().filter(|item| wanted.contains_key(&custom_id(item.id, item.epoch))) {
+            if let Err(fault) = self.encoded(&item.spec) {
+                let outcome = Outcome::Failed(fault.into_failure());
+                send(results, item, Performed { outcome, cost: Some(Picodollars(0)), observation: None }).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a batch is the one that is sought.
+enum Is {
+    It,
+    Another,
+    /// That is told when it has ended.
+    Unknown,
+    /// That is never told, and why.
+    Never(String),
+}
+
+async fn send(results: &mpsc::Sender<Arrived>, item: &Item, performed: Performed) -> Result<(), Failure> {
+    let sent = results.send(Arrived { id: item.id, epoch: item.epoch, performed }).await;
+    sent.map_err(|_| Failure::new(FailureClass::Transient, "what a batch came to is not taken any more"))
+}
+
+fn unsubmitted(failed: Failed) -> Unsubmitted {
+    let of = if failed.undone { Unsubmitted::Refused } else { Unsubmitted::Unclear };
+    of(failed.fault.into_failure())
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests;
