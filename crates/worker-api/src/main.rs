@@ -5,7 +5,7 @@ use clap::Parser;
 use genmill_core::model::PREFIXES;
 use genmill_core::registration::Availability;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
-use genmill_worker::{Kind, serve};
+use genmill_worker::{Batching, Kind, serve_batches};
 use genmill_worker_api::catalog::Catalog;
 use genmill_worker_api::fallbacks::Fallbacks;
 use genmill_worker_api::http::{Http, Settings};
@@ -61,7 +61,10 @@ fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
 async fn run(context: Context) -> anyhow::Result<()> {
     let performer = Arc::new(performer(&context)?);
     let prefixes = PREFIXES.iter().filter(|prefix| prefix.is_remote()).map(|prefix| prefix.name.to_owned());
-    serve(context, Kind { name: "api", prefixes: prefixes.collect() }, performer).await
+    let api = &context.config.api;
+    let ms = Duration::from_millis;
+    let times = Batching { fill: ms(api.batch_fill_ms), poll: ms(api.batch_poll_ms), settle: ms(api.batch_settle_ms) };
+    serve_batches(context, Kind { name: "api", prefixes: prefixes.collect() }, performer, times).await
 }
 
 fn performer(context: &Context) -> anyhow::Result<Performer> {
@@ -74,7 +77,7 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     let unsupported = if api.drop_params { Unsupported::LeaveOut } else { Unsupported::Refuse };
     let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
     let (first_byte, idle) = (limit(api.first_byte_timeout_ms), limit(api.idle_timeout_ms));
-    let limits = Limits { calls_max: api.calls_max, unsupported, first_byte, idle };
+    let limits = Limits { calls_max: api.calls_max, unsupported, batches: api.batches, first_byte, idle };
     let http = Http::new(&Settings::of(api)).context("cannot set up HTTP")?;
     let fallbacks = Fallbacks::new(&api.fallbacks)?;
     for model in fallbacks.models().filter(|model| !catalog.endpoints.contains_key(&model.lane())) {

@@ -62,6 +62,8 @@ pub struct Limits {
     pub calls_max: u32,
     /// What becomes of parameters that a provider does not take.
     pub unsupported: Unsupported,
+    /// Whether jobs go out in batches where their providers take those.
+    pub batches: bool,
     /// How long the first byte of an answer may take, from the call on; `None`: as long as the attempt.
     pub first_byte: Option<Duration>,
     /// How long may pass between two pieces of an answer; `None`: as long as the attempt.
@@ -122,7 +124,8 @@ impl Perform for Performer {
     }
 
     fn models(&self) -> Vec<ServedModel> {
-        self.catalog.models.clone()
+        let batches = |model: &ServedModel| self.batch_api(&model.name.lane()).is_some();
+        self.catalog.models.iter().map(|model| ServedModel { batches: batches(model), ..model.clone() }).collect()
     }
 
     fn metrics(&self) -> String {

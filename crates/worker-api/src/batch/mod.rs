@@ -16,7 +16,6 @@ mod tests;
 
 use crate::dialect::Encoded;
 use genmill_core::ids::{Epoch, JobId};
-use genmill_core::model::Lane;
 use genmill_core::time::UnixMs;
 use serde_json::Value;
 use std::time::UNIX_EPOCH;
@@ -36,12 +35,6 @@ const TAG: &str = "genmill_tag";
 #[must_use]
 pub fn find(name: &str) -> Option<&'static dyn BatchApi> {
     BATCH_APIS.iter().find(|(known, _)| *known == name).map(|(_, api)| *api)
-}
-
-/// The lane of the jobs of `lane` that go out in batches.
-#[must_use]
-pub fn batch_lane(lane: &Lane) -> Lane {
-    Lane { prefix: lane.prefix.clone(), route: format!("{}+batch", lane.route) }
 }
 
 /// The name of an item: that of its job, and under which epoch it went. Every provider takes such names.

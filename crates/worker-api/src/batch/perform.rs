@@ -1,7 +1,7 @@
 //! Submits, finds, looks at and reads batches. Never here: which jobs they have, and what is done next (`genmill-worker`).
 
 use super::calls::{Calls, Failed};
-use super::{Answer, Answered, BatchApi, Listed, Request, Source, State, Submission, Tag, batch_lane, custom_id};
+use super::{Answer, Answered, BatchApi, Listed, Request, Source, State, Submission, Tag, custom_id};
 use crate::auth::Credentials;
 use crate::call::{Ended, said, told, unsupported};
 use crate::catalog::Endpoint;
@@ -44,10 +44,9 @@ const CLOCKS: Duration = Duration::from_secs(10 * 60);
 const PAGES_MAX: usize = 1_000;
 
 impl Performer {
-    /// Whether the jobs of a lane can go out in batches.
-    #[must_use]
-    pub fn batches(&self, lane: &Lane) -> bool {
-        self.catalog.endpoints.get(lane).is_some_and(|endpoint| api_of(endpoint).is_some())
+    /// How the jobs of a lane go out in batches, if they can.
+    pub(crate) fn batch_api(&self, lane: &Lane) -> Option<&'static dyn BatchApi> {
+        self.limits.batches.then(|| self.catalog.endpoints.get(lane).and_then(api_of)).flatten()
     }
 
     /// The same one, which believes a search that finds no batch only so long after it may have been submitted.
@@ -89,10 +88,13 @@ struct Desk<'a> {
 impl PerformBatches for Performer {
     fn batch_offers(&self) -> Vec<BatchOffer> {
         let offer = |(lane, endpoint): (&Lane, &Endpoint)| {
-            let items_max = api_of(endpoint)?.items_max().min(ITEMS_MAX);
+            let api = self.batch_api(lane)?;
+            let items_max = api.items_max().min(ITEMS_MAX);
+            // Half, because texts may take twice as much when they are escaped.
+            let bytes_max = api.bytes_max().min(BYTES_MAX) / 2;
             let keyed = !matches!(endpoint.credentials, Credentials::None);
             let key = self.keys.first(lane).filter(|_| keyed).cloned();
-            Some(BatchOffer { lane: batch_lane(lane), key, items_max })
+            Some(BatchOffer { lane: lane.batch(), key, items_max, bytes_max })
         };
         self.catalog.endpoints.iter().filter_map(offer).collect()
     }

@@ -18,7 +18,8 @@ use genmill_worker::perform::Started;
 use std::path::{Path, PathBuf};
 use tokio::sync::mpsc;
 
-const LIMITS: Limits = Limits { calls_max: 4, unsupported: Unsupported::Refuse, first_byte: None, idle: None };
+const LIMITS: Limits =
+    Limits { calls_max: 4, unsupported: Unsupported::Refuse, batches: true, first_byte: None, idle: None };
 
 /// A performer whose provider `openai` is the stand-in.
 struct Bench {
