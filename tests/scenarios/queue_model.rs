@@ -5,7 +5,7 @@
 
 use genmill_core::attempt::{AttemptEnd, Failure, FailureClass, FinishReason, Generation};
 use genmill_core::gate::{Declaration, KeyId, Limit, Observation, Signal};
-use genmill_core::ids::{JobId, LaneNumber, WorkerId};
+use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
@@ -16,8 +16,8 @@ use genmill_core::request::Priority;
 use genmill_core::state::{Event, State, transition};
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    Beat, Booked, ContentHash, Ended, Finish, Holding, Kept, Lease, ListQuery, NewJob, Options, Purge, Queue, Redrive,
-    Redriven, RequestId, Reservation, Room, Setting, Slots, Which,
+    Beat, Booked, ContentHash, Ended, Finish, Held, Holding, Kept, Lease, ListQuery, Moved, NewJob, Options, Parking,
+    Purge, Queue, Redrive, Redriven, RequestId, Reservation, Room, Setting, Slots, Which,
 };
 use genmill_tests::dice::Dice;
 use genmill_tests::redis_cluster::{Redis, RedisCluster, ask};
@@ -59,11 +59,14 @@ struct Known {
     kept: BTreeSet<u32>,
     fenced: BTreeSet<u32>,
     redriven_as: Option<JobId>,
+    /// The worker whose batch it is in.
+    batch: Option<&'static str>,
 }
 
 impl Known {
     fn happens(&mut self, event: Event) {
         self.state = transition(self.state, event).unwrap();
+        self.batch = None;
     }
 
     /// A job that was cancelled or is overdue does not wait again.
@@ -124,7 +127,7 @@ fn spec(dice: &mut Dice, model: &ModelName) -> JobSpec {
 
 impl Run {
     async fn command(&mut self) {
-        match self.dice.roll(14) {
+        match self.dice.roll(15) {
             0 | 1 => self.submit().await,
             2 | 3 => self.claim().await,
             4 | 5 => self.finish().await,
@@ -135,6 +138,7 @@ impl Run {
             10 => self.beat().await,
             11 => self.redrive().await,
             12 => self.leave().await,
+            13 => self.park().await,
             _ => self.upkeep().await,
         }
     }
@@ -161,6 +165,7 @@ impl Run {
                 kept: BTreeSet::new(),
                 fenced: BTreeSet::new(),
                 redriven_as: None,
+                batch: None,
             };
             self.jobs.insert(id, known);
             jobs.push(NewJob { id, spec });
@@ -272,6 +277,7 @@ impl Run {
             let paused = |name: &Experiment| set(Setting::PauseExperiment(name.clone())).is_some();
             let counts = |job: &&Known| {
                 job.tenant == *tenant
+                    && job.batch.is_none()
                     && job.state == wanted
                     && (experiments || !job.experiment.as_ref().is_some_and(paused))
             };
@@ -349,6 +355,42 @@ impl Run {
         }
     }
 
+    /// A worker moves some of its leases into its batch, or ends that.
+    async fn park(&mut self) {
+        let name = *self.dice.pick(&WORKERS).unwrap();
+        let worker = WorkerId::from_stored(name.to_owned());
+        if self.dice.roll(3) == 0 {
+            let filled = self.jobs.values().any(|job| job.batch == Some(name));
+            let closed = self.queue.close_batch(self.lane, &worker, (name, Epoch(1))).await.unwrap();
+            assert_eq!(closed, if filled { Moved::NotDone } else { Moved::On });
+            return;
+        }
+        let mine = self.leases.iter().filter(|(_, holder)| *holder == worker);
+        let mine: Vec<Held> = mine.map(|(lease, _)| lease.held()).filter(|_| self.dice.roll(2) == 0).collect();
+        let model = self.model.clone();
+        let parking = Parking { tag: name, model: &model, key: None, lease_ms: LEASE_MS, fill_ms: 1 };
+        let parked = self.queue.park(self.lane, &worker, parking, &mine).await.unwrap().unwrap();
+        for (held, parked) in mine.iter().zip(parked) {
+            let job = self.jobs.get_mut(&held.id).unwrap();
+            let holds = job.state == State::Running && job.epoch == held.epoch.0 && job.batch.is_none();
+            assert_eq!(parked, holds || job.batch == Some(name), "{}", held.id);
+            match (holds, job.cancel_asked, job.overdue) {
+                (false, ..) => continue,
+                (true, true, _) => job.happens(Event::Cancel),
+                (true, false, true) => job.happens(Event::Expire),
+                (true, false, false) => job.batch = Some(name),
+            }
+            for (lease, holder) in self.leases.iter_mut().filter(|(lease, _)| lease.held() == *held) {
+                assert_eq!(lease.id, held.id);
+                *holder = WorkerId::of_batch(name);
+            }
+        }
+        let found = self.queue.batch_members(self.lane, name).await.unwrap().jobs;
+        let found: BTreeSet<JobId> = found.iter().filter(|member| member.wanted).map(|member| member.held.id).collect();
+        let known = self.jobs.iter().filter(|(_, job)| job.batch == Some(name)).map(|(id, _)| *id);
+        assert_eq!(found, known.collect());
+    }
+
     async fn redrive(&mut self) {
         let ids: Vec<JobId> = self.jobs.keys().copied().collect();
         let Some(from) = self.dice.pick(&ids).copied() else { return };
@@ -412,7 +454,7 @@ impl Run {
         self.queue.cancel(self.lane, &[id]).await.unwrap();
         let job = self.jobs.get_mut(&id).unwrap();
         match job.state {
-            State::Running => job.cancel_asked = true,
+            State::Running if job.batch.is_none() => job.cancel_asked = true,
             state if state.is_final() => {}
             _ => job.happens(Event::Cancel),
         }
@@ -420,8 +462,12 @@ impl Run {
 
     /// A worker dies: one of its leases runs out.
     async fn lose(&mut self) {
-        let running: Vec<(Lease, WorkerId)> =
-            self.leases.iter().filter(|(lease, _)| self.holds(lease)).cloned().collect();
+        let running: Vec<(Lease, WorkerId)> = self
+            .leases
+            .iter()
+            .filter(|(lease, _)| self.holds(lease) && self.jobs[&lease.id].batch.is_none())
+            .cloned()
+            .collect();
         let Some((lease, worker)) = self.dice.pick(&running).cloned() else { return };
         self.dies(worker.as_str());
         let slots = Slots { capacity: 1, free: 0, tokens: None, declared: None };
