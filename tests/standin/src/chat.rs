@@ -3,6 +3,7 @@
 
 use crate::BAD_KEY;
 use crate::answer::{Answer, Request, answer};
+use crate::batch::Batches;
 use crate::bill::{Bill, Books, Entry, Received};
 use crate::script::{Break, Fault, Script};
 use crate::shape::{Anthropic, Bedrock, Gemini, OpenAi, Replicate, Shape, Tgi, Told, Watsonx};
@@ -33,6 +34,8 @@ pub(crate) struct Provider {
     pub(crate) predictions: Arc<Mutex<Vec<Option<Response>>>>,
     /// What calls cost that tell it, by their ids, and how often that was asked for.
     pub(crate) generations: Arc<Generations>,
+    /// Files and batches.
+    pub(crate) batches: Arc<Batches>,
 }
 
 impl Provider {
@@ -56,6 +59,32 @@ pub(crate) async fn generation(provider: State<Arc<Provider>>, address: Uri, hea
         return Refusal::new(404, "404", "Generation not found").respond(&OpenAi);
     }
     Json(json!({"data": {"id": id, "total_cost": cost, "cancelled": true, "streamed": true}})).into_response()
+}
+
+/// The last user message of a body.
+pub(crate) fn message_of(shape: &dyn Shape, body: &Value) -> Option<String> {
+    Request::new(&shape.request("", body.clone())).last_user_text()
+}
+
+/// What a call with this body would be answered, as a status and a body. It is on the bill as such a call is.
+pub(crate) fn item(provider: &Provider, shape: &'static dyn Shape, path: &str, body: Value) -> (u16, Value) {
+    let asked = shape.request(path, body.clone());
+    let request = Request::new(&asked);
+    let message = request.last_user_text();
+    let text = message.as_deref().unwrap_or_default();
+    let received = Received { headers: Vec::new(), body };
+    let (nth, entry) = provider.books.call(&format!("{}: {text}", request.model()), "", received);
+    let script = Script::parse(request.model(), text);
+    let fault = script.fault_of_call(nth);
+    let refusal = refuse_request(&request, message.is_some());
+    if let Some(refusal) = refusal.or_else(|| fault.status.map(|status| failed(status, &fault))) {
+        entry.refused(refusal.status);
+        return (refusal.status, shape.error(refusal.status, &refusal.code, &refusal.message));
+    }
+    let reply = Reply::new(shape, &request, &script, fault, entry.id());
+    entry.charge(reply.answer.prompt_tokens, reply.answer.pieces.len());
+    entry.completed();
+    (200, shape.whole(&reply.told(true)))
 }
 
 /// `GET /bill`.
@@ -237,7 +266,7 @@ fn key_of(headers: &HeaderMap) -> &str {
 
 /// A refusal, in no form yet.
 #[derive(Debug)]
-struct Refusal {
+pub(crate) struct Refusal {
     status: u16,
     code: String,
     message: String,
@@ -245,11 +274,11 @@ struct Refusal {
 }
 
 impl Refusal {
-    fn new(status: u16, code: &str, message: &str) -> Self {
+    pub(crate) fn new(status: u16, code: &str, message: &str) -> Self {
         Self { status, code: code.to_owned(), message: message.to_owned(), headers: Vec::new() }
     }
 
-    fn respond(self, shape: &dyn Shape) -> Response {
+    pub(crate) fn respond(self, shape: &dyn Shape) -> Response {
         let object = shape.error(self.status, &self.code, &self.message);
         // The status that an error names itself is the one it comes with, as with Gemini's refusal of a key.
         let status = object["error"]["code"].as_u64().and_then(|code| u16::try_from(code).ok()).unwrap_or(self.status);
@@ -264,7 +293,7 @@ impl Refusal {
     }
 }
 
-fn refuse_key(headers: &HeaderMap) -> Option<Refusal> {
+pub(crate) fn refuse_key(headers: &HeaderMap) -> Option<Refusal> {
     let key = key_of(headers);
     (key.is_empty() || key == BAD_KEY).then(|| Refusal::new(401, "invalid_api_key", "Incorrect API key provided."))
 }
@@ -277,7 +306,7 @@ fn refuse_request(request: &Request<'_>, has_message: bool) -> Option<Refusal> {
     (!has_message).then(|| Refusal::new(400, "invalid_request_error", message))
 }
 
-fn failed(status: u16, fault: &Fault) -> Refusal {
+pub(crate) fn failed(status: u16, fault: &Fault) -> Refusal {
     let code = fault.code.as_deref().unwrap_or(match status {
         429 => "rate_limit_exceeded",
         500.. => "server_error",

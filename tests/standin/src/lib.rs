@@ -1,11 +1,13 @@
 //! A provider stand-in: an HTTP server that speaks OpenAI chat completions, Anthropic messages, Gemini content
-//! (also as Vertex), Bedrock's Converse, watsonx, TGI and Replicate, and misbehaves on demand.
+//! (also as Vertex), Bedrock's Converse, watsonx, TGI and Replicate, the batch APIs of OpenAI, Anthropic, Gemini and
+//! Mistral, and misbehaves on demand.
 //!
 //! What it does with a call stands in the call itself, in the last user message or in the model name (see [`script`]),
 //! so that real daemons can be steered from outside. It keeps a [`bill`], so that a test can tell how often it was
 //! asked what. Never here: anything of Genmill; it knows what a provider knows.
 
 mod answer;
+mod batch;
 pub mod bill;
 mod chat;
 pub mod script;
@@ -16,6 +18,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use axum::serve::ListenerExt as _;
+pub use batch::Made;
 use bill::{Bill, Books, Call, Received};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -27,7 +30,7 @@ use tokio::task::JoinSet;
 pub const BAD_KEY: &str = "bad-key";
 
 /// The longest request body, in bytes.
-const BODY_BYTES_MAX: usize = 32 * 1024 * 1024;
+const BODY_BYTES_MAX: usize = 128 * 1024 * 1024;
 
 /// How a stand-in is set up.
 #[derive(Clone, Debug)]
@@ -52,7 +55,7 @@ impl Default for Options {
 pub struct Standin {
     address: SocketAddr,
     books: Arc<Books>,
-    generations: Arc<chat::Generations>,
+    provider: Arc<chat::Provider>,
     // Dropping the set ends the server.
     _serving: JoinSet<io::Result<()>>,
 }
@@ -65,18 +68,20 @@ impl Standin {
     pub async fn start(options: Options) -> io::Result<Self> {
         let listener = TcpListener::bind(options.listen).await?;
         let address = listener.local_addr()?;
-        let (books, generations) = (Arc::new(Books::default()), Arc::<chat::Generations>::default());
-        let app = router(Arc::new(chat::Provider {
+        let books = Arc::new(Books::default());
+        let provider = Arc::new(chat::Provider {
             books: Arc::clone(&books),
             models: options.models,
             predictions: Arc::default(),
-            generations: Arc::clone(&generations),
-        }));
+            generations: Arc::default(),
+            batches: Arc::default(),
+        });
+        let app = router(Arc::clone(&provider));
         let mut serving = JoinSet::new();
         // A small piece of an answer must not wait until the one before it is acknowledged: that takes 40 ms.
         let listener = listener.tap_io(|connection| drop(connection.set_nodelay(true)));
         serving.spawn(async move { axum::serve(listener, app).await });
-        Ok(Self { address, books, generations, _serving: serving })
+        Ok(Self { address, books, provider, _serving: serving })
     }
 
     /// Where it listens.
@@ -112,8 +117,19 @@ impl Standin {
     /// How often records of calls were asked for (`GET /v1/generation`).
     #[must_use]
     pub fn records_asked(&self) -> u32 {
-        let generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
+        let generations = self.provider.generations.lock().unwrap_or_else(PoisonError::into_inner);
         generations.values().map(|(_, asked)| asked).sum()
+    }
+
+    /// The batches that were made, oldest first. An item is on the bill, as a call, when its batch has ended.
+    #[must_use]
+    pub fn batches(&self) -> Vec<Made> {
+        self.provider.batches.made()
+    }
+
+    /// Ends every batch that still runs.
+    pub fn end_batches(&self) {
+        self.provider.batches.end(&self.provider);
     }
 
     /// The calls received, oldest first; the newest ten thousand.
@@ -127,7 +143,23 @@ fn router(provider: Arc<chat::Provider>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::complete))
         .route("/v1/messages", post(chat::messages))
-        .route("/v1beta/models/{call}", post(chat::content))
+        .route("/v1beta/models/{call}", post(batch::gemini))
+        .route("/v1beta/batches", get(batch::gemini_list))
+        .route("/v1beta/batches/{call}", get(batch::gemini_look).post(batch::gemini_cancel))
+        .route("/v1/messages/batches", get(batch::anthropic_list).post(batch::anthropic))
+        .route("/v1/messages/batches/{id}", get(batch::anthropic_look))
+        .route("/v1/messages/batches/{id}/cancel", post(batch::anthropic_cancel))
+        .route("/v1/messages/batches/{id}/results", get(batch::anthropic_results))
+        .route("/v1/files", post(batch::upload))
+        .route("/v1/files/{id}", get(batch::file))
+        .route("/v1/files/{id}/content", get(batch::content))
+        .route("/v1/batches", get(batch::openai_list).post(batch::openai))
+        .route("/v1/batches/{id}", get(batch::openai_look))
+        .route("/v1/batches/{id}/cancel", post(batch::openai_cancel))
+        .route("/v1/batch/jobs", get(batch::mistral_list).post(batch::mistral))
+        .route("/v1/batch/jobs/{id}", get(batch::mistral_look))
+        .route("/v1/batch/jobs/{id}/cancel", post(batch::mistral_cancel))
+        .route("/batches", get(batch::made))
         .route("/v1beta/models", get(chat::models))
         .route("/v1/projects/{project}/locations/{location}/publishers/{publisher}/models/{call}", post(chat::vertex))
         .route("/ml/v1/text/{method}", post(chat::watsonx))

@@ -21,6 +21,7 @@
 //! | `!cost=X` | `usage.cost`, as OpenRouter tells it |
 //! | `!words=N` | an answer of N words |
 //! | `!sample=N` | an answer of N words drawn by the request's seed |
+//! | `!batch-…` | what becomes of the batch that has the call as an item, below |
 //! | `!echo=TEXT` | the rest of the message as the answer; must come last |
 //!
 //! | modifier | effect |
@@ -31,6 +32,21 @@
 //! | `message=X` | the text of the error, with `_` for spaces |
 //! | `type=X` | the content type of an answer |
 //! | `code=X` | the code of the error |
+//!
+//! The first item of a batch that has any such directive speaks for all of it:
+//!
+//! | directive | effect |
+//! |---|---|
+//! | `!batch-status=N` | is not made: this status and an error; `times=N`: the first N times |
+//! | `!batch-lost` | is made, but the answer is a 500; with `=cut` half an answer; `times=N`: the first N times |
+//! | `!batch-upload=N` | its file is refused with this status |
+//! | `!batch-looks=N`, `!batch-ms=MS` | still runs when looked at the first N times, until MS after it was made |
+//! | `!batch-end=X` | ends as `expired` or `cancelled`, else is failed with the code X |
+//! | `!batch-partial=N` | when it ends early, the first N items had their turn (else half of them) |
+//! | `!batch-cut=N` | what is read of its results breaks off the first N times |
+//! | `!batch-garbled` | results in reverse, twice, cut off, of nobody's items, with CR LF |
+//! | `!batch-forgets` | its metadata is not told (OpenAI) |
+//! | `!batch-elsewhere` | its results are said to be at another host (Anthropic) |
 
 /// What a call asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +59,71 @@ pub struct Script {
     pub speech: Speech,
     /// `usage.cost`, as it is to be written.
     pub cost: Option<String>,
+    /// What becomes of the batch that has the call as an item.
+    pub batch: BatchScript,
+}
+
+/// What becomes of a batch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BatchScript {
+    /// Refuse it with this status.
+    pub status: Option<u16>,
+    /// Make it, and do not say so.
+    pub lost: Option<Lost>,
+    /// Refuse its file with this status.
+    pub upload: Option<u16>,
+    /// It runs for so many looks.
+    pub looks: u64,
+    /// It runs for so many milliseconds.
+    pub ms: u64,
+    /// How it ends.
+    pub end: BatchEnd,
+    /// So many items have their turn when it ends early.
+    pub partial: Option<usize>,
+    /// What is read of its results breaks off so often.
+    pub cut: u64,
+    /// Its results are in disorder.
+    pub garbled: bool,
+    /// Its metadata is not told.
+    pub forgets: bool,
+    /// Its results are said to be at another host.
+    pub elsewhere: bool,
+}
+
+/// How a batch that was made is not said to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// By an error.
+    Failed,
+    /// By half an answer.
+    Cut,
+}
+
+/// How a batch ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BatchEnd {
+    /// By itself.
+    #[default]
+    Completed,
+    /// By its time.
+    Expired,
+    /// It was cancelled.
+    Cancelled,
+    /// It was refused as a whole, with this code.
+    Failed(String),
+}
+
+impl BatchEnd {
+    /// Its name.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Expired => "expired",
+            Self::Cancelled => "cancelled",
+            Self::Failed(_) => "failed",
+        }
+    }
 }
 
 /// How to misbehave; the default is not at all.
@@ -147,8 +228,25 @@ impl Script {
         let (name, value) = word.split_once('=').unwrap_or((word, ""));
         let number = || value.parse::<u64>().unwrap_or_default();
         let count = || value.parse::<usize>().unwrap_or_default();
-        let fault = &mut self.fault;
+        let (fault, batch) = (&mut self.fault, &mut self.batch);
         match name {
+            "batch-status" => batch.status = value.parse().ok(),
+            "batch-lost" => batch.lost = Some(if value == "cut" { Lost::Cut } else { Lost::Failed }),
+            "batch-upload" => batch.upload = value.parse().ok(),
+            "batch-looks" => batch.looks = number(),
+            "batch-ms" => batch.ms = number(),
+            "batch-end" => {
+                batch.end = match value {
+                    "expired" => BatchEnd::Expired,
+                    "cancelled" => BatchEnd::Cancelled,
+                    code => BatchEnd::Failed(code.to_owned()),
+                }
+            }
+            "batch-partial" => batch.partial = value.parse().ok(),
+            "batch-cut" => batch.cut = number(),
+            "batch-garbled" => batch.garbled = true,
+            "batch-forgets" => batch.forgets = true,
+            "batch-elsewhere" => batch.elsewhere = true,
             "status" => fault.status = value.parse().ok(),
             "code" => fault.code = Some(value.to_owned()),
             "message" => fault.message = Some(value.replace('_', " ")),
