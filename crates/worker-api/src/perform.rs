@@ -252,7 +252,7 @@ impl Performer {
             Ended::Refused(_) | Ended::Broken(_) | Ended::Answered | Ended::Stopped => None,
         };
         let cost = self.cost(endpoint, spec, &ended, &collected).await;
-        Tried { performed: performed(endpoint, spec, ended, collected, cost), failed }
+        Tried { performed: performed(ended, collected, cost), failed }
     }
 
     /// Tells the circuit how a call ended, and whether the same failure has come too often.
@@ -305,13 +305,7 @@ impl Performer {
     }
 }
 
-pub(crate) fn performed(
-    endpoint: &Endpoint,
-    spec: &JobSpec,
-    ended: Ended,
-    collected: Collected,
-    cost: Option<Picodollars>,
-) -> Performed {
+pub(crate) fn performed(ended: Ended, collected: Collected, cost: Option<Picodollars>) -> Performed {
     // What is refused takes no tokens.
     let usage = if matches!(ended, Ended::Refused(_)) { Some(Usage::default()) } else { collected.usage() };
     let told = collected.told();
@@ -327,10 +321,10 @@ pub(crate) fn performed(
         }
         Ended::Stopped if !collected.is_whole() => Outcome::HandedBack,
         Ended::Answered | Ended::Broken(_) | Ended::Stopped => {
-            let model = spec.model.backend_name();
-            let seeded = endpoint.dialect(model).sends_seed(model, &endpoint.provider);
+            let generation = collected.into_generation();
+            let seeded = generation.left_out.iter().all(|parameter| parameter != "seed");
             let determinism = Some(if seeded { Determinism::Seeded } else { Determinism::None });
-            Outcome::Generated(Generation { determinism, ..collected.into_generation() })
+            Outcome::Generated(Generation { determinism, ..generation })
         }
     };
     let observation = Some(observe(&outcome, usage, told));

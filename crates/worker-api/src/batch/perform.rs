@@ -159,7 +159,7 @@ impl Desk<'_> {
     /// An item as its provider is to be asked, or why it cannot.
     fn encoded(&self, spec: &JobSpec) -> Result<Encoded, Fault> {
         let (endpoint, limits) = (self.calls.endpoint, self.calls.limits);
-        let encoded = self.calls.dialect.encode(spec, spec.model.backend_name(), &endpoint.provider, Streaming::Off);
+        let encoded = self.encode(spec);
         match unsupported(endpoint, spec, limits.unsupported, &encoded.left_out) {
             Some(fault) => Err(fault),
             None if encoded.body.len() > self.body_bytes_max() => {
@@ -167,6 +167,11 @@ impl Desk<'_> {
             }
             None => Ok(encoded),
         }
+    }
+
+    fn encode(&self, spec: &JobSpec) -> Encoded {
+        let provider = &self.calls.endpoint.provider;
+        self.calls.dialect.encode(spec, spec.model.backend_name(), provider, Streaming::Off)
     }
 
     fn bytes_max(&self) -> usize {
@@ -354,11 +359,9 @@ impl Desk<'_> {
             Answer::GivenUp if early => return None,
             Answer::GivenUp => Ended::Refused(self.calls.fault(Kind::Transient, "gave the request up")),
         };
-        if let Ok(encoded) = self.encoded(&item.spec) {
-            collected.left_out(&encoded.left_out);
-        }
+        collected.left_out(&self.encode(&item.spec).left_out);
         let cost = self.cost(&item.spec, &ended, &collected);
-        let mut performed = performed(endpoint, &item.spec, ended, collected, cost);
+        let mut performed = performed(ended, collected, cost);
         // When the first of it was there, nobody knows; and what it tells of limits is not about those of single calls.
         performed.observation = None;
         if let Outcome::Generated(generation) = &mut performed.outcome {

@@ -138,7 +138,28 @@ impl Elements {
 
     /// Takes the next bytes; returns the elements that they complete, `None` for one that was too long.
     pub(super) fn push(&mut self, bytes: &[u8]) -> Vec<Option<Vec<u8>>> {
-        bytes.iter().filter_map(|byte| self.take(*byte)).collect()
+        let (mut rest, mut elements) = (bytes, Vec::new());
+        while let Some(byte) = rest.first() {
+            // Most of a document is within strings.
+            let plain = if self.in_string && !self.escaped { plain(rest) } else { 0 };
+            if plain > 0 {
+                let (text, behind) = rest.split_at(plain);
+                let room = (RESULTS.len() + 1).saturating_sub(self.string.len());
+                self.string.extend_from_slice(&text[..plain.min(room)]);
+                let (sink, bytes_max) = self.sink();
+                sink.add(text, bytes_max);
+                rest = behind;
+            } else {
+                elements.extend(self.take(*byte));
+                rest = &rest[1..];
+            }
+        }
+        elements
+    }
+
+    /// Where the bytes go that are read now.
+    fn sink(&mut self) -> (&mut Record, usize) {
+        (if self.within.is_some() { &mut self.element } else { &mut self.rest }, self.bytes_max)
     }
 
     /// The document without the elements; `None` when that was too long.
@@ -153,9 +174,9 @@ impl Elements {
             self.within = Some(self.open.len());
         }
         // Between elements there is nothing to keep.
-        let kept = if self.within.is_some() { Some(&mut self.element) } else { Some(&mut self.rest) };
-        if let Some(kept) = kept.filter(|_| self.within.is_some() || !in_results || byte == b']') {
-            kept.add(&[byte], self.bytes_max);
+        if self.within.is_some() || !in_results || byte == b']' {
+            let (sink, bytes_max) = self.sink();
+            sink.add(&[byte], bytes_max);
         }
         if self.in_string {
             self.take_in_string(byte);
@@ -199,6 +220,11 @@ impl Elements {
             _ => {}
         }
     }
+}
+
+/// How many bytes of a string come before its end, or before one that stands for another.
+fn plain(bytes: &[u8]) -> usize {
+    bytes.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(bytes.len())
 }
 
 #[cfg(test)]

@@ -212,11 +212,6 @@ pub trait Dialect: Sync {
     /// The request for `spec` to `model`, as the provider names it.
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded;
 
-    /// Whether a request to `model` has the job's seed. A dialect that has no place for one says so here.
-    fn sends_seed(&self, model: &str, provider: &Provider) -> bool {
-        provider.takes(model, "seed")
-    }
-
     /// What a whole answer says.
     ///
     /// # Errors
