@@ -160,7 +160,7 @@ pub(crate) async fn upload(provider: Shared, headers: HeaderMap, body: Bytes) ->
     let Some(file) = forms::uploaded(kind, &String::from_utf8_lossy(&body)) else {
         return Form::OpenAi.refuse(Refusal::new(400, "invalid_request_error", "no file with the purpose batch"));
     };
-    let script = forms::lines(&file.content).into_iter().find_map(|item| script_of(Form::OpenAi, &item));
+    let script = forms::lines(&file.content).into_iter().find_map(|item| script_of(Form::OpenAi, &item["body"]));
     if let Some(status) = script.unwrap_or_default().batch.upload {
         return Form::OpenAi.refuse(Refusal::new(status, "server_error", "The stand-in was told to fail."));
     }

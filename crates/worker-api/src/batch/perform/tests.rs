@@ -1,1 +1,451 @@
+//! Batches of a real performer against the stand-in, over HTTP.
 
+use super::*;
+use crate::catalog::Catalog;
+use crate::fixture::spec;
+use crate::http::{Http, Settings};
+use crate::perform::{Limits, Unsupported};
+use crate::prices::Prices;
+use crate::providers::Table;
+use genmill_core::attempt::{Determinism, FinishReason, Generation, Usage};
+use genmill_core::ids::{Epoch, JobId, LaneNumber};
+use genmill_core::model::ModelName;
+use genmill_daemon::environment::Environment;
+use genmill_daemon::models::{ListedModel, LocalSettings};
+use genmill_standin::{BAD_KEY, Made, Options, Standin};
+use std::path::PathBuf;
+
+const LIMITS: Limits = Limits { calls_max: 4, unsupported: Unsupported::Refuse, first_byte: None, idle: None };
+
+/// Of each batch API a model, and the settings of its provider at `{origin}`.
+const PROVIDERS: [(&str, &str); 4] = [
+    ("gpt-4o-mini", "openai.base_url = '{origin}/v1'\nopenai.api_key = '{key}'"),
+    ("claude-haiku-4-5", "anthropic.base_url = '{origin}'\nanthropic.api_key = '{key}'"),
+    ("gemini-2.5-flash", "gemini.base_url = '{origin}/v1beta'\ngemini.api_key = '{key}'"),
+    ("mistral/mistral-small-latest", "mistral.base_url = '{origin}/v1'\nmistral.api_key = '{key}'"),
+];
+
+/// A performer whose provider is the stand-in.
+struct Bench {
+    standin: Standin,
+    performer: Performer,
+    model: ModelName,
+}
+
+impl Bench {
+    async fn new(provider: usize) -> Self {
+        Self::with(provider, "sk-a", LIMITS).await
+    }
+
+    async fn with(provider: usize, key: &str, limits: Limits) -> Self {
+        let standin = Standin::start(Options::default()).await.unwrap();
+        let performer = performer(&standin.origin(), provider, key, limits);
+        let model = ModelName::parse(&format!("litellm_{}", PROVIDERS[provider].0)).unwrap();
+        Self { standin, performer, model }
+    }
+
+    /// A batch of jobs with these prompts. It may have been submitted a while ago.
+    fn batch(&self, prompts: &[&str]) -> Batch {
+        let item = |(place, prompt): (u64, &&str)| Item {
+            id: JobId::new(UnixMs(1_000), LaneNumber(1), place),
+            epoch: Epoch(7),
+            spec: spec(self.model.as_str(), prompt),
+        };
+        Batch {
+            tag: "00112233445566778899aabbccddeeff".to_owned(),
+            model: self.model.clone(),
+            key: self.performer.batch_offers()[0].key.clone(),
+            since: UnixMs(now_unix_ms() - 120_000),
+            items: (1..).zip(prompts).map(item).collect(),
+        }
+    }
+
+    async fn submit(&self, prompts: &[&str]) -> (Batch, String) {
+        let batch = self.batch(prompts);
+        let remote = self.performer.submit(&batch).await.unwrap();
+        (batch, remote)
+    }
+
+    async fn find(&self, batch: &Batch) -> Found {
+        self.performer.find(batch).await.unwrap()
+    }
+
+    /// What came of the jobs of a batch, by their places, until the reading broke off.
+    async fn collect(&self, batch: &Batch, remote: &str) -> (Vec<(usize, Performed)>, Result<(), Failure>) {
+        let (send, mut arriving) = mpsc::channel(1);
+        let listen = async {
+            let mut arrived = Vec::new();
+            while let Some(Arrived { id, epoch, performed }) = arriving.recv().await {
+                let place = batch.items.iter().position(|item| item.id == id && item.epoch == epoch).unwrap();
+                arrived.push((place, performed));
+            }
+            arrived.sort_by_key(|(place, _)| *place);
+            arrived
+        };
+        let (told, arrived) = tokio::join!(self.performer.collect(batch, remote, send), listen);
+        (arrived, told)
+    }
+
+    async fn collected(&self, batch: &Batch, remote: &str) -> Vec<(usize, Performed)> {
+        let (arrived, told) = self.collect(batch, remote).await;
+        told.unwrap();
+        arrived
+    }
+
+    fn made(&self) -> Vec<Made> {
+        self.standin.batches()
+    }
+}
+
+fn performer(origin: &str, provider: usize, key: &str, limits: Limits) -> Performer {
+    genmill_daemon::tls::install();
+    let (name, settings) = PROVIDERS[provider];
+    let model = ListedModel {
+        prefix: "litellm",
+        name: name.to_owned(),
+        path: None,
+        tokenizer: None,
+        description: String::new(),
+        context_tokens: None,
+        threads: None,
+        device: None,
+        local: LocalSettings::default(),
+        file: PathBuf::new(),
+    };
+    let settings = toml::from_str(&settings.replace("{origin}", origin).replace("{key}", key)).unwrap();
+    let table = Table::embedded().unwrap();
+    let catalog = Catalog::new(&[model], &table, &settings, &Environment::default()).unwrap();
+    let http = Http::new(&Settings { connect_timeout: Duration::from_secs(5), proxy: None, ca_file: None }).unwrap();
+    Performer::new(catalog, Prices::embedded().unwrap(), http, limits)
+}
+
+fn generation(performed: &Performed) -> &Generation {
+    let Outcome::Generated(generation) = &performed.outcome else { panic!("{performed:?}") };
+    generation
+}
+
+fn failure(performed: &Performed) -> &Failure {
+    let Outcome::Failed(failure) = &performed.outcome else { panic!("{performed:?}") };
+    failure
+}
+
+fn places(arrived: &[(usize, Performed)]) -> Vec<usize> {
+    arrived.iter().map(|(place, _)| *place).collect()
+}
+
+#[tokio::test]
+async fn a_batch_is_submitted_once_looked_at_and_read_as_single_calls_are() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let (batch, remote) = bench.submit(&["!batch-looks=1 one two", "grüße 世界", "!words=9 stop"]).await;
+        assert_eq!(bench.performer.look(&batch, &remote).await, Ok(Stage::Works));
+        let mut others = bench.batch(&["one"]);
+        others.items[0].epoch = Epoch(8);
+        assert_eq!(bench.collected(&others, &remote).await, [], "what is not wanted is not sent");
+        assert_eq!(bench.performer.look(&batch, &remote).await, Ok(Stage::Ended));
+        let arrived = bench.collected(&batch, &remote).await;
+        let texts: Vec<&str> = arrived.iter().map(|(_, performed)| generation(performed).text.as_str()).collect();
+        assert_eq!(texts, ["one two", "grüße 世界", "word1 word2 word3 word4 word5 word6 word7 word8 word9"]);
+        let usage = Usage { prompt_tokens: 2, cached_prompt_tokens: 0, completion_tokens: 2 };
+        let second = generation(&arrived[1].1);
+        assert_eq!((second.usage, second.finish_reason), (Some(usage), FinishReason::Stop));
+        assert_eq!(second.first_token_ms, None);
+        assert_eq!(arrived[1].1.observation, None);
+        let made = bench.made();
+        assert_eq!((made.len(), made[0].items.len()), (1, 3));
+        assert_eq!(bench.standin.bill().calls, 3, "each job was done once");
+    }
+}
+
+#[tokio::test]
+async fn what_a_job_cost_is_told_at_the_price_of_batches() {
+    // In picodollars for a token read and one written; Mistral tells no price of batches.
+    let prices = [Some((75_000, 300_000)), Some((500_000, 2_500_000)), Some((150_000, 1_250_000)), None];
+    for (provider, price) in prices.into_iter().enumerate() {
+        let bench = Bench::new(provider).await;
+        let (batch, remote) = bench.submit(&["one two three"]).await;
+        let arrived = bench.collected(&batch, &remote).await;
+        let expect = price.map(|(read, written)| Picodollars(3 * read + 3 * written));
+        assert_eq!(arrived[0].1.cost, expect);
+        let determinism = generation(&arrived[0].1).determinism;
+        assert_eq!(determinism, Some(if provider == 1 { Determinism::None } else { Determinism::Seeded }));
+    }
+}
+
+#[tokio::test]
+async fn a_batch_that_was_not_said_to_be_made_is_found_by_its_tag_or_its_results() {
+    for provider in 0..PROVIDERS.len() {
+        for lost in ["!batch-lost", "!batch-lost=cut"] {
+            let bench = Bench::new(provider).await;
+            // Others before it and behind it, over several pages.
+            for place in 0..3 {
+                let mut other = bench.batch(&["other"]);
+                other.tag = format!("{place:032x}");
+                other.items[0].epoch = Epoch(place);
+                bench.performer.submit(&other).await.unwrap();
+            }
+            bench.standin.end_batches();
+            let batch = bench.batch(&[&format!("{lost} one"), "two"]);
+            assert_eq!(bench.find(&batch).await, Found::NotThere);
+            let unclear = bench.performer.submit(&batch).await;
+            assert!(matches!(unclear, Err(Unsubmitted::Unclear(_))), "{unclear:?}");
+            let remote = bench.made()[3].id.clone();
+            if provider == 1 {
+                assert_eq!(bench.find(&batch).await, Found::NotYet, "only results tell whose it is");
+                bench.standin.end_batches();
+            }
+            assert_eq!(bench.find(&batch).await, Found::Here(remote.clone()));
+            let later = bench.submit(&["later"]).await;
+            bench.standin.end_batches();
+            assert_eq!(places(&bench.collected(&batch, &remote).await), [0, 1]);
+            assert_eq!(bench.made().len(), 5, "{later:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_batch_of_a_provider_that_forgets_metadata_is_found_by_the_name_of_its_file() {
+    let bench = Bench::new(0).await;
+    let mut other = bench.batch(&["!batch-forgets other"]);
+    other.tag = "f".repeat(32);
+    bench.performer.submit(&other).await.unwrap();
+    let (batch, remote) = bench.submit(&["!batch-forgets one"]).await;
+    assert_eq!(bench.find(&batch).await, Found::Here(remote));
+    other.tag = "e".repeat(32);
+    assert_eq!(bench.find(&other).await, Found::NotThere);
+}
+
+#[tokio::test]
+async fn that_a_batch_is_not_there_is_believed_only_after_a_while() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let mut batch = bench.batch(&["one"]);
+        assert_eq!(bench.find(&batch).await, Found::NotThere);
+        batch.since = UnixMs(now_unix_ms());
+        assert_eq!(bench.find(&batch).await, Found::NotYet);
+        let bench = Bench { performer: bench.performer.searching_after(Duration::ZERO), ..bench };
+        assert_eq!(bench.find(&batch).await, Found::NotThere);
+    }
+}
+
+#[tokio::test]
+async fn what_was_not_asked_of_a_batch_by_our_time_is_not_ours() {
+    let bench = Bench::new(1).await;
+    // One that runs, of before: it cannot be the one.
+    bench.submit(&["!batch-looks=9 other"]).await;
+    let mut batch = bench.batch(&["one"]);
+    batch.since = UnixMs(now_unix_ms() + 3_600_000);
+    assert_eq!(bench.performer.find(&batch).await, Ok(Found::NotYet));
+    let bench = Bench { performer: bench.performer.searching_after(Duration::ZERO), ..bench };
+    assert_eq!(bench.find(&batch).await, Found::NotThere);
+}
+
+#[tokio::test]
+async fn a_refused_batch_is_surely_not_submitted() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let check = async |prompt: &str, class, wait| {
+            let refused = bench.performer.submit(&bench.batch(&[prompt, "a secret phrase"])).await;
+            let Err(Unsubmitted::Refused(failure)) = refused else { panic!("{refused:?}") };
+            assert_eq!((failure.class, failure.retry_after_ms), (class, wait), "{failure:?}");
+            failure
+        };
+        let quoted = check("!batch-status=400 message=not_a_secret_phrase,_please", FailureClass::Invalid, None).await;
+        assert!(quoted.message.contains("not […], please"), "{quoted:?}");
+        check("!batch-status=429 retry-after=2.5", FailureClass::Throttled, Some(2_500)).await;
+        if provider == 0 || provider == 3 {
+            // A file is no batch.
+            check("!batch-upload=500", FailureClass::Transient, None).await;
+        }
+        assert_eq!(bench.made(), []);
+    }
+}
+
+#[tokio::test]
+async fn what_may_have_reached_a_provider_is_unclear_and_what_cannot_have_is_not() {
+    for provider in 0..PROVIDERS.len() {
+        // Nobody listens there.
+        let gone = Bench::new(provider).await;
+        let batch = gone.batch(&["one"]);
+        let nowhere = performer("http://127.0.0.1:1", provider, "sk-a", LIMITS);
+        let refused = nowhere.submit(&batch).await;
+        assert!(
+            matches!(&refused, Err(Unsubmitted::Refused(failure)) if failure.class == FailureClass::Transient),
+            "{refused:?}"
+        );
+        assert!(nowhere.find(&batch).await.is_err());
+        // A refused key does not reach the batches.
+        let bad = Bench::with(provider, BAD_KEY, LIMITS).await;
+        let refused = bad.performer.submit(&bad.batch(&["one"])).await;
+        let Err(Unsubmitted::Refused(failure)) = refused else { panic!("{refused:?}") };
+        assert_eq!(failure.class, FailureClass::Auth);
+        assert!(!failure.message.contains(BAD_KEY));
+    }
+}
+
+#[tokio::test]
+async fn errors_of_items_are_judged_as_those_of_calls() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let prompts = ["!status=400", "!status=429", "!status=500", "fine"];
+        let (batch, remote) = bench.submit(&prompts).await;
+        let arrived = bench.collected(&batch, &remote).await;
+        assert_eq!(places(&arrived), [0, 1, 2, 3]);
+        let classes: Vec<FailureClass> = arrived[..3].iter().map(|(_, performed)| failure(performed).class).collect();
+        assert_eq!(classes, [FailureClass::Invalid, FailureClass::Throttled, FailureClass::Transient]);
+        assert!(arrived[..3].iter().all(|(_, performed)| performed.cost == Some(Picodollars(0))));
+        assert_eq!(generation(&arrived[3].1).text, "fine");
+    }
+}
+
+#[tokio::test]
+async fn what_an_expired_or_cancelled_batch_has_is_kept_and_the_rest_is_missing() {
+    for provider in 0..PROVIDERS.len() {
+        for end in ["expired", "cancelled"] {
+            let bench = Bench::new(provider).await;
+            let first = format!("!batch-end={end} !batch-partial=2 one");
+            let (batch, remote) = bench.submit(&[&first, "two", "three", "four"]).await;
+            assert_eq!(bench.performer.look(&batch, &remote).await, Ok(Stage::Ended));
+            let arrived = bench.collected(&batch, &remote).await;
+            assert_eq!(places(&arrived), [0, 1], "{end}");
+            assert_eq!(generation(&arrived[1].1).text, "two");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_batch_is_cancelled_and_what_is_done_can_be_read() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let (batch, remote) = bench.submit(&["!batch-looks=99 !batch-partial=1 one", "two"]).await;
+        bench.performer.cancel(&batch, &remote).await.unwrap();
+        assert_eq!(bench.performer.look(&batch, &remote).await, Ok(Stage::Ended));
+        assert_eq!(places(&bench.collected(&batch, &remote).await), [0]);
+        // One that has ended is as good as cancelled.
+        bench.performer.cancel(&batch, &remote).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_batch_that_is_refused_as_a_whole_tells_why() {
+    for provider in [0, 2, 3] {
+        let bench = Bench::new(provider).await;
+        let (batch, remote) = bench.submit(&["!batch-end=invalid_request_error one"]).await;
+        let told = bench.performer.look(&batch, &remote).await;
+        let Ok(Stage::Refused(failure)) = told else { panic!("{told:?}") };
+        let expect = if provider == 3 { FailureClass::Transient } else { FailureClass::Invalid };
+        assert_eq!(failure.class, expect, "{failure:?}");
+        assert_eq!(places(&bench.collected(&batch, &remote).await), [0; 0]);
+    }
+    // Others are to be done first.
+    let bench = Bench::new(0).await;
+    let (batch, remote) = bench.submit(&["!batch-end=token_limit_exceeded one"]).await;
+    let told = bench.performer.look(&batch, &remote).await;
+    assert!(matches!(&told, Ok(Stage::Refused(failure)) if failure.class == FailureClass::Throttled), "{told:?}");
+}
+
+#[tokio::test]
+async fn results_that_break_off_are_read_again() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let (batch, remote) = bench.submit(&["!batch-cut=1 one", "two", "three"]).await;
+        assert_eq!(bench.performer.look(&batch, &remote).await, Ok(Stage::Ended));
+        let (_, told) = bench.collect(&batch, &remote).await;
+        assert_eq!(told.unwrap_err().class, FailureClass::Transient);
+        assert_eq!(places(&bench.collected(&batch, &remote).await), [0, 1, 2]);
+    }
+}
+
+#[tokio::test]
+async fn disorder_in_results_does_not_matter() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let (batch, remote) = bench.submit(&["!batch-garbled one", "two", "three"]).await;
+        let arrived = bench.collected(&batch, &remote).await;
+        assert_eq!(places(&arrived), [0, 1, 2], "each once");
+        let texts: Vec<&str> = arrived.iter().map(|(_, performed)| generation(performed).text.as_str()).collect();
+        assert_eq!(texts, ["one", "two", "three"]);
+    }
+}
+
+#[tokio::test]
+async fn an_item_that_cannot_be_asked_does_not_fail_the_batch() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let mut batch = bench.batch(&["one", "two"]);
+        batch.items[0].spec.sampling.controls.min_p = Some(0.5);
+        let remote = bench.performer.submit(&batch).await.unwrap();
+        assert_eq!(bench.made()[0].items.len(), 1);
+        let arrived = bench.collected(&batch, &remote).await;
+        assert_eq!(failure(&arrived[0].1).class, FailureClass::Invalid);
+        assert!(failure(&arrived[0].1).message.contains("does not take min_p"));
+        assert_eq!(arrived[0].1.cost, Some(Picodollars(0)));
+        assert_eq!(generation(&arrived[1].1).text, "two");
+        // Of nothing else there is no batch at the provider, and what is known of it outlasts the worker.
+        batch.items.pop();
+        let remote = bench.performer.submit(&batch).await.unwrap();
+        assert_eq!(bench.performer.look(&batch, &remote).await, Ok(Stage::Ended));
+        assert_eq!(bench.performer.cancel(&batch, &remote).await, Ok(()));
+        assert_eq!(places(&bench.collected(&batch, &remote).await), [0]);
+        assert_eq!(bench.made().len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn what_is_left_out_is_noted_in_the_result() {
+    let bench = Bench::with(0, "sk-a", Limits { unsupported: Unsupported::LeaveOut, ..LIMITS }).await;
+    let mut batch = bench.batch(&["one"]);
+    batch.items[0].spec.sampling.controls.min_p = Some(0.5);
+    let remote = bench.performer.submit(&batch).await.unwrap();
+    let arrived = bench.collected(&batch, &remote).await;
+    assert_eq!(generation(&arrived[0].1).left_out, ["min_p"]);
+}
+
+#[tokio::test]
+async fn what_has_no_room_in_a_batch_is_left_for_another() {
+    let bench = Bench::new(2).await;
+    let long = format!("!words=2 {}", "x".repeat(9_000_000));
+    let (batch, remote) = bench.submit(&[&long, &long, &long]).await;
+    assert_eq!(bench.made()[0].items.len(), 2, "20 MB are what Gemini takes");
+    assert_eq!(places(&bench.collected(&batch, &remote).await), [0, 1]);
+    // One that never has room cannot be asked at all.
+    let (batch, remote) = bench.submit(&[&"x".repeat(20_000_000), "two"]).await;
+    let arrived = bench.collected(&batch, &remote).await;
+    assert_eq!((places(&arrived), failure(&arrived[0].1).class), (vec![0, 1], FailureClass::Invalid));
+}
+
+#[tokio::test]
+async fn a_key_does_not_leave_for_where_results_are_said_to_be() {
+    let bench = Bench::new(1).await;
+    let (batch, remote) = bench.submit(&["!batch-elsewhere one"]).await;
+    let (arrived, told) = bench.collect(&batch, &remote).await;
+    assert!(arrived.is_empty());
+    let failure = told.unwrap_err();
+    assert!(failure.message.contains("another host"), "{failure:?}");
+}
+
+#[tokio::test]
+async fn lanes_with_a_batch_api_are_offered_with_their_first_key() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let lane = bench.model.lane();
+        assert!(bench.performer.batches(&lane));
+        let offers = bench.performer.batch_offers();
+        assert_eq!((offers.len(), offers[0].items_max), (1, 10_000));
+        assert_eq!(offers[0].lane.to_string(), format!("{lane}+batch"));
+        assert_eq!(offers[0].key.as_ref(), bench.performer.keys.first(&lane));
+        // A batch of a key that is gone cannot be looked at with another one.
+        let other = Bench::with(provider, "sk-b", LIMITS).await;
+        let told = other.performer.look(&bench.batch(&["one"]), "x").await;
+        assert_eq!(told.unwrap_err().class, FailureClass::Auth);
+    }
+}
+
+#[tokio::test]
+async fn a_batch_that_is_not_there_any_more_is_told() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let told = bench.performer.look(&bench.batch(&["one"]), "../x?y#z").await;
+        assert_eq!(told.unwrap_err().class, FailureClass::NotFound);
+    }
+}
