@@ -2,7 +2,6 @@
 //!
 //! Never here: another try after a failure, and the bound of the whole attempt, which the worker's loop keeps.
 
-use crate::batch::perform::SETTLED;
 use crate::breaker;
 use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
@@ -51,8 +50,6 @@ pub struct Performer {
     pub(crate) keys: Keys,
     calls_start: u32,
     rows: Vec<config::Limit>,
-    /// How long after a batch may have been submitted a search that does not find it proves nothing.
-    pub(crate) settled: Duration,
 }
 
 /// How calls are made.
@@ -95,7 +92,6 @@ impl Performer {
             keys,
             calls_start: limits.calls_max,
             rows: Vec::new(),
-            settled: SETTLED,
         }
     }
 

@@ -239,6 +239,7 @@ fn create(form: Form, provider: Arc<Provider>, model: String, headers: HeaderMap
     match script.batch.lost.filter(|_| misbehaves) {
         Some(Lost::Failed) => form.refuse(Refusal::new(500, "server_error", "The stand-in was told to fail.")),
         Some(Lost::Cut) => sent(told, true, "application/json"),
+        Some(Lost::Stall) => Body::from_stream(stream::pending::<io::Result<Bytes>>()).into_response(),
         None => sent(told, false, "application/json"),
     }
 }

@@ -38,7 +38,7 @@
 //! | directive | effect |
 //! |---|---|
 //! | `!batch-status=N` | is not made: this status and an error; `times=N`: the first N times |
-//! | `!batch-lost` | is made, but the answer is a 500; with `=cut` half an answer; `times=N`: the first N times |
+//! | `!batch-lost` | is made, but the answer is a 500; with `=cut` half an answer, with `=stall` none; `times=N`: the first N times |
 //! | `!batch-upload=N` | its file is refused with this status |
 //! | `!batch-looks=N`, `!batch-ms=MS` | still runs when looked at the first N times, until MS after it was made |
 //! | `!batch-end=X` | ends as `expired` or `cancelled`, else is failed with the code X |
@@ -97,6 +97,8 @@ pub enum Lost {
     Failed,
     /// By half an answer.
     Cut,
+    /// By an answer that does not come.
+    Stall,
 }
 
 /// How a batch ends.
@@ -231,7 +233,13 @@ impl Script {
         let (fault, batch) = (&mut self.fault, &mut self.batch);
         match name {
             "batch-status" => batch.status = value.parse().ok(),
-            "batch-lost" => batch.lost = Some(if value == "cut" { Lost::Cut } else { Lost::Failed }),
+            "batch-lost" => {
+                batch.lost = Some(match value {
+                    "cut" => Lost::Cut,
+                    "stall" => Lost::Stall,
+                    _ => Lost::Failed,
+                });
+            }
             "batch-upload" => batch.upload = value.parse().ok(),
             "batch-looks" => batch.looks = number(),
             "batch-ms" => batch.ms = number(),

@@ -74,6 +74,8 @@ impl Calls<'_> {
         let client = self.http.client(&self.endpoint.base_url);
         let mut call = match request.method {
             Method::Get => client.get(url),
+            // Nothing is no JSON.
+            Method::Post if request.body.is_empty() => client.post(url).body(request.body),
             Method::Post => client.post(url).header(CONTENT_TYPE, &request.content_type).body(request.body),
         };
         for (name, value) in &self.endpoint.provider.headers {

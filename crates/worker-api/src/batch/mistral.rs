@@ -13,6 +13,9 @@ use std::time::{Duration, UNIX_EPOCH};
 /// How many jobs a page of the list has.
 const PAGE: usize = 100;
 
+/// The last point in time that RFC 3339 can spell.
+const SPELLED_MAX_MS: u64 = 253_402_300_799_999;
+
 /// The API.
 #[derive(Debug)]
 pub(super) struct Mistral;
@@ -54,7 +57,7 @@ impl BatchApi for Mistral {
     }
 
     fn list(&self, since: UnixMs, next: Option<&str>) -> String {
-        let since = UNIX_EPOCH.checked_add(Duration::from_millis(since.0)).unwrap_or(UNIX_EPOCH);
+        let since = UNIX_EPOCH + Duration::from_millis(since.0.min(SPELLED_MAX_MS));
         let since = escaped(&humantime::format_rfc3339_seconds(since).to_string());
         format!("/batch/jobs?page={}&page_size={PAGE}&created_after={since}", escaped(next.unwrap_or("0")))
     }

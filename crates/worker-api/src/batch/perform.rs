@@ -33,10 +33,6 @@ const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The name of a batch that no provider was told of, because none of its items can be asked.
 const NOTHING: &str = "nothing";
 
-/// How long after a batch may have been submitted a search that does not find it proves nothing: its provider may be
-/// about to make it.
-pub(crate) const SETTLED: Duration = Duration::from_secs(60);
-
 /// How far a provider's clock may be behind.
 const CLOCKS: Duration = Duration::from_secs(10 * 60);
 
@@ -47,13 +43,6 @@ impl Performer {
     /// How the jobs of a lane go out in batches, if they can.
     pub(crate) fn batch_api(&self, lane: &Lane) -> Option<&'static dyn BatchApi> {
         self.limits.batches.then(|| self.catalog.endpoints.get(lane).and_then(api_of)).flatten()
-    }
-
-    /// The same one, which believes a search that finds no batch only so long after it may have been submitted.
-    #[must_use]
-    pub fn searching_after(mut self, settled: Duration) -> Self {
-        self.settled = settled;
-        self
     }
 
     /// How a batch's provider is called, with the key that the batch has.
@@ -104,9 +93,7 @@ impl PerformBatches for Performer {
     }
 
     async fn find(&self, batch: &Batch) -> Result<Found, Failure> {
-        let found = self.desk(batch)?.find(batch).await?;
-        let settled = UnixMs(now_unix_ms()).ms_since(batch.since) >= millis(self.settled);
-        Ok(if found == Found::NotThere && !settled { Found::NotYet } else { found })
+        self.desk(batch)?.find(batch).await
     }
 
     async fn look(&self, batch: &Batch, remote: &str) -> Result<Stage, Failure> {
