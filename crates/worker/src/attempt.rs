@@ -2,6 +2,7 @@
 
 use crate::finisher::Finisher;
 use crate::perform::{Perform, Progress, Reported, Started, Task};
+use crate::permits::{Gated, Permits};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::gate::{Observation, Signal};
 use genmill_core::judge::{Policy, Throttle, judge};
@@ -10,6 +11,7 @@ use genmill_daemon::random::random_u64;
 use genmill_queue::{Finish, Kept, Lease};
 use std::future::Future;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -40,10 +42,11 @@ pub(crate) enum Stop {
 
 /// What an attempt needs beside the job.
 pub(crate) struct Bench<P> {
-    pub(crate) performer: std::sync::Arc<P>,
+    pub(crate) performer: Arc<P>,
     pub(crate) policy: Policy,
     pub(crate) reported: mpsc::Sender<Reported>,
     pub(crate) finisher: Finisher,
+    pub(crate) gated: Arc<Gated>,
 }
 
 impl<P> Clone for Bench<P> {
@@ -53,6 +56,7 @@ impl<P> Clone for Bench<P> {
             policy: self.policy,
             reported: self.reported.clone(),
             finisher: self.finisher.clone(),
+            gated: self.gated.clone(),
         }
     }
 }
@@ -66,7 +70,8 @@ pub(crate) async fn attempt<P: Perform>(
 ) {
     let token = CancellationToken::new();
     let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone(), key: lease.key.clone() };
-    let progress = Progress::new(&task, started, bench.reported.clone());
+    let permits = Permits::new(bench.gated.clone(), lease.held());
+    let progress = Progress::new(&task, started, bench.reported.clone()).with_permits(permits);
     let performer = bench.performer.clone();
     let work = performer.perform(task, progress, token.clone());
     let (performed, stop) = until_stopped(work, &lease, told, &token).await;

@@ -4,6 +4,7 @@
 use crate::attempt::{Bench, Stop, attempt, finish};
 use crate::finisher::Finisher;
 use crate::perform::{Offer, Perform, Places, Started};
+use crate::permits::Gated;
 use crate::run::Options;
 use crate::text::{PIECES_MAX, pass_on};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
@@ -81,6 +82,7 @@ pub(crate) struct LaneLoop<P> {
 impl<P: Perform> LaneLoop<P> {
     pub(crate) fn new(
         queue: Queue,
+        gated: Arc<Gated>,
         performer: Arc<P>,
         options: Arc<Options>,
         (number, offer): (LaneNumber, Offer),
@@ -92,7 +94,7 @@ impl<P: Perform> LaneLoop<P> {
         writers.spawn(pass_on(queue.clone(), number, options.worker.clone(), receiver));
         Self {
             declared: performer.declares(&offer.lane),
-            bench: Bench { performer, policy: options.policy, reported, finisher },
+            bench: Bench { performer, policy: options.policy, reported, finisher, gated },
             queue,
             options,
             number,

@@ -9,6 +9,7 @@ mod batching;
 mod finisher;
 mod lane;
 pub mod perform;
+pub mod permits;
 mod run;
 mod serve;
 mod text;

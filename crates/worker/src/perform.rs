@@ -1,5 +1,6 @@
 //! What a worker daemon adds to the loop: the work itself. Never here: leases, retries, Redis.
 
+use crate::permits::Permits;
 use genmill_core::attempt::Performed;
 use genmill_core::gate::{Declaration, KeyId};
 use genmill_core::ids::{Epoch, JobId};
@@ -125,6 +126,8 @@ pub struct Progress {
     held: Held,
     /// To be set as soon as work on the job begins.
     pub started: Started,
+    /// Where calls are permitted beside the one for which the job was fed.
+    pub permits: Permits,
     /// The job has several samples, whose texts follow each other in parts that name them.
     several: bool,
     open: Arc<()>,
@@ -136,7 +139,14 @@ impl Progress {
     #[must_use]
     pub fn new(task: &Task, started: Started, reported: mpsc::Sender<Reported>) -> Self {
         let several = task.spec.sampling.controls.samples() > 1;
-        Self { held: Held { id: task.id, epoch: task.epoch }, started, several, open: Arc::default(), reported }
+        let held = Held { id: task.id, epoch: task.epoch };
+        Self { held, started, permits: Permits::default(), several, open: Arc::default(), reported }
+    }
+
+    /// The same progress with permits of the queue.
+    #[must_use]
+    pub fn with_permits(self, permits: Permits) -> Self {
+        Self { permits, ..self }
     }
 
     /// Reports more text of the first sample, see [`Progress::text_of`].

@@ -2,6 +2,7 @@
 
 use crate::lane::{Bell, LEAVE_WITHIN, LaneLoop};
 use crate::perform::Perform;
+use crate::permits::Gated;
 use futures_util::future::join_all;
 use genmill_core::ids::{LaneNumber, WorkerId};
 use genmill_core::judge::Policy;
@@ -48,11 +49,14 @@ pub async fn run<P: Perform>(
     let options = Arc::new(options);
     let offers = performer.offers();
     let capacity = offers.iter().map(|offer| offer.capacity).sum();
-    let mut lanes = Vec::with_capacity(offers.len());
+    let mut opened = Vec::with_capacity(offers.len());
     for offer in offers {
-        let lane = (queue.open_lane(&offer.lane).await?, offer);
-        lanes.push(LaneLoop::new(queue.clone(), performer.clone(), options.clone(), lane));
+        opened.push((queue.open_lane(&offer.lane).await?, offer));
     }
+    let numbers = opened.iter().map(|(number, offer)| (offer.lane.clone(), *number)).collect();
+    let gated = Arc::new(Gated::new(queue.clone(), numbers));
+    let lane_loop = |lane| LaneLoop::new(queue.clone(), gated.clone(), performer.clone(), options.clone(), lane);
+    let mut lanes: Vec<_> = opened.into_iter().map(lane_loop).collect();
     let bells: BTreeMap<LaneNumber, Arc<Bell>> = lanes.iter().map(LaneLoop::bell).collect();
     let numbers: Vec<LaneNumber> = bells.keys().copied().collect();
     // The subscription comes before the first claim, so that no hint falls between.
