@@ -53,7 +53,7 @@ pub struct GateState {
     pub held_by: Option<HeldBy>,
 }
 
-/// A model whose jobs wait because no key has room for them.
+/// A model whose jobs wait because no key has room for them, or that its provider keeps from being called with any key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldBack {
     /// The model with its prefix.

@@ -1,5 +1,5 @@
-//! One call to a provider: sent, read, and what became of it. Never here: whether it may go out now (`gates`), and what
-//! follows from how it ended (`perform`).
+//! One call to a provider: sent, read, and what became of it. Never here: whether it may go out now (the lane's gates), and
+//! what follows from how it ended (`perform`).
 
 use crate::catalog::Endpoint;
 use crate::collect::Collected;

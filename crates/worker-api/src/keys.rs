@@ -33,10 +33,14 @@ impl Keys {
         self.lanes.get(lane)?.first().map(|(key, _)| key)
     }
 
+    /// The keys of a lane; `None` when it cannot be called at all.
+    pub(crate) fn of(&self, lane: &Lane) -> Option<Vec<KeyId>> {
+        Some(self.lanes.get(lane)?.iter().map(|(id, _)| id.clone()).collect())
+    }
+
     /// What is declared of a lane.
     pub(crate) fn declaration(&self, lane: &Lane, start: u32, limits: Vec<Limit>) -> Option<Declaration> {
-        let keys = self.lanes.get(lane)?.iter().map(|(id, _)| id.clone()).collect();
-        Some(Declaration { keys, start, limits })
+        Some(Declaration { keys: self.of(lane)?, start, limits })
     }
 }
 

@@ -7,7 +7,6 @@
 
 pub mod auth;
 pub mod batch;
-pub mod breaker;
 mod call;
 pub mod catalog;
 pub mod collect;
@@ -15,7 +14,6 @@ pub mod credit;
 pub mod dialect;
 pub mod failure;
 pub mod fallbacks;
-pub mod gates;
 pub mod guard;
 pub mod http;
 pub mod inspect;

@@ -2,13 +2,11 @@
 //!
 //! Never here: another try after a failure, and the bound of the whole attempt, which the worker's loop keeps.
 
-use crate::breaker;
 use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
 use crate::collect::Collected;
-use crate::failure::{Fault, Health, Kind};
+use crate::failure::Kind;
 use crate::fallbacks::Fallbacks;
-use crate::gates::{Gates, Passage, patience};
 use crate::http::Http;
 use crate::keys::{Keys, limits_of, observe};
 use crate::prices::{Class, Day, Prices};
@@ -18,24 +16,17 @@ use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outc
 use genmill_core::gate::{Declaration, KeyId};
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
-use genmill_core::model::{Lane, ModelName};
+use genmill_core::model::Lane;
 use genmill_core::money::Picodollars;
 use genmill_core::registration::ServedModel;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
 use genmill_daemon::config;
 use genmill_worker::perform::{Offer, Perform, Progress, Task};
-use std::borrow::Cow;
+use genmill_worker::permits::{Leave, Permits};
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-
-/// A job waits in the worker's hands for so long at most until its provider may be called, and never for more than half
-/// of what its attempt may take. Then the queue has it back, as if it had never been taken.
-const HELD_MAX: Duration = Duration::from_secs(30);
-
-/// A job that has to wait for longer than this waits in the queue, until the time is known to have come.
-const HANDED_BACK_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Calls providers.
 #[derive(Debug)]
@@ -45,7 +36,6 @@ pub struct Performer {
     pub(crate) http: Http,
     pub(crate) limits: Limits,
     fallbacks: Fallbacks,
-    gates: Gates,
     repeats: Repeats,
     pub(crate) keys: Keys,
     calls_start: u32,
@@ -87,7 +77,6 @@ impl Performer {
             http,
             limits,
             fallbacks: Fallbacks::default(),
-            gates: Gates::default(),
             repeats: Repeats::default(),
             keys,
             calls_start: limits.calls_max,
@@ -124,48 +113,43 @@ impl Perform for Performer {
         self.catalog.models.iter().map(|model| ServedModel { batches: batches(model), ..model.clone() }).collect()
     }
 
-    fn metrics(&self) -> String {
-        self.gates.metrics()
-    }
-
     async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
+        let begun = Instant::now();
+        let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), begun, stop: &stop };
+        let mut tried = self.attempt(own, &mut progress).await;
+        // The job's own permit is for its own model; the others have theirs.
+        let (observation, mut spent) = (tried.performed.observation, tried.performed.cost);
+        let (mut first, mut answers) = (None, None);
         let fallback = self.fallbacks.of(&task.spec.model);
-        let served = |model: &&ModelName| self.catalog.endpoints.contains_key(&model.lane());
-        let others: Vec<&ModelName> = fallback.into_iter().flat_map(|fallback| &fallback.to).filter(served).collect();
-        let mut others = others.into_iter();
-        let mut spec = Cow::Borrowed(&task.spec);
-        let (begun, mut spent, mut first) = (Instant::now(), Some(Picodollars(0)), None);
-        let (mut key, mut observation) = (task.key.as_ref(), None);
-        loop {
-            // One that can be replaced is not waited for.
-            let held = if others.len() > 0 { Duration::ZERO } else { held_max(&spec) };
-            let attempt = Attempt { job: task.id, spec: &spec, key: key.take(), begun, held, stop: &stop };
-            let tried = self.attempt(attempt, &mut progress).await;
-            // The permit is for the job's own model, which is asked first.
-            observation = observation.or(tried.performed.observation);
+        for next in fallback.into_iter().flat_map(|fallback| &fallback.to) {
+            let helps = fallback.is_some_and(|fallback| tried.failed.is_some_and(|kind| fallback.helps(kind)));
+            if !helps || stop.is_cancelled() {
+                break;
+            }
+            let spec = JobSpec { model: next.clone(), ..task.spec.clone() };
+            let Some(leave) = self.leave(&spec, &progress.permits).await else { continue };
+            tracing::warn!(job = %task.id, model = %task.spec.model, kind = ?tried.failed, %next, "failed: asking another model");
+            let other = Attempt { job: task.id, spec: &spec, key: leave.key.as_ref(), begun, stop: &stop };
+            let failed = std::mem::replace(&mut tried, self.attempt(other, &mut progress).await);
+            leave.settle(tried.performed.observation.as_ref()).await;
             spent = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
-            let may_go_on = fallback.is_some_and(|fallback| tried.failed.is_some_and(|kind| fallback.helps(kind)));
-            let next = others.next().filter(|_| may_go_on && !stop.is_cancelled());
-            let Some(next) = next else {
-                let mut outcome = tried.performed.outcome;
-                if let (Outcome::Generated(generation), Cow::Owned(spec)) = (&mut outcome, &spec) {
-                    generation.answered_by = Some(spec.model.clone());
-                }
-                let outcome = match first {
-                    Some(first) => in_all(first, outcome),
-                    None => outcome,
-                };
-                return Performed { outcome, cost: spent, observation };
-            };
-            tracing::warn!(job = %task.id, model = %spec.model, kind = ?tried.failed, %next, "failed: asking another model");
-            first.get_or_insert(tried.performed.outcome);
-            spec = Cow::Owned(JobSpec { model: next.clone(), ..task.spec.clone() });
+            first.get_or_insert(failed.performed.outcome);
+            answers = Some(next);
         }
+        let mut outcome = tried.performed.outcome;
+        if let (Outcome::Generated(generation), Some(model)) = (&mut outcome, answers) {
+            generation.answered_by = Some(model.clone());
+        }
+        let outcome = match first {
+            Some(first) => in_all(first, outcome),
+            None => outcome,
+        };
+        Performed { outcome, cost: spent, observation }
     }
 }
 
 /// What becomes of a job whose model ended as `first` tells, and the last of its fallbacks as `last`: an answer counts,
-/// else whatever lets the job be tried again. It goes back to the queue only after somebody has waited.
+/// else whatever lets the job be tried again.
 fn in_all(first: Outcome, last: Outcome) -> Outcome {
     match (first, last) {
         (Outcome::Failed(first), Outcome::Failed(last)) => {
@@ -173,10 +157,6 @@ fn in_all(first: Outcome, last: Outcome) -> Outcome {
                 if last.class.is_retried() && !first.class.is_retried() { (last, first) } else { (first, last) };
             let message = format!("{}; and another model: {}", told.message, other.message);
             Outcome::Failed(Failure::new(told.class, message).retry_after_ms(told.retry_after_ms))
-        }
-        (Outcome::HandedBack, Outcome::Failed(last)) if !last.class.is_retried() => {
-            let message = format!("the model is spared for now, and in its place: {}", last.message);
-            Outcome::Failed(Failure::new(FailureClass::Throttled, message))
         }
         (first @ Outcome::Failed(_), Outcome::HandedBack) => first,
         (_, last) => last,
@@ -187,12 +167,10 @@ fn in_all(first: Outcome, last: Outcome) -> Outcome {
 struct Attempt<'a> {
     job: JobId,
     spec: &'a JobSpec,
-    /// The key for which the queue has a permit; `None`: this worker alone decides when to call.
+    /// The key for which the queue has given a permit; `None`: any, its lane has no gates.
     key: Option<&'a KeyId>,
     /// When the job's attempt began.
     begun: Instant,
-    /// How long it may wait until the model may be called.
-    held: Duration,
     stop: &'a CancellationToken,
 }
 
@@ -204,10 +182,14 @@ struct Tried {
 }
 
 impl Performer {
+    /// Leave to ask a model beside the job's own, where this worker serves it and its gates have room.
+    async fn leave(&self, spec: &JobSpec, permits: &Permits) -> Option<Leave> {
+        permits.ask(spec, &self.keys.of(&spec.model.lane())?).await
+    }
+
     /// Asks one model.
     async fn attempt(&self, attempt: Attempt<'_>, progress: &mut Progress) -> Tried {
-        let Attempt { job, spec, key, begun, held, stop } = attempt;
-        let model = spec.model.backend_name();
+        let Attempt { job, spec, key, begun, stop } = attempt;
         let lane = spec.model.lane();
         let Some(endpoint) = self.keys.endpoint(&lane, key) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
@@ -215,25 +197,8 @@ impl Performer {
                 Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)), observation: None };
             return Tried { performed, failed: Some(Kind::NotFound) };
         };
-        let passage = match key {
-            Some(_) => None,
-            None => {
-                let gate = self.gates.of(&endpoint.name, model);
-                let passage = tokio::select! {
-                    biased;
-                    () = stop.cancelled() => Err(None),
-                    passage = gate.pass(patience(held)) => passage,
-                };
-                match passage {
-                    Ok(passage) => Some(passage),
-                    Err(until) => {
-                        return Tried { performed: waits(&endpoint.name, until), failed: Some(Kind::Throttled) };
-                    }
-                }
-            }
-        };
         progress.started.set();
-        let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(model));
+        let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(spec.model.backend_name()));
         let mut call = Call { endpoint, dialect, http, limits, spec, progress, begun };
         let mut collected = Collected::new(&spec.sampling.stop);
         let ended = tokio::select! {
@@ -241,7 +206,7 @@ impl Performer {
             ended = call.make(&mut collected) => ended,
             () = stop.cancelled() => Ended::Stopped,
         };
-        let ended = self.judged(job, ended, passage);
+        let ended = self.judged(job, ended);
         let failed = match &ended {
             // What was shown already cannot be taken back within an attempt.
             Ended::Refused(fault) | Ended::Broken(fault) if collected.bytes() == 0 => Some(fault.kind),
@@ -251,23 +216,9 @@ impl Performer {
         Tried { performed: performed(ended, collected, cost), failed }
     }
 
-    /// Tells the circuit how a call ended, and whether the same failure has come too often.
-    fn judged(&self, job: JobId, ended: Ended, passage: Option<Passage>) -> Ended {
-        let fault = match &ended {
-            Ended::Answered => {
-                if let Some(passage) = passage {
-                    passage.came(breaker::Came::Told(Health::Works, None));
-                }
-                return ended;
-            }
-            // It is given up by itself.
-            Ended::Stopped => return ended,
-            Ended::Refused(fault) | Ended::Broken(fault) => fault,
-        };
-        let asked = fault.asked_ms.map(Duration::from_millis);
-        if let Some(passage) = passage {
-            passage.came(breaker::Came::Told(fault.kind.policy().health, asked));
-        }
+    /// The same end, unless the same failure has come too often.
+    fn judged(&self, job: JobId, ended: Ended) -> Ended {
+        let (Ended::Refused(fault) | Ended::Broken(fault)) = &ended else { return ended };
         if !fault.mark.as_ref().is_some_and(|mark| self.repeats.ends(job, mark)) {
             return ended;
         }
@@ -325,24 +276,6 @@ pub(crate) fn performed(ended: Ended, collected: Collected, cost: Option<Picodol
     };
     let observation = Some(observe(&outcome, usage, told));
     Performed { outcome, cost, observation }
-}
-
-/// How long a job may wait in the worker's hands.
-fn held_max(spec: &JobSpec) -> Duration {
-    spec.timeout_ms.map_or(HELD_MAX, |ms| Duration::from_millis(ms / 2).min(HELD_MAX))
-}
-
-/// What becomes of a job whose provider may not be called until some time, as far as that is known. Nothing was spent.
-fn waits(provider: &str, until: Option<Instant>) -> Performed {
-    let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
-    let outcome = if left > HANDED_BACK_MAX {
-        let what = format!("asked not to be called for {} min more", left.as_secs().div_ceil(60));
-        let asked_ms = u64::try_from(left.as_millis()).ok();
-        Outcome::Failed(Fault::new(Kind::Throttled, provider, &what).asked_ms(asked_ms).into_failure())
-    } else {
-        Outcome::HandedBack
-    };
-    Performed { outcome, cost: Some(Picodollars(0)), observation: None }
 }
 
 #[cfg(test)]

@@ -168,9 +168,10 @@ function permits.settle(lent, now, told)
 end
 
 -- How the gates stand: for each key, model, calls with a permit, window, when a small job may pass (0 now, '' when a
--- call ends) and what it waits for. Then for each model that is held back: model, when, what for.
+-- call ends) and what it waits for. Then for each model that is held back, or that its provider keeps from being called:
+-- model, when, what for.
 function permits.show(now)
-  local shown, held = {}, {}
+  local shown, held, tries = {}, {}, {}
   local function time(at) return at <= now and '0' or at < math.huge and digits(at) or '' end
   for _, full in ipairs(redis.call('HKEYS', key('gates'))) do
     local name, model = string.match(full, '^([^:]*):(.*)$')
@@ -178,10 +179,11 @@ function permits.show(now)
     local at, why = opens(gate, limits, 1, now)
     local most = window(gate, limits)
     shown[#shown + 1] = { name, model, gate.in_flight, most < math.huge and digits(most) or '', time(at), why }
+    if model ~= '' and (why == 'throttled' or why == 'failing') then tries[model] = 0 end
   end
   local shut = redis.call('ZRANGE', key('shut'), 0, -1, 'WITHSCORES')
-  for index = 1, #shut, 2 do
-    local model, tried = shut[index], tonumber(shut[index + 1])
+  for index = 1, #shut, 2 do tries[shut[index]] = tonumber(shut[index + 1]) end
+  for model, tried in pairs(tries) do
     local name, at, why = choose(model, 1, now)
     -- Those that wait may be larger.
     if name and tried > now then at, why = tried, 'tokens' end

@@ -4,7 +4,9 @@ use crate::mill::{Mill, api_error};
 use futures_util::future::join_all;
 use genmill_core::ids::LaneNumber;
 use genmill_core::model::{Lane, Prefix};
-use genmill_queue::{BatchRecord, BatchState, HeldBack, HeldBy, LaneState, Opens, QueueError, Setting, Settings};
+use genmill_queue::{
+    BatchRecord, BatchState, Gates, HeldBack, HeldBy, LaneState, Opens, QueueError, Setting, Settings,
+};
 use genmill_wire::error::ApiError;
 use genmill_wire::to_pb::timestamp;
 use genmill_wire::v1;
@@ -28,13 +30,16 @@ pub(super) async fn serve(mill: &Mill) -> Result<v1::ListLanesResponse, Status> 
 /// What is held back in a lane, where anything can be.
 async fn held_back(mill: &Mill, number: LaneNumber, lane: &Lane, state: Option<LaneState>) -> Vec<HeldBack> {
     let is_remote = Prefix::find(&lane.prefix).is_some_and(Prefix::is_remote);
-    if !is_remote || state.is_none_or(|state| state.queued == 0) {
+    if !is_remote || state.is_none() {
         return Vec::new();
     }
-    mill.queue.gates(number).await.map(|gates| gates.held_back).unwrap_or_else(|error| {
+    let gates = mill.queue.gates(number).await.unwrap_or_else(|error| {
         tracing::warn!(error = error.in_full(), lane = number.0, "cannot look at what is held back");
-        Vec::new()
-    })
+        Gates::default()
+    });
+    let mut held = gates.held_back;
+    held.sort_unstable_by(|a, b| a.model.cmp(&b.model));
+    held
 }
 
 /// The batches of a lane, where it can have any.

@@ -296,58 +296,6 @@ async fn each_part_of_an_answer_has_a_limit_of_its_own() {
 }
 
 #[tokio::test]
-async fn jobs_wait_while_their_provider_asks_to_be_spared() {
-    let bench = Bench::new("sk-a").await;
-    let begun = Instant::now();
-    let (throttled, _) = bench.perform(job("!status=429 retry-after-ms=300")).await;
-    assert!(matches!(throttled.outcome, Outcome::Failed(_)));
-    // Two at once: one probes, the other follows.
-    let (a, b) = tokio::join!(bench.perform(job("one")), bench.perform(job("two")));
-    assert!(begun.elapsed() >= Duration::from_millis(300));
-    assert_eq!((generation(a.0).text.as_str(), generation(b.0).text.as_str()), ("one", "two"));
-    assert_eq!(bench.standin.bill().calls, 3);
-}
-
-#[tokio::test]
-async fn a_job_that_cannot_wait_in_the_worker_goes_back_and_has_lost_nothing() {
-    let bench = Bench::new("sk-a").await;
-    bench.perform(job("!status=429 retry-after=60")).await;
-    let mut hasty = job("hi");
-    hasty.timeout_ms = Some(100);
-    let (performed, _) = bench.perform(hasty).await;
-    let back = Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(0)), observation: None };
-    assert_eq!(performed, back);
-    assert!(bench.performer.metrics().contains("model=\"gpt-4o-mini\"} 1"), "{}", bench.performer.metrics());
-    assert_eq!(bench.standin.bill().calls, 1);
-}
-
-#[tokio::test]
-async fn a_job_whose_provider_wants_a_long_rest_waits_in_the_queue() {
-    let bench = Bench::new("sk-a").await;
-    bench.perform(job("!status=429 retry-after=7200")).await;
-    let mut hasty = job("hi");
-    hasty.timeout_ms = Some(100);
-    let (performed, _) = bench.perform(hasty).await;
-    let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
-    assert_eq!((failure.class, performed.cost), (FailureClass::Throttled, Some(Picodollars(0))));
-    assert!(failure.retry_after_ms.is_some_and(|ms| (7_190_000..=7_200_000).contains(&ms)), "{failure:?}");
-    assert_eq!(bench.standin.bill().calls, 1);
-}
-
-#[tokio::test]
-async fn a_provider_that_fails_again_and_again_is_spared() {
-    let bench = Bench::new("sk-a").await;
-    for n in 0..5 {
-        bench.perform(job(&format!("!status=502 {n}"))).await;
-    }
-    let mut hasty = job("hi");
-    hasty.timeout_ms = Some(2);
-    assert_eq!(bench.perform(hasty).await.0.outcome, Outcome::HandedBack);
-    assert_eq!(bench.standin.bill().calls, 5);
-    assert_eq!(generation(bench.perform(job("hi")).await.0).text, "hi", "the probe is answered");
-}
-
-#[tokio::test]
 async fn a_failure_that_comes_again_and_again_to_the_same_job_ends_it() {
     let bench = Bench::new("sk-a").await;
     let mut classes = Vec::new();
@@ -439,35 +387,13 @@ fn a_job_is_tried_again_when_that_may_help_any_of_its_models() {
     let failed = |class| Outcome::Failed(Failure::new(class, "x"));
     let class = |first, last| match in_all(first, last) {
         Outcome::Failed(failure) => Some(failure.class),
-        Outcome::HandedBack => None,
         other => panic!("{other:?}"),
     };
-    let (transient, auth, throttled) = (FailureClass::Transient, FailureClass::Auth, FailureClass::Throttled);
+    let (transient, auth) = (FailureClass::Transient, FailureClass::Auth);
     assert_eq!(class(failed(transient), failed(auth)), Some(transient));
     assert_eq!(class(failed(auth), failed(transient)), Some(transient));
     assert_eq!(class(failed(auth), failed(FailureClass::Invalid)), Some(auth));
-    assert_eq!(class(Outcome::HandedBack, failed(transient)), Some(transient));
-    assert_eq!(class(Outcome::HandedBack, failed(auth)), Some(throttled), "the model itself was not asked");
     assert_eq!(class(failed(transient), Outcome::HandedBack), Some(transient));
-    assert_eq!(class(Outcome::HandedBack, Outcome::HandedBack), None);
-}
-
-#[tokio::test]
-async fn a_model_that_is_spared_is_replaced_at_once() {
-    let standin = Standin::start(Options::default()).await.unwrap();
-    let settings = format!("openai = {{ base_url = '{}', api_key = 'sk-a' }}", standin.base_url());
-    let model = "litellm_openai/x!status=429,retry-after=60".to_owned();
-    let fallback = config::Fallback { model: model.clone(), to: vec!["litellm_gpt-4o-mini".to_owned()], on: None };
-    let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
-    let performer = performer.with_fallbacks(Fallbacks::new(&[fallback]).unwrap());
-    for prompt in ["a", "b"] {
-        let (performed, _) = perform(&performer, spec(&model, prompt), CancellationToken::new()).await;
-        let answered_by = generation(performed).answered_by;
-        assert_eq!(answered_by.map(|model| model.to_string()).as_deref(), Some("litellm_gpt-4o-mini"), "{prompt}");
-    }
-    let models: Vec<String> = standin.calls().into_iter().map(|call| call.content).collect();
-    assert_eq!(models.len(), 3, "{models:?}");
-    assert!(models[2].starts_with("gpt-4o-mini: "), "{models:?}");
 }
 
 #[tokio::test]

@@ -1,0 +1,121 @@
+//! What the API worker makes of one job's calls: in whose gates they pass, which model answers, and what they cost.
+
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
+use genmill_client::{Client, Request, v1};
+use genmill_tests::daemons::Daemon;
+use genmill_tests::place::{MODEL, Place, client};
+use genmill_tests::redis_server::RedisServer;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// How long anything may take that has to happen. Generous: test machines are shared.
+const WITHIN: Duration = Duration::from_secs(60);
+
+struct Mill {
+    // Processes end before the Redis and the folder they work with.
+    scheduler: Daemon,
+    _worker: Daemon,
+    _redis: RedisServer,
+    place: Place,
+}
+
+impl Mill {
+    /// A scheduler and a worker with these models and settings.
+    async fn new(models: &[&str], settings: &str) -> Self {
+        let place = Place::new().await;
+        let listed = format!("models: [{}]", models.join(", ").replace("litellm_", ""));
+        std::fs::write(place.path().join("configs/litellm_models.yaml"), listed).unwrap();
+        std::fs::write(place.path().join("genmill.toml"), settings).unwrap();
+        let redis = RedisServer::start().unwrap();
+        let start = |daemon: &str| {
+            let start = place.start(daemon).env("GENMILL__REDIS__URL", &redis.url());
+            let start = start.env("HOSTED_VLLM_API_BASE", &place.provider.base_url()).env("GROQ_API_KEY", "sk-groq");
+            let start = start.env("GROQ_API_BASE", &place.provider.base_url());
+            start.env("GENMILL__SCHEDULER__LISTEN", "127.0.0.1:0").until_ready().unwrap()
+        };
+        let scheduler = start("genmill-scheduler");
+        let worker = start("genmill-worker-api");
+        Self { scheduler, _worker: worker, _redis: redis, place }
+    }
+
+    async fn client(&self, model: &str) -> Client {
+        let client = client(&self.scheduler).await;
+        let served = async { while !client.is_available(model).await.unwrap() {} };
+        timeout(WITHIN, served).await.unwrap();
+        client
+    }
+
+    /// The contents of all calls, in the order in which they came.
+    fn called(&self) -> Vec<String> {
+        self.place.provider.calls().into_iter().map(|call| call.content).collect()
+    }
+}
+
+async fn finished(client: &Client, request: Request) -> v1::Job {
+    let id = client.submit(request).await.unwrap().job.id;
+    let ending = async {
+        loop {
+            let job = client.get(&id).await.unwrap();
+            if job.finished_at.is_some() {
+                return job;
+            }
+        }
+    };
+    timeout(WITHIN, ending).await.expect("the job does not end")
+}
+
+/// Why a model is held back, once it is, as `genmill lanes` tells.
+async fn held_back(client: &Client, model: &str) -> v1::HeldBackReason {
+    let looking = async {
+        loop {
+            let lanes = client.list_lanes().await.unwrap();
+            let mut held = lanes.into_iter().flat_map(|lane| lane.held_back);
+            if let Some(held) = held.find(|held| held.model == model) {
+                return held.reason();
+            }
+        }
+    };
+    timeout(WITHIN, looking).await.expect("it is never held back")
+}
+
+const BROKEN: &str = "litellm_openai/broken!status=402";
+const SLOWED: &str = "litellm_groq/slowed!status=429,retry-after=60";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fallback_passes_the_gates_of_its_own_model() {
+    let settings = format!("[[api.fallbacks]]\nmodel = '{BROKEN}'\nto = ['{SLOWED}', '{MODEL}']\n");
+    let mill = Mill::new(&[BROKEN, SLOWED, MODEL], &settings).await;
+    let client = mill.client(BROKEN).await;
+    for word in ["one", "two", "three"] {
+        let job = finished(&client, Request::new(BROKEN).prompt(word)).await;
+        let result = job.result.unwrap();
+        assert_eq!((result.text.as_str(), result.answered_by.as_str()), (word, MODEL));
+        assert_eq!(job.attempt_history.len(), 1);
+    }
+    // The second model was asked once: its gate is shut for a minute, for whatever job, and everybody sees it.
+    let slowed = mill.called().into_iter().filter(|content| content.starts_with("slowed")).count();
+    assert_eq!((slowed, mill.called().len()), (1, 7), "{:?}", mill.called());
+    assert_eq!(held_back(&client, SLOWED).await, v1::HeldBackReason::Throttled);
+    let (_, said, _) = mill.place.genmill(&mill.scheduler, &["lanes"]);
+    assert!(said.contains(&format!("{SLOWED} is held back until 20")), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_keys_has_gates_as_well() {
+    let (dead, asks) = ("litellm_hosted_vllm/dead!status=502", "litellm_openai/asks!status=402");
+    let settings = format!("[worker]\nretries_max = 9\n[[api.fallbacks]]\nmodel = '{asks}'\nto = ['{dead}']\n");
+    let mill = Mill::new(&[dead, asks], &settings).await;
+    let client = mill.client(dead).await;
+    client.submit(Request::new(dead).prompt("hi")).await.unwrap();
+    // Five failures in a row open its circuit, whoever called.
+    assert_eq!(held_back(&client, dead).await, v1::HeldBackReason::Failing);
+    assert_eq!(mill.called().len(), 5);
+    let job = finished(&client, Request::new(asks).prompt("hi")).await;
+    assert_eq!(job.error.unwrap().error_class(), v1::ErrorClass::Auth, "its fallback is not asked while it is spared");
+    let called = mill.called();
+    assert!(
+        called.len() <= 7 && called.iter().filter(|content| content.starts_with("asks")).count() == 1,
+        "{called:?}"
+    );
+}
