@@ -103,7 +103,7 @@ async fn a_fallback_passes_the_gates_of_its_own_model() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_without_keys_has_gates_as_well() {
-    let (dead, asks) = ("litellm_hosted_vllm/dead!status=502", "litellm_openai/asks!status=402");
+    let (dead, asks) = ("litellm_hosted_vllm/dead!keyless!status=502", "litellm_openai/asks!status=402");
     let settings = format!("[worker]\nretries_max = 9\n[[api.fallbacks]]\nmodel = '{asks}'\nto = ['{dead}']\n");
     let mill = Mill::new(&[dead, asks], &settings).await;
     let client = mill.client(dead).await;

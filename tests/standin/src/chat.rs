@@ -234,6 +234,7 @@ async fn answered(
     let fault = script.fault_of_call(nth);
     sleep(Duration::from_millis(fault.sleep_ms)).await;
     let refusal = refuse_key(&headers)
+        .filter(|_| !fault.keyless)
         .or_else(|| refuse_request(&request, message.is_some()))
         .or_else(|| fault.status.map(|status| failed(status, &fault)));
     if let Some(refusal) = refusal {

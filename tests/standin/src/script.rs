@@ -18,6 +18,7 @@
 //! | `!split-utf8` | borders of network chunks fall inside characters and events |
 //! | `!comments` | comment lines between events |
 //! | `!no-usage`, `!no-done` | leaves out the usage, the final `[DONE]` |
+//! | `!keyless` | takes calls without a key |
 //! | `!cost=X` | `usage.cost`, as OpenRouter tells it |
 //! | `!words=N` | an answer of N words |
 //! | `!sample=N` | an answer of N words drawn by the request's seed |
@@ -159,6 +160,8 @@ pub struct Fault {
     pub no_usage: bool,
     /// No `[DONE]`.
     pub no_done: bool,
+    /// No key is needed.
+    pub keyless: bool,
 }
 
 /// How a stream goes wrong.
@@ -275,6 +278,7 @@ impl Script {
             "comments" => fault.comments = true,
             "no-usage" => fault.no_usage = true,
             "no-done" => fault.no_done = true,
+            "keyless" => fault.keyless = true,
             "times" => self.times = value.parse().ok(),
             "cost" => self.cost = Some(value.to_owned()),
             "words" => self.speech = Speech::Words(count()),
