@@ -6,7 +6,7 @@ use genmill_core::attempt::{FinishReason, Generation, Outcome, Performed};
 use genmill_core::ids::WorkerId;
 use genmill_core::judge::Policy;
 use genmill_core::model::ModelName;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::registration::{Availability, ServedModel};
 use genmill_core::time::UnixMs;
 use genmill_queue::{Queue, QueueError};
@@ -40,8 +40,11 @@ impl Asked {
     pub fn succeed(self, text: &str) {
         let text = text.to_owned();
         let generation = Generation::new(text, FinishReason::Stop);
-        let performed =
-            Performed { outcome: Outcome::Generated(generation), cost: Some(Picodollars(7)), observation: None };
+        let performed = Performed {
+            outcome: Outcome::Generated(generation),
+            cost: Some(Cost::exact(Picodollars(7))),
+            observation: None,
+        };
         // Whoever was told to stop no longer listens.
         drop(self.answer.send(performed));
     }

@@ -119,3 +119,39 @@ async fn a_server_without_keys_has_gates_as_well() {
         "{called:?}"
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_call_is_booked_as_estimated_and_so_is_its_job() {
+    let mill = Mill::new(&[MODEL], "").await;
+    let client = mill.client(MODEL).await;
+    let prompt = "!cut-after=2 times=1 one two three";
+    let job = finished(&client, Request::new(MODEL).prompt(prompt)).await;
+    let costs: Vec<(u64, bool)> = (job.attempt_history.iter())
+        .map(|line| line.cost.as_ref().map(|cost| (cost.nanodollars, cost.estimated)).unwrap())
+        .collect();
+    // At $0.15 and $0.60 per million: 9 and 2 tokens of 4 bytes are estimated, 5 and 3 were told.
+    assert_eq!(costs, [(9 * 150 + 2 * 600, true), (5 * 150 + 3 * 600, false)]);
+    let cost = job.cost.unwrap();
+    assert_eq!((cost.nanodollars, cost.estimated), (costs[0].0 + costs[1].0, true));
+    let (_, said, _) = mill.place.genmill(&mill.scheduler, &["get", &job.id]);
+    assert!(said.contains("~$0.0000051"), "{said}");
+    // A job that was cancelled in the middle of its answer is billed in part as well.
+    let id = client.submit(Request::new(MODEL).prompt("!stall-after=2 a b c")).await.unwrap().job.id;
+    let written = async { while mill.place.provider.bill().completion_tokens < 7 {} };
+    timeout(WITHIN, written).await.unwrap();
+    client.cancel(&id).await.unwrap();
+    let ending = async {
+        loop {
+            let job = client.get(&id).await.unwrap();
+            if job.finished_at.is_some() {
+                return job;
+            }
+        }
+    };
+    let cancelled = timeout(WITHIN, ending).await.unwrap();
+    assert!(
+        cancelled.cost.is_some_and(|cost| cost.estimated && cost.nanodollars > 0),
+        "{:?}",
+        cancelled.attempt_history
+    );
+}

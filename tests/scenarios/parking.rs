@@ -7,7 +7,7 @@ use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
@@ -43,7 +43,7 @@ fn spec() -> JobSpec {
 
 fn done() -> Finish {
     let generation = Generation::new("text".to_owned(), FinishReason::Stop);
-    Finish { verdict: Verdict::Succeed(generation), cost: Some(Picodollars(7)), observation: None }
+    Finish { verdict: Verdict::Succeed(generation), cost: Some(Cost::exact(Picodollars(7))), observation: None }
 }
 
 impl Bench {
@@ -137,7 +137,7 @@ async fn parked_jobs_run_on_without_a_lease_and_end_from_their_batch() {
     // What is missing goes back to its place.
     let missing = bench.members().await;
     assert_eq!(missing.len(), 1);
-    let hand_back = Finish { verdict: Verdict::HandBack, cost: Some(Picodollars(0)), observation: None };
+    let hand_back = Finish { verdict: Verdict::HandBack, cost: Some(Cost::NOTHING), observation: None };
     assert_eq!(bench.finish(&missing[0], &hand_back).await, Kept::Kept);
     assert_eq!(bench.running().await, (1, 0));
     assert_eq!((bench.close("w", 1).await, bench.close("w", 1).await), (Moved::On, Moved::On));
@@ -171,7 +171,7 @@ async fn one_that_was_cancelled_or_has_expired_ends_at_once_and_what_it_cost_is_
         assert_eq!(bench.finish(member, &done()).await, Kept::LeaseLost);
         let job = bench.queue.get(member.held.id).await.unwrap();
         assert_eq!(job.attempts.iter().map(|attempt| attempt.end).collect::<Vec<_>>(), [AttemptEnd::Fenced]);
-        assert_eq!((job.cost(), job.generation), (Some(Picodollars(7)), None));
+        assert_eq!((job.cost(), job.generation), (Some(Cost::exact(Picodollars(7))), None));
     }
     assert_eq!(bench.close("w", 1).await, Moved::On);
     assert_eq!(bench.running().await, (0, 0));

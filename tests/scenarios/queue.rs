@@ -8,7 +8,7 @@ use genmill_core::ids::{JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::names::{Experiment, Tenant};
 use genmill_core::prefix::PrefixKey;
 use genmill_core::request::Priority;
@@ -62,7 +62,7 @@ fn experiment(name: &str) -> Experiment {
 
 fn done(text: &str) -> Finish {
     let generation = Generation::new(text.to_owned(), FinishReason::Stop);
-    Finish { verdict: Verdict::Succeed(generation), cost: Some(Picodollars(7)), observation: None }
+    Finish { verdict: Verdict::Succeed(generation), cost: Some(Cost::exact(Picodollars(7))), observation: None }
 }
 
 fn failed(delay_ms: Option<u64>) -> Finish {
@@ -71,7 +71,7 @@ fn failed(delay_ms: Option<u64>) -> Finish {
         Some(delay_ms) => Verdict::Retry { delay_ms, failure },
         None => Verdict::Fail(failure),
     };
-    Finish { verdict, cost: Some(Picodollars(2)), observation: None }
+    Finish { verdict, cost: Some(Cost::exact(Picodollars(2))), observation: None }
 }
 
 fn held(id: JobId, lease: &Lease) -> Holding {
@@ -197,7 +197,7 @@ async fn a_job_lives_from_submission_to_result() {
     let job = bench.queue.get(id).await.unwrap();
     assert_eq!(job.state, State::Succeeded);
     assert_eq!(job.generation.as_ref().unwrap().text, "hi");
-    assert_eq!(job.cost(), Some(Picodollars(7)));
+    assert_eq!(job.cost(), Some(Cost::exact(Picodollars(7))));
     assert_eq!(bench.ends(id).await, [AttemptEnd::Succeeded]);
     assert!(bench.claim("w", 1).await.is_empty());
 }
@@ -247,7 +247,7 @@ async fn a_lost_worker_can_change_nothing_but_its_cost_is_booked() {
     let job = bench.queue.get(id).await.unwrap();
     assert_eq!(job.generation.as_ref().unwrap().text, "fresh");
     assert_eq!((job.failures, job.losses), (0, 1));
-    assert_eq!(job.cost(), Some(Picodollars(14)));
+    assert_eq!(job.cost(), Some(Cost::exact(Picodollars(14))));
     assert_eq!(bench.ends(id).await, [AttemptEnd::Lost, AttemptEnd::Fenced, AttemptEnd::Succeeded]);
 }
 
@@ -284,7 +284,7 @@ async fn a_failed_attempt_is_delayed_then_tried_again() {
     assert_eq!((again.id, again.epoch.0, again.failures), (other, 2, 1));
     bench.finish(&again, "w", failed(None)).await;
     let job = bench.queue.get(other).await.unwrap();
-    assert_eq!((job.state, job.failures, job.cost()), (State::Failed, 2, Some(Picodollars(4))));
+    assert_eq!((job.state, job.failures, job.cost()), (State::Failed, 2, Some(Cost::exact(Picodollars(4)))));
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::names::{Experiment, Tenant};
 use genmill_core::prefix::PrefixKey;
 use genmill_core::request::Priority;
@@ -425,7 +425,7 @@ impl Run {
         };
         let signal = *self.dice.pick(&[Signal::Answered, Signal::GivenUp]).unwrap();
         let observation = (self.dice.roll(2) == 0).then_some(Observation { signal, ..Observation::default() });
-        let finish = Finish { verdict, cost: Some(Picodollars(1)), observation };
+        let finish = Finish { verdict, cost: Some(Cost::exact(Picodollars(1))), observation };
         let ended = Ended { held: lease.held(), started_at: lease.started_at, finish: &finish };
         let kept = self.queue.finish(lease.id.lane(), &worker, &[ended]).await.unwrap()[0];
         let job = self.jobs.get_mut(&lease.id).unwrap();

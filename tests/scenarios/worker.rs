@@ -9,7 +9,7 @@ use genmill_core::attempt::AttemptEnd;
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::Job;
 use genmill_core::model::ModelName;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::time::UnixMs;
 use genmill_queue::{NewJob, Options, Queue};
 use genmill_tests::puppet::{Puppet, worker};
@@ -115,7 +115,7 @@ async fn a_result_is_kept_that_comes_while_redis_is_out_of_memory() {
     let job = bench.ended(id).await;
     assert_eq!(job.generation.as_ref().unwrap().text, "dear");
     assert_eq!(job.attempts.iter().map(|attempt| attempt.end).collect::<Vec<_>>(), [AttemptEnd::Succeeded]);
-    assert_eq!(job.cost(), Some(Picodollars(7)));
+    assert_eq!(job.cost(), Some(Cost::exact(Picodollars(7))));
     bench.puppet.stop().await;
 }
 

@@ -17,9 +17,14 @@ pub(crate) fn time(at: Option<&prost_types::Timestamp>) -> String {
     at.map_or_else(|| NOTHING.to_owned(), |at| prost_types::Timestamp { seconds: at.seconds, nanos: 0 }.to_string())
 }
 
-/// An amount of money.
+/// An amount of money, behind a `~` when it is estimated.
 pub(crate) fn cost(cost: Option<&v1::Cost>) -> String {
-    cost.map_or_else(|| "unknown".to_owned(), |cost| Nanodollars(cost.nanodollars).to_string())
+    cost.map_or_else(|| "unknown".to_owned(), |cost| money(cost.nanodollars, cost.estimated))
+}
+
+/// An amount of money in nanodollars.
+pub(crate) fn money(nanodollars: u64, estimated: bool) -> String {
+    format!("{}{}", if estimated { "~" } else { "" }, Nanodollars(nanodollars))
 }
 
 /// What a job has cost: nothing yet before its first attempt.
@@ -56,7 +61,8 @@ mod tests {
         let at = prost_types::Timestamp { seconds: 1, nanos: 5 };
         assert_eq!(time(Some(&at)), "1970-01-01T00:00:01Z");
         assert_eq!(cost(None), "unknown");
-        assert_eq!(cost(Some(&v1::Cost { nanodollars: 1_500 })), "$0.0000015");
+        let about = |estimated| cost(Some(&v1::Cost { nanodollars: 1_500, estimated }));
+        assert_eq!([about(false), about(true)], ["$0.0000015", "~$0.0000015"]);
         assert_eq!(cost_of(&v1::Job::default()), "-");
         assert_eq!(cost_of(&v1::Job { attempts: 1, ..v1::Job::default() }), "unknown");
         assert_eq!(milliseconds(999), "999 ms");

@@ -6,7 +6,7 @@ use crate::controls::ToolCall;
 use crate::gate::Observation;
 use crate::ids::{Epoch, WorkerId};
 use crate::model::ModelName;
-use crate::money::Picodollars;
+use crate::money::Cost;
 use crate::time::UnixMs;
 use serde::{Deserialize, Serialize};
 
@@ -275,7 +275,7 @@ pub struct Performed {
     /// How it ended.
     pub outcome: Outcome,
     /// What the attempt cost; `None` when unknown.
-    pub cost: Option<Picodollars>,
+    pub cost: Option<Cost>,
     /// What its call tells of the provider's limits; `None` when it made none.
     pub observation: Option<Observation>,
 }
@@ -314,7 +314,7 @@ pub struct Attempt {
     /// How it ended.
     pub end: AttemptEnd,
     /// What it cost; `None` when unknown.
-    pub cost: Option<Picodollars>,
+    pub cost: Option<Cost>,
     /// Set when it failed.
     pub failure: Option<Failure>,
 }

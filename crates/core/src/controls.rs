@@ -168,7 +168,9 @@ pub struct ToolCall {
 }
 
 impl ToolCall {
-    pub(crate) fn text_bytes(&self) -> usize {
+    /// The bytes of text that it carries.
+    #[must_use]
+    pub fn text_bytes(&self) -> usize {
         self.id.len() + self.name.len() + self.arguments.len()
     }
 }

@@ -3,7 +3,7 @@
 use crate::attempt::{Attempt, AttemptEnd, Failure, Generation};
 use crate::ids::{Epoch, JobId, WorkerId};
 use crate::model::{Lane, ModelName};
-use crate::money::Picodollars;
+use crate::money::Cost;
 use crate::names::{Experiment, Tenant};
 use crate::prefix::PrefixKey;
 use crate::request::{Input, Priority, Sampling};
@@ -147,7 +147,7 @@ impl Job {
     /// What all its attempts together cost; `None` when none has ended or the cost of one is unknown. A lost attempt
     /// whose worker came back later stands in the ledger twice: only the later line knows its cost.
     #[must_use]
-    pub fn cost(&self) -> Option<Picodollars> {
+    pub fn cost(&self) -> Option<Cost> {
         let reported = |epoch| self.attempts.iter().any(|a| a.epoch == epoch && a.end == AttemptEnd::Fenced);
         let counted = self.attempts.iter().filter(|a| a.end != AttemptEnd::Lost || !reported(a.epoch));
         counted.map(|attempt| attempt.cost).reduce(|sum, cost| Some(sum?.plus(cost?))).flatten()

@@ -11,6 +11,56 @@ use serde::{Deserialize, Serialize};
 #[serde(try_from = "String", into = "String")]
 pub struct Picodollars(pub u128);
 
+/// What something cost. Stored as the decimal string of its amount, behind a `~` when that is estimated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Cost {
+    /// How much.
+    pub amount: Picodollars,
+    /// The provider did not tell: it follows from tokens that were counted here.
+    pub estimated: bool,
+}
+
+impl Cost {
+    /// Nothing.
+    pub const NOTHING: Self = Self::exact(Picodollars(0));
+
+    /// What was billed.
+    #[must_use]
+    pub const fn exact(amount: Picodollars) -> Self {
+        Self { amount, estimated: false }
+    }
+
+    /// About what was billed.
+    #[must_use]
+    pub const fn estimated(amount: Picodollars) -> Self {
+        Self { amount, estimated: true }
+    }
+
+    /// The sum, which is estimated when a part of it is.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self { amount: self.amount.plus(other.amount), estimated: self.estimated || other.estimated }
+    }
+}
+
+impl TryFrom<String> for Cost {
+    type Error = BadAmount;
+    fn try_from(text: String) -> Result<Self, BadAmount> {
+        match text.strip_prefix('~') {
+            Some(amount) => amount.to_owned().try_into().map(Self::estimated),
+            None => text.try_into().map(Self::exact),
+        }
+    }
+}
+
+impl From<Cost> for String {
+    fn from(cost: Cost) -> Self {
+        let amount = Self::from(cost.amount);
+        if cost.estimated { format!("~{amount}") } else { amount }
+    }
+}
+
 /// An amount in nanodollars (10^-9 US dollars), the unit of counters and of the API. Rounded up from picodollars.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -131,6 +181,19 @@ pub fn price_of_engine_time(engine_us: u64, per_hour: Picodollars) -> Picodollar
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cost_is_stored_with_its_mark_and_one_without_is_exact() {
+        for (stored, cost) in [("7", Cost::exact(Picodollars(7))), ("~7", Cost::estimated(Picodollars(7)))] {
+            assert_eq!(Cost::try_from(stored.to_owned()).unwrap(), cost);
+            assert_eq!(String::from(cost), stored);
+        }
+        for bad in ["", "~", "~~7", "7~", "-7"] {
+            assert!(Cost::try_from(bad.to_owned()).is_err(), "{bad}");
+        }
+        let sum = Cost::exact(Picodollars(1)).plus(Cost::estimated(Picodollars(2)));
+        assert_eq!(sum, Cost::estimated(Picodollars(3)));
+    }
     use proptest::prelude::*;
 
     fn dollars(text: &str) -> Picodollars {

@@ -10,7 +10,7 @@ use genmill_core::gate::{Declaration, KeyId, Observation};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::Verdict;
-use genmill_core::money::Picodollars;
+use genmill_core::money::Cost;
 use genmill_core::state::{State, transition};
 use genmill_core::time::UnixMs;
 
@@ -116,7 +116,7 @@ pub struct Finish {
     /// What follows for the job.
     pub verdict: Verdict,
     /// What the attempt cost; `None` when unknown.
-    pub cost: Option<Picodollars>,
+    pub cost: Option<Cost>,
     /// What its call tells of the provider's limits; `None` when it made none.
     pub observation: Option<Observation>,
 }
@@ -224,7 +224,7 @@ impl Queue {
     /// beside it theirs.
     async fn fail(&self, worker: &WorkerId, held: Held, started_at: UnixMs, damage: QueueError) {
         let failure = Failure::new(FailureClass::Internal, damage.to_string());
-        let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Picodollars(0)), observation: None };
+        let finish = Finish { verdict: Verdict::Fail(failure), cost: Some(Cost::NOTHING), observation: None };
         let ended = Ended { held, started_at, finish: &finish };
         if let Err(error) = self.finish(held.id.lane(), worker, &[ended]).await {
             tracing::error!(job = %held.id, %damage, error = error.in_full(), "cannot end a damaged job");

@@ -7,7 +7,7 @@ use genmill_core::attempt::{
 };
 use genmill_core::controls::{ReasoningEffort, StructuredOutput, Tool, ToolCall, ToolChoice};
 use genmill_core::job::{Job, JobSpec};
-use genmill_core::money::Picodollars;
+use genmill_core::money::Cost;
 use genmill_core::request::{ChatMessage, Input, Priority, Role};
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
@@ -263,8 +263,8 @@ fn usage(usage: Usage, details: UsageDetails) -> v1::Usage {
     }
 }
 
-fn cost(cost: Picodollars) -> v1::Cost {
-    v1::Cost { nanodollars: cost.to_nanodollars().0 }
+fn cost(cost: Cost) -> v1::Cost {
+    v1::Cost { nanodollars: cost.amount.to_nanodollars().0, estimated: cost.estimated }
 }
 
 fn failure(failure: Failure) -> v1::JobError {

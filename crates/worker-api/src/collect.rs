@@ -127,12 +127,6 @@ impl Collected {
         Some(piece)
     }
 
-    /// Whether the tokens of the call are told.
-    #[must_use]
-    pub fn usage_is_told(&self) -> bool {
-        self.usage.is_some()
-    }
-
     /// Tokens of the prompt; 0 until they are told.
     #[must_use]
     pub fn prompt_tokens(&self) -> u64 {
@@ -145,11 +139,14 @@ impl Collected {
         self.id.as_deref()
     }
 
-    /// About how many tokens have come of an answer whose usage is not known, at four bytes a token; `None` when none have.
+    /// About what a call took that ended before its provider told all of it: a prompt of so many bytes and what has come of
+    /// the answer, at four bytes a token; what was told of either counts as well.
     #[must_use]
-    pub fn estimated_tokens(&self) -> Option<usize> {
-        let bytes = Some(self.bytes()).filter(|bytes| *bytes > 0 && self.usage.is_none());
-        bytes.map(|bytes| bytes.div_ceil(4))
+    pub fn estimated_usage(&self, prompt_bytes: usize) -> Usage {
+        let calls: usize = self.tool_calls.iter().map(ToolCall::text_bytes).sum();
+        let tokens = |bytes: usize| u64::try_from(bytes.div_ceil(4)).unwrap_or(u64::MAX);
+        let told = self.usage.unwrap_or(Usage { prompt_tokens: tokens(prompt_bytes), ..Usage::default() });
+        Usage { completion_tokens: told.completion_tokens.max(tokens(self.bytes() + calls)), ..told }
     }
 
     /// How much of the answer has come, in bytes of text and thought.
@@ -195,11 +192,16 @@ impl Collected {
         self.usage
     }
 
-    /// What the call costs: the provider's own figure, else tokens times price; `None` when neither is known.
+    /// What the provider says that the call costs.
     #[must_use]
-    pub fn cost(&self, rates: Option<&Rates>) -> Option<Picodollars> {
-        let written = self.usage_details.map_or(0, |details| details.cache_write_tokens);
-        self.billed.or_else(|| Some(price(&self.usage?, written, rates?)))
+    pub const fn billed(&self) -> Option<Picodollars> {
+        self.billed
+    }
+
+    /// What `usage` costs, as far as the price is known.
+    #[must_use]
+    pub fn priced(&self, usage: &Usage, rates: Option<&Rates>) -> Option<Picodollars> {
+        Some(price(usage, self.usage_details.map_or(0, |details| details.cache_write_tokens), rates?))
     }
 
     /// Notes parameters that the provider was not sent.
@@ -303,14 +305,23 @@ mod tests {
     }
 
     #[test]
-    fn the_providers_own_figure_wins_and_unknown_is_none() {
+    fn tokens_are_priced_and_unknown_is_none() {
         let rates = Rates { input: Picodollars(2), output: Picodollars(3), cached_input: None, cache_write: None };
-        let (priced, _) = collect(&[], vec![StreamEvent::Usage(USAGE)]);
-        assert_eq!(priced.cost(Some(&rates)), Some(Picodollars(35)));
-        assert_eq!(priced.cost(None), None);
-        let (billed, _) = collect(&[], vec![StreamEvent::Usage(USAGE), StreamEvent::Billed(Picodollars(7))]);
-        assert_eq!(billed.cost(Some(&rates)), Some(Picodollars(7)));
-        assert_eq!(collect(&[], vec![text("a")]).0.cost(Some(&rates)), None);
+        let (collected, _) = collect(&[], vec![text("abcde"), StreamEvent::Billed(Picodollars(7))]);
+        assert_eq!(collected.priced(&USAGE, Some(&rates)), Some(Picodollars(35)));
+        assert_eq!((collected.priced(&USAGE, None), collected.billed()), (None, Some(Picodollars(7))));
+    }
+
+    #[test]
+    fn what_was_not_told_is_estimated_from_bytes() {
+        let usage = |events| {
+            let usage = collect(&[], events).0.estimated_usage(9);
+            (usage.prompt_tokens, usage.completion_tokens)
+        };
+        assert_eq!(usage(vec![]), (3, 0));
+        assert_eq!(usage(vec![text("abcd"), StreamEvent::Reasoning("e".to_owned())]), (3, 2));
+        assert_eq!(usage(vec![StreamEvent::Usage(USAGE), text("a")]), (10, 5));
+        assert_eq!(usage(vec![StreamEvent::Usage(USAGE), text(&"a".repeat(24))]), (10, 6));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use genmill_core::gate::{Declaration, KeyId};
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::registration::ServedModel;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
@@ -194,9 +194,13 @@ impl Performer {
         let Some(endpoint) = self.keys.endpoint(&lane, key) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
             let performed =
-                Performed { outcome: Outcome::Failed(failure), cost: Some(Picodollars(0)), observation: None };
+                Performed { outcome: Outcome::Failed(failure), cost: Some(Cost::NOTHING), observation: None };
             return Tried { performed, failed: Some(Kind::NotFound) };
         };
+        if stop.is_cancelled() {
+            let performed = Performed { outcome: Outcome::HandedBack, cost: Some(Cost::NOTHING), observation: None };
+            return Tried { performed, failed: None };
+        }
         progress.started.set();
         let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(spec.model.backend_name()));
         let mut call = Call { endpoint, dialect, http, limits, spec, progress, begun };
@@ -229,40 +233,56 @@ impl Performer {
         }
     }
 
-    /// What a call cost: by its answer, else by the record that its provider keeps of it. Never an estimate.
-    async fn cost(
+    /// What a call cost: by its answer, else by the record that its provider keeps of it, else, when it did not end by
+    /// itself, about by what had come until then.
+    async fn cost(&self, endpoint: &Endpoint, spec: &JobSpec, ended: &Ended, collected: &Collected) -> Option<Cost> {
+        if matches!(ended, Ended::Refused(_)) {
+            return Some(Cost::NOTHING);
+        }
+        let whole = collected.is_whole() && collected.usage().is_some();
+        let cut_short = !matches!(ended, Ended::Answered) && !whole;
+        let recorded = match collected.billed() {
+            Some(billed) => Some(billed),
+            // An answer that told its tokens told all that its provider knows.
+            None if whole => None,
+            None => settle(&self.http, endpoint, collected.id()).await,
+        };
+        if let Some(cost) = recorded {
+            return Some(Cost::exact(cost));
+        }
+        let prompt_bytes = spec.input.text_bytes() + spec.sampling.controls.text_bytes();
+        let usage = if cut_short { collected.estimated_usage(prompt_bytes) } else { collected.usage()? };
+        let amount = self.priced(endpoint, spec, Class::Standard, collected, &usage);
+        amount.map(|amount| Cost { amount, estimated: cut_short })
+    }
+
+    /// What `usage` of a call costs today at the prices of a class, as far as they are known.
+    pub(crate) fn priced(
         &self,
         endpoint: &Endpoint,
         spec: &JobSpec,
-        ended: &Ended,
+        class: Class,
         collected: &Collected,
+        usage: &Usage,
     ) -> Option<Picodollars> {
-        if matches!(ended, Ended::Refused(_)) {
-            return Some(Picodollars(0));
-        }
         let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
-        let (day, prompt) = (Day::of(UnixMs(now_unix_ms())), collected.prompt_tokens());
-        let rates = self.prices.rates(priced_as, spec.model.backend_name(), Class::Standard, &day, prompt);
-        match collected.cost(rates.as_ref()) {
-            Some(cost) => Some(cost),
-            // An answer that told its tokens told all that its provider knows.
-            None if collected.usage_is_told() => None,
-            None => settle(&self.http, endpoint, collected.id()).await,
-        }
+        let day = Day::of(UnixMs(now_unix_ms()));
+        let rates = self.prices.rates(priced_as, spec.model.backend_name(), class, &day, usage.prompt_tokens);
+        collected.priced(usage, rates.as_ref())
     }
 }
 
-pub(crate) fn performed(ended: Ended, collected: Collected, cost: Option<Picodollars>) -> Performed {
+pub(crate) fn performed(ended: Ended, collected: Collected, cost: Option<Cost>) -> Performed {
     // What is refused takes no tokens.
     let usage = if matches!(ended, Ended::Refused(_)) { Some(Usage::default()) } else { collected.usage() };
     let told = collected.told();
     let outcome = match ended {
         Ended::Refused(fault) => Outcome::Failed(fault.into_failure()),
         Ended::Broken(mut fault) if !collected.is_whole() => {
-            if let (None, Some(tokens)) = (cost, collected.estimated_tokens()) {
-                let spent =
-                    format!("; about {tokens} tokens had come by then (estimated), and what they cost is not known");
-                fault.message.push_str(&spent);
+            let tokens = collected.estimated_usage(0).completion_tokens;
+            if tokens > 0 && cost.is_none_or(|cost| cost.estimated) {
+                let known = if cost.is_none() { ", and what they cost is not known" } else { "" };
+                fault.message = format!("{}; about {tokens} tokens had come by then (estimated){known}", fault.message);
             }
             Outcome::Failed(fault.into_failure())
         }

@@ -10,7 +10,7 @@ use genmill_core::attempt::{
 use genmill_core::controls::{StructuredOutput, ToolCall};
 use genmill_core::ids::JobId;
 use genmill_core::model::{Lane, ModelName};
-use genmill_core::money::{Picodollars, price_of_engine_time};
+use genmill_core::money::{Cost, Picodollars, price_of_engine_time};
 use genmill_core::registration::ServedModel;
 use genmill_core::request::{ChatMessage, Input, Priority};
 use genmill_engine::{
@@ -136,7 +136,7 @@ impl Perform for Performer {
         let mailbox = Arc::new(Mailbox::new(progress.started.clone()));
         let running = match submit(&engine, request(&task), &mailbox, task.spec.input.text_bytes()).await {
             Ok(id) => Running { user, id },
-            Err(outcome) => return Performed { outcome, cost: Some(Picodollars(0)), observation: None },
+            Err(outcome) => return Performed { outcome, cost: Some(Cost::NOTHING), observation: None },
         };
         let mut told = false;
         let mut not_before = Instant::now();
@@ -294,7 +294,7 @@ fn performed(ended: Ended, price_per_hour: Option<Picodollars>, answer: &Answer)
         }
     };
     let engine_us = u64::try_from(completion.engine_time.as_micros()).unwrap_or(u64::MAX);
-    let cost = price_per_hour.map(|per_hour| price_of_engine_time(engine_us, per_hour));
+    let cost = price_per_hour.map(|per_hour| Cost::exact(price_of_engine_time(engine_us, per_hour)));
     let reasons = std::iter::once(completion.reason).chain(completion.more.iter().map(|output| output.reason));
     let outcome = match reasons.filter_map(finish_reason).count() {
         count if count == 1 + completion.more.len() => Outcome::Generated(answer.generation(completion)),

@@ -8,7 +8,7 @@ use crate::batching::Batching;
 use genmill_core::attempt::{Failure, FailureClass, Outcome};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::judge::{Policy, Throttle, judge};
-use genmill_core::money::Picodollars;
+use genmill_core::money::Cost;
 use genmill_daemon::random::random_u64;
 use genmill_queue::{BatchRecord, BatchState, Ended, Finish, Held, Kept, Member, Members, Moved, Queue, QueueError};
 use std::collections::HashMap;
@@ -127,7 +127,7 @@ impl<P: PerformBatches> Driver<P> {
             }
             Err(Unsubmitted::Refused(failure)) => {
                 tracing::warn!(tag, %model, jobs, class = ?failure.class, message = failure.message, "a batch was refused");
-                self.fail(wanted, &failure, Some(Picodollars(0))).await
+                self.fail(wanted, &failure, Some(Cost::NOTHING)).await
             }
             Err(Unsubmitted::Unclear(failure)) => Ok(Next::Failed(failure)),
         }
@@ -221,7 +221,7 @@ impl<P: PerformBatches> Driver<P> {
             Stage::Refused(failure) => {
                 tracing::warn!(tag, %model, remote, class = ?failure.class, message = failure.message, "a batch was refused");
                 let wanted = self.members().await?.jobs.into_iter().filter(|member| member.wanted).collect();
-                self.fail(wanted, &failure, Some(Picodollars(0))).await
+                self.fail(wanted, &failure, Some(Cost::NOTHING)).await
             }
         }
     }
@@ -249,7 +249,7 @@ impl<P: PerformBatches> Driver<P> {
         let missing: Vec<Member> = self.members().await?.jobs.into_iter().filter(|member| member.wanted).collect();
         let (tag, model) = (&self.record.tag, &self.record.model);
         tracing::info!(tag, %model, results = count, missing = missing.len(), "read the results of a batch");
-        self.end(missing, |_| Outcome::HandedBack, Some(Picodollars(0))).await?;
+        self.end(missing, |_| Outcome::HandedBack, Some(Cost::NOTHING)).await?;
         self.close().await
     }
 
@@ -274,24 +274,19 @@ impl<P: PerformBatches> Driver<P> {
         &self,
         members: Vec<Member>,
         outcome: impl Fn(&Member) -> Outcome,
-        cost: Option<Picodollars>,
+        cost: Option<Cost>,
     ) -> Result<(), QueueError> {
         let ended =
             |member: &Member| (member.held, member.started_at, self.judged(outcome(member), member.failures, cost));
         self.finish(&members.iter().map(ended).collect::<Vec<_>>()).await
     }
 
-    async fn fail(
-        &self,
-        members: Vec<Member>,
-        failure: &Failure,
-        cost: Option<Picodollars>,
-    ) -> Result<Next, QueueError> {
+    async fn fail(&self, members: Vec<Member>, failure: &Failure, cost: Option<Cost>) -> Result<Next, QueueError> {
         self.end(members, |_| Outcome::Failed(failure.clone()), cost).await?;
         self.close().await
     }
 
-    fn judged(&self, outcome: Outcome, failures: u32, cost: Option<Picodollars>) -> Finish {
+    fn judged(&self, outcome: Outcome, failures: u32, cost: Option<Cost>) -> Finish {
         // Without random numbers retries are not spread, which is no reason to stop.
         let verdict = judge(outcome, failures, &self.policy, Throttle::Delay, random_u64().unwrap_or_default());
         Finish { verdict, cost, observation: None }

@@ -4,7 +4,7 @@ use genmill_core::attempt::{FinishReason, Generation, Outcome, Performed, Usage}
 use genmill_core::ids::{JobId, WorkerId};
 use genmill_core::judge::Policy;
 use genmill_core::model::ModelName;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::registration::{Availability, ServedModel};
 use genmill_core::time::UnixMs;
 use genmill_queue::{Queue, QueueError};
@@ -74,10 +74,18 @@ impl Perform for Noop {
                 tell_now(tell, task.id);
                 stop.cancelled().await;
                 tell_now(tell, task.id);
-                return Performed { outcome: Outcome::HandedBack, cost: Some(Picodollars(1)), observation: None };
+                return Performed {
+                    outcome: Outcome::HandedBack,
+                    cost: Some(Cost::exact(Picodollars(1))),
+                    observation: None,
+                };
             }
         }
-        Performed { outcome: Outcome::Generated(generation()), cost: Some(Picodollars(1)), observation: None }
+        Performed {
+            outcome: Outcome::Generated(generation()),
+            cost: Some(Cost::exact(Picodollars(1))),
+            observation: None,
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use crate::figures::{Figures, Fsync, Goal, rate};
 use crate::noop::{generation, served};
 use genmill_core::ids::{JobId, WorkerId};
 use genmill_core::judge::Verdict;
-use genmill_core::money::Picodollars;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_core::names::Experiment;
 use genmill_core::request::Input;
 use genmill_core::time::UnixMs;
@@ -67,7 +67,11 @@ async fn live(queue: &Queue, which: u64, jobs: u64) -> anyhow::Result<()> {
         queue.enqueue(&model.lane(), &new).await?;
         let room = Room { free: u32::try_from(BATCH)?, tokens: None, keys: &[] };
         let leases = queue.claim(lane, &worker, room, 15_000).await?;
-        let finish = Finish { verdict: Verdict::Succeed(generation()), cost: Some(Picodollars(1)), observation: None };
+        let finish = Finish {
+            verdict: Verdict::Succeed(generation()),
+            cost: Some(Cost::exact(Picodollars(1))),
+            observation: None,
+        };
         let ended: Vec<Ended<'_>> = leases
             .iter()
             .map(|lease| Ended { held: lease.held(), started_at: lease.started_at, finish: &finish })

@@ -69,6 +69,11 @@ impl<'a> Epoch<'a> {
         self.lines.iter().copied().find(|line| line.outcome() != v1::AttemptOutcome::Lost)
     }
 
+    /// What it cost in nanodollars, as its worker knew from the provider.
+    pub(super) fn known_cost(&self) -> Option<u64> {
+        self.cost().filter(|_| self.told().and_then(|line| line.cost.as_ref()).is_some_and(|cost| !cost.estimated))
+    }
+
     /// What it cost in nanodollars, as its worker told.
     pub(super) fn cost(&self) -> Option<u64> {
         self.told().and_then(|line| line.cost.as_ref()).map(|cost| cost.nanodollars)

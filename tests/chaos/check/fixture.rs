@@ -26,7 +26,7 @@ pub(super) fn attempt(epoch: u32, outcome: v1::AttemptOutcome, nanodollars: Opti
         started_at: Some(timestamp(UnixMs(1_000))),
         ended_at: Some(timestamp(UnixMs(2_000))),
         outcome: outcome.into(),
-        cost: nanodollars.map(|nanodollars| v1::Cost { nanodollars }),
+        cost: nanodollars.map(|nanodollars| v1::Cost { nanodollars, estimated: false }),
         error: None,
     }
 }
@@ -64,7 +64,7 @@ pub(super) fn job(id: &str) -> v1::Job {
         started_at: Some(timestamp(UnixMs(1_000))),
         finished_at: Some(timestamp(UnixMs(2_000))),
         result: Some(v1::Result { text: format!("{id} w1"), ..v1::Result::default() }),
-        cost: Some(v1::Cost { nanodollars: CALL_NANODOLLARS }),
+        cost: Some(v1::Cost { nanodollars: CALL_NANODOLLARS, estimated: false }),
         attempt_history: vec![attempt(1, v1::AttemptOutcome::Succeeded, Some(CALL_NANODOLLARS))],
         ..v1::Job::default()
     }

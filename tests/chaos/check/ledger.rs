@@ -4,7 +4,7 @@
 //! key). So attempts and calls are compared for each job and process:
 //!
 //! - Every cost that is booked is that of one call, which told its price. None is booked twice, none is made up.
-//! - Every call that was billed and is not booked belongs to an attempt whose cost is unknown, and that is allowed only to
+//! - Every call that was billed and is not booked belongs to an attempt whose cost is unknown or estimated, and that is allowed only to
 //!   1. an attempt that was lost with its worker: the process was killed, or gave up a drain because Redis was away,
 //!   2. an attempt that was told to stop: it hung up before the price. That shows in its outcome (cancelled, expired, timed
 //!      out, handed back, fenced), unless its text was whole already: then it succeeded,
@@ -70,7 +70,7 @@ fn compare<'a>(account: &Account<'a>, job: &v1::Job) -> Compared<'a> {
     let billed = account.calls.iter().map(|call| (*call, bill(call, job)));
     let mut unbooked: Vec<Billed<'a>> = billed.filter(|(_, cost)| *cost > 0).collect();
     let (mut booked, mut made_up) = (0, Vec::new());
-    for cost in account.epochs.iter().filter_map(Epoch::cost).filter(|cost| *cost > 0) {
+    for cost in account.epochs.iter().filter_map(Epoch::known_cost).filter(|cost| *cost > 0) {
         match unbooked.iter().position(|(call, billed)| call.usage_sent && *billed == cost) {
             Some(at) => {
                 booked += cost;
@@ -85,7 +85,7 @@ fn compare<'a>(account: &Account<'a>, job: &v1::Job) -> Compared<'a> {
 /// Whether an attempt may have called without anybody knowing its cost.
 fn may_be_unknown(epoch: &Epoch<'_>, account: &Account<'_>, evidence: &Evidence) -> bool {
     let Some(line) = epoch.told() else { return lost_for_good(account.life, evidence) };
-    if line.cost.is_some() {
+    if line.cost.as_ref().is_some_and(|cost| !cost.estimated) {
         return false;
     }
     let timed_out = line.error.as_ref().is_some_and(|error| error.error_class() == v1::ErrorClass::Timeout);
@@ -338,7 +338,7 @@ mod tests {
     fn a_job_must_cost_the_sum_of_its_attempts() {
         use AttemptOutcome::{Failed, Fenced, Lost, Succeeded};
         let cost = |job: Option<u64>, attempts: &[(u32, AttemptOutcome, Option<u64>)]| {
-            let cost = job.map(|nanodollars| v1::Cost { nanodollars });
+            let cost = job.map(|nanodollars| v1::Cost { nanodollars, estimated: false });
             run(attempts, 1).change("a", |job| job.cost = cost)
         };
         check(jobs_cost_what_attempts_cost, &cost(Some(5), &[(1, Failed, Some(2)), (2, Succeeded, Some(3))]), &[]);

@@ -4,7 +4,6 @@ use super::plan::Plan;
 use super::score::{Score, Tally, random_share};
 use crate::show;
 use crate::table::{self, Column};
-use genmill_core::money::Nanodollars;
 use serde::Serialize;
 
 /// One line of the table. What does not apply is `None`; so is an unknown cost.
@@ -18,6 +17,8 @@ pub(crate) struct Row {
     p50_latency_ms: Option<u64>,
     tokens_per_second: Option<f64>,
     cost_nanodollars: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    cost_estimated: bool,
     #[serde(skip)]
     is_baseline: bool,
 }
@@ -43,6 +44,7 @@ fn row(model: &str, tally: &Tally) -> Row {
         p50_latency_ms: tally.p50_ms(),
         tokens_per_second: tally.tokens_per_second(),
         cost_nanodollars: tally.cost_nanodollars(),
+        cost_estimated: tally.cost_estimated,
         is_baseline: false,
     }
 }
@@ -57,6 +59,7 @@ fn baseline(correct: f64) -> Row {
         p50_latency_ms: None,
         tokens_per_second: None,
         cost_nanodollars: None,
+        cost_estimated: false,
         is_baseline: true,
     }
 }
@@ -81,7 +84,7 @@ fn cells(row: &Row) -> [String; 8] {
     let nothing = || show::NOTHING.to_owned();
     let count = |count: Option<u64>| count.map_or_else(nothing, |count| count.to_string());
     let cost = match row.cost_nanodollars {
-        Some(cost) => Nanodollars(cost).to_string(),
+        Some(cost) => show::money(cost, row.cost_estimated),
         None if row.is_baseline => nothing(),
         None => "unknown".to_owned(),
     };

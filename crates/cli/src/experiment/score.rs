@@ -29,6 +29,8 @@ pub(crate) struct Tally {
     first_start_ms: Option<i64>,
     last_end_ms: Option<i64>,
     cost: Cost,
+    /// Of some jobs it is estimated.
+    pub(crate) cost_estimated: bool,
 }
 
 /// A sum of costs; `None` once one of them is unknown.
@@ -128,6 +130,7 @@ impl Tally {
         self.first_start_ms = [self.first_start_ms, started].into_iter().flatten().min();
         self.last_end_ms = self.last_end_ms.max(ended);
         self.cost = self.cost.plus(job);
+        self.cost_estimated |= job.cost.as_ref().is_some_and(|cost| cost.estimated);
     }
 
     /// The share of expecting jobs that are correct; `None` when none expects anything.
@@ -210,7 +213,7 @@ pub(crate) mod tests {
             started_at: at(from),
             finished_at: at(to),
             result: Some(result),
-            cost: Some(v1::Cost { nanodollars: 100 }),
+            cost: Some(v1::Cost { nanodollars: 100, estimated: false }),
             ..v1::Job::default()
         }
     }

@@ -9,12 +9,12 @@ use crate::collect::Collected;
 use crate::dialect::{Encoded, Streaming};
 use crate::failure::{Fault, Kind};
 use crate::perform::{Performer, performed};
-use crate::prices::{Class, Day};
+use crate::prices::Class;
 use crate::wait::asked_ms;
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
-use genmill_core::money::Picodollars;
+use genmill_core::money::Cost;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
 use genmill_worker::batches::{Arrived, Batch, BatchOffer, Found, Item, PerformBatches, Stage, Unsubmitted};
@@ -365,15 +365,15 @@ impl Desk<'_> {
     }
 
     /// What an item cost, at the price of batches. Never an estimate.
-    fn cost(&self, spec: &JobSpec, ended: &Ended, collected: &Collected) -> Option<Picodollars> {
+    fn cost(&self, spec: &JobSpec, ended: &Ended, collected: &Collected) -> Option<Cost> {
         if matches!(ended, Ended::Refused(_)) {
-            return Some(Picodollars(0));
+            return Some(Cost::NOTHING);
         }
-        let endpoint = self.calls.endpoint;
-        let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
-        let (day, prompt) = (Day::of(UnixMs(now_unix_ms())), collected.prompt_tokens());
-        let prices = &self.performer.prices;
-        collected.cost(prices.rates(priced_as, spec.model.backend_name(), Class::Batch, &day, prompt).as_ref())
+        let amount = collected.billed().or_else(|| {
+            let usage = collected.usage()?;
+            self.performer.priced(self.calls.endpoint, spec, Class::Batch, collected, &usage)
+        });
+        amount.map(Cost::exact)
     }
 
     /// Tells of the items that were not submitted, because they cannot be asked.
@@ -386,7 +386,7 @@ impl Desk<'_> {
         for item in items.iter().filter(|item| wanted.contains_key(&custom_id(item.id, item.epoch))) {
             if let Err(fault) = self.encoded(&item.spec) {
                 let outcome = Outcome::Failed(fault.into_failure());
-                send(results, item, Performed { outcome, cost: Some(Picodollars(0)), observation: None }).await?;
+                send(results, item, Performed { outcome, cost: Some(Cost::NOTHING), observation: None }).await?;
             }
         }
         Ok(())

@@ -205,7 +205,11 @@ impl Message {
             return vec![StreamEvent::Error(ProviderError::saying("the stream is not one of messages"))];
         };
         match event["type"].as_str().unwrap_or_default() {
-            "message_start" => self.count(&event["message"]["usage"]),
+            // Told again at the end; until then it is what is known of a message that breaks off.
+            "message_start" => {
+                self.count(&event["message"]["usage"]);
+                return usage(&self.usage).into_iter().flatten().collect();
+            }
             "content_block_start" => return self.begin(&event).into_iter().collect(),
             "content_block_delta" => return self.more(&event).into_iter().collect(),
             "message_delta" => {

@@ -9,6 +9,7 @@ use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation, Usage};
 use genmill_core::gate::{KeyId, Signal};
 use genmill_core::ids::{Epoch, LaneNumber};
+use genmill_core::money::Picodollars;
 use genmill_core::request::Role;
 use genmill_daemon::config;
 use genmill_daemon::environment::Environment;
@@ -117,7 +118,7 @@ async fn check_failure(prompt: &str, class: FailureClass, free: bool, says: &str
     let bench = Bench::new("sk-a").await;
     let (performed, _) = bench.perform(job(prompt)).await;
     assert_eq!(bench.standin.bill().calls, 1, "one attempt is one call");
-    assert_eq!(performed.cost == Some(Picodollars(0)), free, "{performed:?}");
+    assert_eq!(performed.cost == Some(Cost::NOTHING), free, "{performed:?}");
     let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
     assert_eq!(failure.class, class, "{failure:?}");
     assert!(failure.message.contains(says), "{failure:?}");
@@ -131,7 +132,7 @@ async fn a_streamed_answer_is_reported_counted_and_priced() {
     spec.input = messages(&[(Role::System, "be brief"), (Role::User, "one two three")]);
     let (performed, reported) = bench.perform(spec).await;
     // 5 and 3 tokens at $0.15 and $0.60 per million.
-    assert_eq!(performed.cost, Some(Picodollars(5 * 150_000 + 3 * 600_000)));
+    assert_eq!(performed.cost, Some(Cost::exact(Picodollars(5 * 150_000 + 3 * 600_000))));
     let generation = generation(performed);
     assert_eq!((generation.text.as_str(), reported.as_str()), ("one two three", "one two three"));
     assert_eq!(generation.finish_reason, FinishReason::Stop);
@@ -216,7 +217,7 @@ async fn bounds_and_stop_strings_are_kept() {
 async fn the_providers_own_figure_is_the_cost() {
     let bench = Bench::new("sk-a").await;
     let (performed, _) = bench.perform(job("!cost=0.00001234 !words=3")).await;
-    assert_eq!(performed.cost, Some(Picodollars(12_340_000)));
+    assert_eq!(performed.cost, Some(Cost::exact(Picodollars(12_340_000))));
     let (unknown, _) = bench.perform(spec("litellm_no-such-price", "hi")).await;
     assert_eq!(unknown.cost, None);
     let (uncounted, _) = bench.perform(job("!no-usage hi")).await;
@@ -260,7 +261,7 @@ async fn a_refused_key_is_told_but_not_repeated() {
 }
 
 #[tokio::test]
-async fn a_broken_answer_may_be_tried_again_and_its_cost_is_unknown() {
+async fn a_broken_answer_may_be_tried_again_and_its_cost_is_no_exact_one() {
     check_failure("!cut-after=5", FailureClass::Transient, false, "openai").await;
     check_failure("!garbage", FailureClass::Transient, false, "not a chat completion").await;
     check_failure("!html", FailureClass::Transient, false, "web page").await;
@@ -285,7 +286,7 @@ async fn each_part_of_an_answer_has_a_limit_of_its_own() {
         (idle, "!stall-after=2 !words=4", "sent nothing more for 0.05 s (api.idle_timeout_ms)"),
     ] {
         let performed = limited(limits, prompt).await;
-        assert_eq!(performed.cost, None, "{prompt}: what was written is billed");
+        assert!(performed.cost.is_some_and(|cost| cost.estimated), "{prompt}: what was written is billed");
         let Outcome::Failed(failure) = performed.outcome else { panic!("{prompt}: {performed:?}") };
         assert_eq!(failure.class, FailureClass::Timeout, "{failure:?}");
         assert!(failure.message.contains(says), "{failure:?}");
@@ -317,7 +318,7 @@ async fn a_broken_answer_costs_what_its_providers_record_says() {
     };
     let (cut, _) = broken("!cut-after=2 !cost=0.00001234 a b c", CancellationToken::new()).await;
     assert!(matches!(cut.outcome, Outcome::Failed(_)), "{cut:?}");
-    assert_eq!(cut.cost, Some(Picodollars(12_340_000)));
+    assert_eq!(cut.cost, Some(Cost::exact(Picodollars(12_340_000))));
     // Also of a call that was told to stop in the middle of its answer.
     let stop = CancellationToken::new();
     let begun = async {
@@ -327,7 +328,7 @@ async fn a_broken_answer_costs_what_its_providers_record_says() {
         stop.cancel();
     };
     let ((stopped, _), ()) = tokio::join!(broken("!stall-after=2 !cost=0.5 a b c", stop.clone()), begun);
-    assert_eq!((stopped.outcome, stopped.cost), (Outcome::HandedBack, Some(Picodollars(500_000_000_000))));
+    assert_eq!((stopped.outcome, stopped.cost), (Outcome::HandedBack, Some(Cost::exact(Picodollars(500_000_000_000)))));
     // An answer that came whole is not held up by looking for what it did not tell.
     let asked = standin.records_asked();
     let (whole, _) = broken("a b c", CancellationToken::new()).await;
@@ -337,7 +338,28 @@ async fn a_broken_answer_costs_what_its_providers_record_says() {
     let (lost, _) = broken("!cut-after=2 word word", CancellationToken::new()).await;
     assert_eq!(lost.cost, None);
     let Outcome::Failed(failure) = lost.outcome else { panic!() };
-    assert!(failure.message.contains("about 3 tokens had come by then (estimated)"), "{failure:?}");
+    assert!(
+        failure.message.contains("about 3 tokens had come by then (estimated), and what they cost is"),
+        "{failure:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_broken_answer_without_a_record_costs_about_what_had_come() {
+    let prompt = "!cut-after=2 !echo=word word word";
+    let (input, output) = (prompt.len().div_ceil(4) as u128, "word word ".len().div_ceil(4) as u128);
+    let (performed, reported) = Bench::new("sk-a").await.perform(job(prompt)).await;
+    assert_eq!(reported, "word word ");
+    assert_eq!(performed.cost, Some(Cost::estimated(Picodollars(input * 150_000 + output * 600_000))));
+    // What was told of it counts: this dialect tells the tokens of the prompt first.
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let (name, settings, _) = spoken(&standin, "sk-a").swap_remove(1);
+    let performer = performer_of(name, &settings, LIMITS, |_| ());
+    let spec = spec("litellm_claude-haiku-4-5", prompt);
+    let (performed, _) = perform(&performer, spec, CancellationToken::new()).await;
+    let billed = standin.bill();
+    let told = u128::from(billed.prompt_tokens) * 1_000_000 + output * 5_000_000;
+    assert_eq!(performed.cost, Some(Cost::estimated(Picodollars(told))), "{billed:?}");
 }
 
 /// What becomes of a job whose model has a fallback, and how many calls that took. Both are the stand-in; what the
@@ -421,7 +443,11 @@ async fn a_call_ends_when_told_to_stop() {
             told.cancel();
         };
         let ((performed, _), ()) = tokio::join!(perform(&bench.performer, job(prompt), stop), wait_then_tell);
-        assert_eq!((performed.outcome, performed.cost), (Outcome::HandedBack, None), "{prompt}");
+        // At $0.15 per million: 4 bytes of the prompt are taken for a token.
+        let prompt_only = Cost::estimated(Picodollars(150_000 * prompt.len().div_ceil(4) as u128));
+        assert_eq!(performed.outcome, Outcome::HandedBack, "{prompt}");
+        let cost = performed.cost.unwrap();
+        assert!(cost == prompt_only || (prompt.starts_with("!stall") && cost.estimated), "{prompt}: {cost:?}");
         let told = performed.observation.map(|told| told.signal);
         assert_eq!(told, Some(Signal::GivenUp), "a call was made, and given up");
     }
@@ -434,7 +460,7 @@ async fn a_provider_that_is_not_there_is_a_passing_fault() {
     drop(listener);
     let performer = performer(&format!("http://{closed}/v1"), "sk-a", |_| ());
     let (performed, _) = perform(&performer, job("hi"), CancellationToken::new()).await;
-    assert_eq!(performed.cost, Some(Picodollars(0)));
+    assert_eq!(performed.cost, Some(Cost::NOTHING));
     let Outcome::Failed(failure) = performed.outcome else { panic!() };
     assert_eq!(failure.class, FailureClass::Transient);
     assert!(failure.message.starts_with("openai cannot be connected to at 127.0.0.1: "), "{failure:?}");
@@ -447,7 +473,7 @@ async fn told_of(base_url: &str, settings: &Settings) -> String {
     let performer = Performer { http: Http::new(settings).unwrap(), ..bare };
     let (performed, _) = perform(&performer, job("hi"), CancellationToken::new()).await;
     let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
-    assert_eq!((failure.class, performed.cost), (FailureClass::Transient, Some(Picodollars(0))), "{failure:?}");
+    assert_eq!((failure.class, performed.cost), (FailureClass::Transient, Some(Cost::NOTHING)), "{failure:?}");
     failure.message
 }
 
@@ -535,7 +561,7 @@ async fn in_every_dialect(key: &str, prompt: &str, check: impl Fn(&str, Performe
 async fn every_dialect_answers_counts_and_prices() {
     in_every_dialect("sk-a", "!split-utf8 !comments !echo=grüße 世界 🦀", |case, performed, reported| {
         let has_price = !["tgi", "watsonx", "bedrock", "replicate"].iter().any(|name| case.starts_with(name));
-        assert!(performed.cost.is_some_and(|cost| cost > Picodollars(0)) == has_price, "{case}: {performed:?}");
+        assert!(performed.cost.is_some_and(|cost| cost.amount > Picodollars(0)) == has_price, "{case}: {performed:?}");
         let generation = generation(performed);
         assert_eq!((generation.text.as_str(), reported.as_str()), ("grüße 世界 🦀", "grüße 世界 🦀"), "{case}");
         let reason = if case.starts_with("replicate") { FinishReason::Unknown } else { FinishReason::Stop };
@@ -598,7 +624,7 @@ async fn a_parameter_that_a_provider_does_not_take_fails_the_job_or_is_left_out(
     let refusing = performer_of(name, &settings, LIMITS, |_| ());
     let (performed, _) = perform(&refusing, job(), CancellationToken::new()).await;
     let Outcome::Failed(failure) = performed.outcome else { panic!() };
-    assert_eq!((failure.class, performed.cost), (FailureClass::Invalid, Some(Picodollars(0))));
+    assert_eq!((failure.class, performed.cost), (FailureClass::Invalid, Some(Cost::NOTHING)));
     assert!(failure.message.contains("does not take frequency_penalty for claude-haiku-4-5"), "{failure:?}");
     assert_eq!(standin.bill().calls, 0);
     let leaving_out = Limits { unsupported: Unsupported::LeaveOut, ..LIMITS };

@@ -10,12 +10,14 @@ use crate::providers::Table;
 use genmill_core::attempt::{Determinism, FinishReason, Generation, Usage};
 use genmill_core::ids::{Epoch, JobId, LaneNumber};
 use genmill_core::model::ModelName;
+use genmill_core::money::{Cost, Picodollars};
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Made, Options, Standin};
 use std::path::PathBuf;
 
-const LIMITS: Limits = Limits { calls_max: 4, unsupported: Unsupported::Refuse, first_byte: None, idle: None };
+const LIMITS: Limits =
+    Limits { calls_max: 4, unsupported: Unsupported::Refuse, batches: true, first_byte: None, idle: None };
 
 /// Of each batch API a model, and the settings of its provider at `{origin}`.
 const PROVIDERS: [(&str, &str); 4] = [
@@ -165,7 +167,7 @@ async fn what_a_job_cost_is_told_at_the_price_of_batches() {
         let bench = Bench::new(provider).await;
         let (batch, remote) = bench.submit(&["one two three"]).await;
         let arrived = bench.collected(&batch, &remote).await;
-        let expect = price.map(|(read, written)| Picodollars(3 * read + 3 * written));
+        let expect = price.map(|(read, written)| Cost::exact(Picodollars(3 * read + 3 * written)));
         assert_eq!(arrived[0].1.cost, expect);
         let determinism = generation(&arrived[0].1).determinism;
         assert_eq!(determinism, Some(if provider == 1 { Determinism::None } else { Determinism::Seeded }));
@@ -290,7 +292,7 @@ async fn errors_of_items_are_judged_as_those_of_calls() {
         assert_eq!(places(&arrived), [0, 1, 2, 3]);
         let classes: Vec<FailureClass> = arrived[..3].iter().map(|(_, performed)| failure(performed).class).collect();
         assert_eq!(classes, [FailureClass::Invalid, FailureClass::Throttled, FailureClass::Transient]);
-        assert!(arrived[..3].iter().all(|(_, performed)| performed.cost == Some(Picodollars(0))));
+        assert!(arrived[..3].iter().all(|(_, performed)| performed.cost == Some(Cost::NOTHING)));
         assert_eq!(generation(&arrived[3].1).text, "fine");
     }
 }
@@ -376,7 +378,7 @@ async fn an_item_that_cannot_be_asked_does_not_fail_the_batch() {
         let arrived = bench.collected(&batch, &remote).await;
         assert_eq!(failure(&arrived[0].1).class, FailureClass::Invalid);
         assert!(failure(&arrived[0].1).message.contains("does not take min_p"));
-        assert_eq!(arrived[0].1.cost, Some(Picodollars(0)));
+        assert_eq!(arrived[0].1.cost, Some(Cost::NOTHING));
         assert_eq!(generation(&arrived[1].1).text, "two");
         // Of nothing else there is no batch at the provider, and what is known of it outlasts the worker.
         batch.items.pop();
@@ -426,7 +428,7 @@ async fn lanes_with_a_batch_api_are_offered_with_their_first_key() {
     for provider in 0..PROVIDERS.len() {
         let bench = Bench::new(provider).await;
         let lane = bench.model.lane();
-        assert!(bench.performer.batches(&lane));
+        assert!(bench.performer.batch_api(&lane).is_some());
         let offers = bench.performer.batch_offers();
         assert_eq!((offers.len(), offers[0].items_max), (1, 10_000));
         assert_eq!(offers[0].lane.to_string(), format!("{lane}+batch"));
