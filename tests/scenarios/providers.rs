@@ -31,9 +31,11 @@ impl Mill {
     async fn new() -> Self {
         let place = Place::new().await;
         let (configs, provider) = (place.path().join("configs"), &place.provider);
-        let listed = "models: [gpt-4o-mini, claude-haiku-4-5, gemini-2.5-flash, mine/some-model, mine/poor!status=402, xai/grok-4]";
+        let listed = "models: [gpt-4o-mini, claude-haiku-4-5, gemini-2.5-flash, mine/some-model, mine/poor!status=402, blind/model, xai/grok-4]";
         std::fs::write(configs.join("litellm_models.yaml"), listed).unwrap();
         let own = format!("[mine]\nbase_url = '{}'\nkeys = ['MINE_KEY']\ndialect = 'openai'\n", provider.base_url());
+        let blind = own.replace("[mine]", "[blind]") + "drop = ['images']\n";
+        let own = own + &blind;
         std::fs::write(configs.join("providers.toml"), own).unwrap();
         let fallbacks = format!("[[api.fallbacks]]\nmodel = '{}'\nto = ['{}']\non = ['quota']\n", POOR, MODELS[0]);
         std::fs::write(place.path().join("genmill.toml"), fallbacks).unwrap();
@@ -61,7 +63,9 @@ impl Mill {
 
     /// What `genmill COMMAND` says.
     fn told(&self, command: &str, arguments: &[&str]) -> (Option<i32>, String) {
-        let output = start(&self.place, &self.redis, "genmill").args(&[command]).args(arguments).output().unwrap();
+        let start = start(&self.place, &self.redis, "genmill").args(&[command]).args(arguments);
+        let server = format!("http://{}", self.scheduler.place("grpc"));
+        let output = start.env("GENMILL_SERVER", &server).output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (output.status.code(), text(output.stdout) + &text(output.stderr))
     }
@@ -115,6 +119,55 @@ async fn every_provider_answers_through_the_queue_each_in_its_dialect() {
     assert_eq!((result.text.as_str(), result.answered_by.as_str()), ("hi", MODELS[0]));
     let refused = finished(&client, MODELS[1], "!status=400").await;
     assert_eq!(refused.error.unwrap().error_class(), v1::ErrorClass::Invalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_go_to_models_that_see_and_are_never_left_out() {
+    let mill = Mill::new().await;
+    let client = mill.client().await;
+    let picture = mill.place.path().join("picture.png");
+    std::fs::write(&picture, b"\x89PNG\r\n\x1a\n").unwrap();
+    let submit = |model: &str, more: &[&str]| {
+        let line = ["--prompt", "Which animal?", "--image", picture.to_str().unwrap(), "--request-id", "once"];
+        mill.told("submit", &[&["--model", model], &line[..], more].concat())
+    };
+    for model in MODELS {
+        assert_eq!(
+            submit(model, &["--tenant", &model.replace(['/', '_'], "-")]),
+            (Some(0), "Which animal?\n".to_owned())
+        );
+        let received = mill.place.provider.requests().pop().unwrap().body.to_string();
+        assert!(received.contains("iVBORw0KGgo=") && received.contains("image/png"), "{model}: {received}");
+    }
+    let again = submit(MODELS[0], &["--tenant", "litellm-gpt-4o-mini"]);
+    assert_eq!((again.0, mill.place.provider.calls().len()), (Some(0), MODELS.len()), "the same image is the same job");
+    std::fs::write(&picture, b"GIF89a").unwrap();
+    let (code, told) = submit(MODELS[0], &["--tenant", "litellm-gpt-4o-mini"]);
+    assert!(code == Some(1) && told.contains("differs in: input"), "{told}");
+    let (code, told) = submit("litellm_blind/model", &[]);
+    assert!(code == Some(1) && told.contains("blind does not take images for model"), "{told}");
+    assert_eq!(mill.place.provider.calls().len(), MODELS.len(), "nothing is asked without its image");
+    let at = "https://example.com/cat.jpg";
+    let parts = [v1::ContentPart::image_url(at), v1::ContentPart::text("Which animal?")];
+    let job = client.submit(Request::new(MODELS[1]).user_parts(parts.clone())).await.unwrap().job;
+    let Some(v1::generation_request::Input::Messages(told)) = job.request.unwrap().input else { panic!() };
+    assert_eq!((told.messages[0].content.as_str(), &told.messages[0].parts[1]), ("", &parts[1]));
+    for (bad, says) in [
+        (v1::ContentPart::image_url("file:///etc/passwd"), "http:// or https://"),
+        (v1::ContentPart::image(*b"%PDF"), "PNG, JPEG, GIF or WebP"),
+        (v1::ContentPart::default(), "text or an image"),
+    ] {
+        let refused = client.submit(Request::new(MODELS[1]).user_parts([bad])).await.unwrap_err().to_string();
+        assert!(refused.contains(says), "{refused}");
+    }
+    let large = [b"\x89PNG\r\n\x1a\n", &[0; 2 << 20][..]].concat();
+    let refused = client.submit(Request::new(MODELS[1]).user_parts([v1::ContentPart::image(large)])).await.unwrap_err();
+    assert!(refused.to_string().contains("bytes of text and images"), "{refused}");
+    // Texts alone are a text, which also models can have that do not see.
+    let words = ["Which ", "animal?"].map(v1::ContentPart::text);
+    let job = client.submit(Request::new(MODELS[1]).user_parts(words)).await.unwrap().job;
+    let Some(v1::generation_request::Input::Messages(told)) = job.request.unwrap().input else { panic!() };
+    assert_eq!((told.messages[0].content.as_str(), told.messages[0].parts.len()), ("Which animal?", 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,7 @@ mod exec_with_parent;
 mod exit;
 mod experiment;
 mod get;
+mod images;
 mod lanes;
 mod limit;
 mod list;

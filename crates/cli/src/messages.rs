@@ -1,21 +1,32 @@
 //! A conversation as people write it: a list of role and content.
 
 use crate::documents;
+use crate::images::Part;
 use anyhow::Context as _;
 use genmill_client::{Role, v1};
-use serde::Deserialize;
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use std::fmt;
 
 /// One message.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Message {
     role: Speaker,
-    #[serde(default, deserialize_with = "null_is_empty")]
-    content: String,
+    #[serde(default)]
+    content: Content,
     #[serde(default)]
     tool_calls: Vec<ToolCall>,
     #[serde(default)]
     tool_call_id: String,
+}
+
+impl Message {
+    /// What the person says and shows.
+    pub(crate) const fn of_user(parts: Vec<Part>) -> Self {
+        let content = Content::Parts(parts);
+        Self { role: Speaker::User, content, tool_calls: Vec::new(), tool_call_id: String::new() }
+    }
 }
 
 /// A call as chat APIs write it.
@@ -42,9 +53,48 @@ impl ToolCall {
     }
 }
 
-/// A message that only calls tools has no content.
-fn null_is_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+/// What a message says: a text, or a list of parts. A message that only calls tools says nothing.
+#[derive(Clone, Debug, PartialEq)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+impl Default for Content {
+    fn default() -> Self {
+        Self::Text(String::new())
+    }
+}
+
+/// Reads it by hand: an error then still tells where it is.
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Said;
+        impl<'de> Visitor<'de> for Said {
+            type Value = Content;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text or a list of parts")
+            }
+
+            fn visit_unit<E>(self) -> Result<Content, E> {
+                Ok(Content::default())
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
+                Ok(Content::Text(text.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut listed: A) -> Result<Content, A::Error> {
+                let mut parts = Vec::new();
+                while let Some(part) = listed.next_element()? {
+                    parts.push(part);
+                }
+                Ok(Content::Parts(parts))
+            }
+        }
+        deserializer.deserialize_any(Said)
+    }
 }
 
 /// Tools as chat APIs take them: `{type: function, function: {name, description, parameters}}`, or the function bare.
@@ -105,8 +155,8 @@ pub(crate) fn read(text: &str) -> anyhow::Result<Vec<Message>> {
     read.context(EXPECTED)
 }
 
-/// The messages as a request carries them.
-pub(crate) fn input(messages: Vec<Message>) -> v1::generation_request::Input {
+/// The messages as a request carries them; files of images are read.
+pub(crate) fn input(messages: Vec<Message>) -> anyhow::Result<v1::generation_request::Input> {
     let message = |Message { role, content, tool_calls, tool_call_id }| {
         let role = match role {
             Speaker::System => Role::System,
@@ -115,10 +165,15 @@ pub(crate) fn input(messages: Vec<Message>) -> v1::generation_request::Input {
             Speaker::Tool => Role::Tool,
         };
         let tool_calls = tool_calls.into_iter().map(ToolCall::into_message).collect();
-        v1::ChatMessage { role: v1::Role::from(role).into(), content, tool_calls, tool_call_id }
+        let (content, parts) = match content {
+            Content::Text(text) => (text, Vec::new()),
+            Content::Parts(parts) => (String::new(), parts),
+        };
+        let parts = parts.into_iter().map(Part::into_message).collect::<anyhow::Result<_>>()?;
+        Ok(v1::ChatMessage { role: v1::Role::from(role).into(), content, tool_calls, tool_call_id, parts })
     };
-    let messages = messages.into_iter().map(message).collect();
-    v1::generation_request::Input::Messages(v1::ChatMessages { messages })
+    let messages = messages.into_iter().map(message).collect::<anyhow::Result<_>>()?;
+    Ok(v1::generation_request::Input::Messages(v1::ChatMessages { messages }))
 }
 
 #[cfg(test)]
@@ -141,7 +196,9 @@ mod tests {
     fn calls_and_answers_are_read_as_chat_apis_write_them() {
         let text = r#"[{"role": "assistant", "content": null, "tool_calls": [{"id": "c1", "type": "function",
             "function": {"name": "f", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "c1", "content": "4"}]"#;
-        let v1::generation_request::Input::Messages(chat) = input(read(text).unwrap()) else { panic!("a prompt") };
+        let v1::generation_request::Input::Messages(chat) = input(read(text).unwrap()).unwrap() else {
+            panic!("a prompt")
+        };
         assert_eq!((chat.messages[0].content.as_str(), chat.messages[0].tool_calls[0].name.as_str()), ("", "f"));
         assert_eq!((chat.messages[1].role(), chat.messages[1].tool_call_id.as_str()), (v1::Role::Tool, "c1"));
         let read = tools(
@@ -151,6 +208,21 @@ mod tests {
         .unwrap();
         assert_eq!((read[0].parameters.as_str(), read[1].name.as_str()), (r#"{"type":"object"}"#, "g"));
         assert!(tools("f").is_err());
+    }
+
+    #[test]
+    fn parts_are_read_as_chat_apis_write_them() {
+        let text = r#"[{"role": "user", "content": [{"type": "text", "text": "Which animal?"},
+            {"type": "image_url", "image_url": {"url": "https://example.com/a.png", "detail": "low"}}]}]"#;
+        let v1::generation_request::Input::Messages(chat) = input(read(text).unwrap()).unwrap() else {
+            panic!("a prompt")
+        };
+        let mut image = v1::Image::from(v1::image::Source::Url("https://example.com/a.png".to_owned()));
+        image.set_detail(v1::ImageDetail::Low);
+        let expect = [v1::ContentPart::text("Which animal?"), v1::ContentPart::of(image)];
+        assert_eq!((chat.messages[0].content.as_str(), &chat.messages[0].parts[..]), ("", &expect[..]));
+        assert!(input(read("- {role: user, content: [{type: image, file: no/such}]}").unwrap()).is_err());
+        refused("- {role: user, content: [{type: image_url, image_url: a}, {type: sound}]}", "[0].content[1]");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `genmill submit`: one job from the command line.
 
 use crate::exit::{Ending, WrongUsage};
+use crate::images::Part;
 use crate::watch::print_text;
 use crate::when::{When, parse_when};
 use crate::{documents, messages, output, show};
@@ -36,9 +37,14 @@ struct RequestArgs {
     #[arg(required_unless_present = "messages_file", conflicts_with = "messages_file")]
     prompt: Option<String>,
     /// The input as a conversation: a YAML or JSON list of {role: system|user|assistant|tool, content}, bare or under the key
-    /// `messages`; - is standard input
+    /// `messages`; content may be a list of parts: {type: text, text}, {type: image_url, image_url: URL or {url, detail}},
+    /// {type: image, file, detail}; - is standard input
     #[arg(long, value_name = "FILE")]
     messages_file: Option<PathBuf>,
+    /// An image that is shown with the prompt, to a remote model: a file (PNG, JPEG, GIF, WebP) or an address, from which the
+    /// provider fetches it; may be repeated. With text at most 1.5 MiB in all
+    #[arg(long = "image", value_name = "FILE_OR_URL", conflicts_with = "messages_file")]
+    images: Vec<String>,
     /// Upper bound of generated tokens [default: the server's]
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
@@ -323,7 +329,7 @@ impl RequestArgs {
             logprobs: controls.logprobs,
             prompt_logprobs: controls.prompt_logprobs,
             echo: controls.echo,
-            input: Some(input(self.prompt, self.messages_file)?),
+            input: Some(input(self.prompt, self.images, self.messages_file)?),
             model: self.model,
             max_tokens: self.max_tokens,
             temperature: self.temperature,
@@ -344,13 +350,23 @@ impl RequestArgs {
     }
 }
 
-fn input(prompt: Option<String>, file: Option<PathBuf>) -> anyhow::Result<v1::generation_request::Input> {
+fn input(
+    prompt: Option<String>,
+    images: Vec<String>,
+    file: Option<PathBuf>,
+) -> anyhow::Result<v1::generation_request::Input> {
+    let prompt = prompt.unwrap_or_default();
     let Some(file) = file else {
-        return Ok(v1::generation_request::Input::Prompt(prompt.unwrap_or_default()));
+        if images.is_empty() {
+            return Ok(v1::generation_request::Input::Prompt(prompt));
+        }
+        // Images first: models read the question better that way.
+        let parts = images.into_iter().map(Part::named).chain([Part::Text { text: prompt }]);
+        return messages::input(vec![messages::Message::of_user(parts.collect())]);
     };
     let text = documents::read_text(&file)?;
     let read = messages::read(&text).with_context(|| format!("in {}", file.display()))?;
-    Ok(messages::input(read))
+    messages::input(read)
 }
 
 #[cfg(test)]
@@ -429,7 +445,7 @@ mod tests {
         let read = |text: &str| {
             let file = folder.path().join("chat");
             std::fs::write(&file, text).unwrap();
-            input(None, Some(file))
+            input(None, Vec::new(), Some(file))
         };
         let yaml = read("- {role: system, content: Be brief.}\n- role: user\n  content: Hi\n").unwrap();
         let json = read(r#"[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi"}]"#).unwrap();

@@ -62,6 +62,23 @@ impl Request {
         })
     }
 
+    /// Adds what the person says in text and images, for remote models: see [`v1::ContentPart::text`],
+    /// [`v1::ContentPart::image_url`] and [`v1::ContentPart::image`].
+    ///
+    /// ```
+    /// use genmill_client::{Request, v1::ContentPart};
+    ///
+    /// let picture = ContentPart::image_url("https://example.com/cat.jpg");
+    /// let request = Request::new("litellm_gpt-4o").user_parts([picture, ContentPart::text("Which animal is this?")]);
+    /// ```
+    pub fn user_parts(self, parts: impl IntoIterator<Item = v1::ContentPart>) -> Self {
+        self.add(v1::ChatMessage {
+            role: v1::Role::User.into(),
+            parts: parts.into_iter().collect(),
+            ..v1::ChatMessage::default()
+        })
+    }
+
     fn add(mut self, message: v1::ChatMessage) -> Self {
         if let Some(v1::generation_request::Input::Messages(chat)) = &mut self.message.input {
             chat.messages.push(message);

@@ -2,6 +2,7 @@
 //! and a random number are arguments.
 
 use crate::ids::WorkerId;
+use crate::image::Image;
 use crate::job::JobSpec;
 use crate::model::{BadModelName, ModelName};
 use crate::prefix::PrefixKey;
@@ -32,8 +33,8 @@ pub enum Refusal {
     /// A rule is broken.
     #[error(transparent)]
     Invalid(#[from] Invalid),
-    /// More text than a request may carry.
-    #[error("the request carries {bytes} bytes of text; at most {max} are taken")]
+    /// More text and images than a request may carry.
+    #[error("the request carries {bytes} bytes of text and images; at most {max} are taken")]
     TooLarge {
         /// What it carries.
         bytes: usize,
@@ -175,7 +176,8 @@ pub fn admit(
     random: u64,
 ) -> Result<JobSpec, Refusal> {
     request.check(now)?;
-    let bytes = request.input.text_bytes() + request.controls.text_bytes();
+    let images: usize = request.input.images().map(Image::bytes).sum();
+    let bytes = request.input.text_bytes() + images + request.controls.text_bytes();
     if bytes > TEXT_BYTES_MAX {
         return Err(Refusal::TooLarge { bytes, max: TEXT_BYTES_MAX });
     }

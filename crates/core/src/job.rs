@@ -2,6 +2,7 @@
 
 use crate::attempt::{Attempt, AttemptEnd, Failure, Generation};
 use crate::ids::{Epoch, JobId, WorkerId};
+use crate::image::Image;
 use crate::model::{Lane, ModelName};
 use crate::money::Cost;
 use crate::names::{Experiment, Tenant};
@@ -65,20 +66,22 @@ impl JobSpec {
         if self.batch { lane.batch() } else { lane }
     }
 
-    /// The work it asks for in tokens, for fairness: a guess of the input at 4 bytes a token, plus the bound of output;
-    /// no more than the model can hold for each sample.
+    /// The work it asks for in tokens, for fairness: a guess of the input at 4 bytes a token and [`Image::TOKENS`] an image,
+    /// plus the bound of output; no more than the model can hold for each sample.
     #[must_use]
     pub fn estimated_tokens(&self) -> u64 {
-        let input = u64::try_from(self.input.text_bytes()).unwrap_or(u64::MAX) / 4;
+        let images = u64::try_from(self.input.images().count()).unwrap_or(u64::MAX).saturating_mul(Image::TOKENS);
+        let input = (u64::try_from(self.input.text_bytes()).unwrap_or(u64::MAX) / 4).saturating_add(images);
         let asked = input.saturating_add(u64::from(self.sampling.max_tokens)).max(1);
         let sample = self.context_tokens.map_or(asked, |context| asked.min(context.max(1)));
         sample.saturating_mul(u64::from(self.sampling.controls.samples().max(1)))
     }
 
-    /// How many bytes of text it carries.
+    /// How many bytes of text and images it carries.
     #[must_use]
-    pub fn text_bytes(&self) -> usize {
-        self.input.text_bytes() + self.sampling.controls.text_bytes()
+    pub fn bytes(&self) -> usize {
+        let images: usize = self.input.images().map(Image::bytes).sum();
+        self.input.text_bytes() + images + self.sampling.controls.text_bytes()
     }
 
     /// The fields in which two specs differ, as the API names them. What admission chose for `self` (the seed, when the

@@ -8,6 +8,7 @@ pub mod attempt;
 pub mod controls;
 pub mod gate;
 pub mod ids;
+pub mod image;
 pub mod job;
 pub mod judge;
 pub mod model;

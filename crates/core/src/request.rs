@@ -1,6 +1,7 @@
 //! What a caller asks for, and the rules it must keep. Never here: whether anybody can serve it (see `admit`).
 
 use crate::controls::{Controls, ToolCall};
+use crate::image::{Image, Part};
 use crate::model::ModelName;
 use crate::names::{Experiment, Tenant};
 use crate::time::UnixMs;
@@ -39,8 +40,11 @@ impl Role {
 pub struct ChatMessage {
     /// Who speaks.
     pub role: Role,
-    /// What is said.
+    /// What is said. Empty when it has parts.
     pub content: String,
+    /// What is said in text and images, when there are any images.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Part>,
     /// What the model asked to be called, in one of its own messages.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
@@ -53,11 +57,23 @@ impl ChatMessage {
     /// A message without calls.
     #[must_use]
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self { role, content: content.into(), tool_calls: Vec::new(), tool_call_id: String::new() }
+        let content = content.into();
+        Self { role, content, parts: Vec::new(), tool_calls: Vec::new(), tool_call_id: String::new() }
+    }
+
+    /// The texts that it says, one after the other.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let texts = self.parts.iter().filter_map(|part| if let Part::Text(text) = part { Some(text) } else { None });
+        std::iter::once(&self.content).chain(texts).map(String::as_str)
+    }
+
+    /// The images that it shows.
+    pub fn images(&self) -> impl Iterator<Item = &Image> {
+        self.parts.iter().filter_map(|part| if let Part::Image(image) = part { Some(image) } else { None })
     }
 
     fn text_bytes(&self) -> usize {
-        self.content.len() + self.tool_calls.iter().map(ToolCall::text_bytes).sum::<usize>()
+        self.texts().map(str::len).sum::<usize>() + self.tool_calls.iter().map(ToolCall::text_bytes).sum::<usize>()
     }
 }
 
@@ -79,6 +95,12 @@ impl Input {
             Self::Prompt(prompt) => prompt.len(),
             Self::Messages(messages) => messages.iter().map(ChatMessage::text_bytes).sum(),
         }
+    }
+
+    /// The images in it.
+    pub fn images(&self) -> impl Iterator<Item = &Image> {
+        let messages = if let Self::Messages(messages) = self { &messages[..] } else { &[] };
+        messages.iter().flat_map(ChatMessage::images)
     }
 }
 
@@ -231,7 +253,11 @@ impl Invalid {
     }
 }
 
-/// The most text a request or a result may carry, in bytes: a job with both must fit into a gRPC message of 4 MiB.
+/// The most images of a request.
+const IMAGES_MAX: usize = 100;
+
+/// The most text and images a request, or text a result may carry, in bytes: a job with both must fit into a gRPC message
+/// of 4 MiB.
 pub const TEXT_BYTES_MAX: usize = 3 * 512 * 1024;
 
 impl Request {
@@ -254,6 +280,9 @@ impl Request {
         if self.model.prefix().is_remote() {
             self.controls.check_remote()?;
         } else {
+            rule(self.input.images().next().is_none(), "messages", || {
+                "images are for remote models; local ones do not see them".to_owned()
+            })?;
             self.controls.check_local()?;
         }
         self.check_labels()?;
@@ -266,7 +295,11 @@ impl Request {
             Input::Messages(messages) => {
                 rule(!messages.is_empty(), "messages", || "at least one message is needed".to_owned())?;
                 let calls = |message: &ChatMessage| !message.tool_calls.is_empty() && message.role != Role::Assistant;
-                rule(!messages.iter().any(calls), "messages", || "only the assistant calls tools".to_owned())
+                rule(!messages.iter().any(calls), "messages", || "only the assistant calls tools".to_owned())?;
+                let shows = |message: &ChatMessage| message.images().next().is_some() && message.role != Role::User;
+                rule(!messages.iter().any(shows), "messages", || "only the user shows images".to_owned())?;
+                let images = self.input.images().count();
+                rule(images <= IMAGES_MAX, "messages", || format!("{images} images; at most {IMAGES_MAX}"))
             }
         }
     }
@@ -350,6 +383,21 @@ pub(crate) mod tests {
     #[test]
     fn a_plain_request_keeps_all_rules() {
         check(|_| (), None);
+    }
+
+    #[test]
+    fn images_are_the_users_and_for_remote_models() {
+        let shows = |role, images| ChatMessage {
+            parts: vec![Part::Image(Image::at("https://example.com/a.png".to_owned(), "").unwrap()); images],
+            ..ChatMessage::new(role, "")
+        };
+        let of = |model: &str, message| Request { input: Input::Messages(vec![message]), ..request(model) };
+        let says = |request: Request| request.check(UnixMs(1_000)).err().map(|invalid| invalid.problem);
+        assert_eq!(says(of("litellm_gpt-4o", shows(Role::User, 100))), None);
+        assert_eq!(says(of("litellm_gpt-4o", shows(Role::User, 101))).as_deref(), Some("101 images; at most 100"));
+        assert_eq!(says(of("litellm_gpt-4o", shows(Role::System, 1))).as_deref(), Some("only the user shows images"));
+        let local = "images are for remote models; local ones do not see them";
+        assert_eq!(says(of("vllm_x", shows(Role::User, 1))).as_deref(), Some(local));
     }
 
     #[test]

@@ -68,6 +68,8 @@ pub(crate) fn corrupt(what: impl Into<String>, problem: impl Into<String>) -> Qu
 mod tests {
     use super::*;
     use genmill_core::attempt::{FinishReason, Generation};
+    use genmill_core::image::{Image, Part};
+    use genmill_core::request::{ChatMessage, Role};
     use proptest::prelude::*;
 
     proptest! {
@@ -112,6 +114,25 @@ mod tests {
         let read: Generation = decode("generation", &encode("generation", &before).unwrap()).unwrap();
         let expect = Generation::new("four".to_owned(), FinishReason::Stop);
         assert_eq!(read, Generation { first_token_ms: Some(1), ..expect });
+    }
+
+    #[test]
+    fn a_message_of_before_there_were_images_is_read_and_images_are_kept_as_bytes() {
+        #[derive(serde::Serialize)]
+        struct Before {
+            role: &'static str,
+            content: &'static str,
+        }
+        let before = encode("message", &Before { role: "user", content: "Hi" }).unwrap();
+        let text = ChatMessage::new(Role::User, "Hi");
+        assert_eq!(encode("message", &text).unwrap(), before);
+        assert_eq!(decode::<ChatMessage>("message", &before).unwrap(), text);
+        // Bytes above 127 would be two each in a list of numbers.
+        let image = Image::of([b"\x89PNG\r\n\x1a\n", &[0xff; 1_000][..]].concat(), "").unwrap();
+        let shown = ChatMessage { parts: vec![Part::Image(image)], ..ChatMessage::new(Role::User, "") };
+        let bytes = encode("message", &shown).unwrap();
+        assert!(bytes.len() < 1_100, "{}", bytes.len());
+        assert_eq!(decode::<ChatMessage>("message", &bytes).unwrap(), shown);
     }
 
     #[test]

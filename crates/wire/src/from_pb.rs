@@ -5,6 +5,7 @@ use crate::v1;
 use genmill_core::admit::Refusal;
 use genmill_core::controls::{Controls, ReasoningEffort, StructuredOutput, Tool, ToolCall, ToolChoice};
 use genmill_core::ids::JobId;
+use genmill_core::image::{Detail, Image, Part};
 use genmill_core::model::ModelName;
 use genmill_core::names::{Experiment, Tenant};
 use genmill_core::request::{ChatMessage, Input, Invalid, Mode, Priority, Request, Role};
@@ -129,8 +130,43 @@ fn message(pb: v1::ChatMessage) -> Result<ChatMessage, Refusal> {
             return Err(invalid("messages", "every message needs a role: system, user, assistant or tool"));
         }
     };
+    if !pb.content.is_empty() && !pb.parts.is_empty() {
+        return Err(invalid("messages", "a message has either content or parts"));
+    }
+    let parts = pb.parts.into_iter().map(part).collect::<Result<Vec<_>, _>>()?;
     let tool_calls = pb.tool_calls.into_iter().map(tool_call).collect();
-    Ok(ChatMessage { role, content: pb.content, tool_calls, tool_call_id: pb.tool_call_id })
+    let message =
+        ChatMessage { parts, tool_calls, tool_call_id: pb.tool_call_id, ..ChatMessage::new(role, pb.content) };
+    if message.images().next().is_some() {
+        return Ok(message);
+    }
+    // Texts alone are one text, which whoever knows nothing of images can read.
+    Ok(ChatMessage { content: message.texts().collect(), parts: Vec::new(), ..message })
+}
+
+fn part(pb: v1::ContentPart) -> Result<Part, Refusal> {
+    use v1::content_part::Part::{Image, Text};
+    match pb.part.ok_or_else(|| invalid("messages", "a part must be text or an image"))? {
+        Text(text) => Ok(Part::Text(text)),
+        Image(pb) => image(pb).map(Part::Image),
+    }
+}
+
+fn image(pb: v1::Image) -> Result<Image, Refusal> {
+    use v1::image::Source;
+    let unset = || invalid("messages", "an image needs a url or data");
+    let image = match pb.source.ok_or_else(unset)? {
+        Source::Url(url) => Image::at(url, &pb.media_type),
+        Source::Data(data) => Image::of(data, &pb.media_type),
+    };
+    let detail = match v1::ImageDetail::try_from(pb.detail) {
+        Ok(v1::ImageDetail::Unspecified) => None,
+        Ok(v1::ImageDetail::Auto) => Some(Detail::Auto),
+        Ok(v1::ImageDetail::Low) => Some(Detail::Low),
+        Ok(v1::ImageDetail::High) => Some(Detail::High),
+        Err(_) => return Err(invalid("messages", "an image's detail must be auto, low or high")),
+    };
+    Ok(Image { detail, ..image.map_err(|problem| invalid("messages", problem))? })
 }
 
 fn mode(pb: i32) -> Result<Mode, Refusal> {

@@ -5,6 +5,7 @@
 pub mod error;
 pub mod from_pb;
 pub mod json;
+mod parts;
 pub mod to_pb;
 
 /// The messages and services of `genmill.v1`, as generated.

@@ -6,6 +6,7 @@ use genmill_core::attempt::{
     UsageDetails,
 };
 use genmill_core::controls::{ReasoningEffort, StructuredOutput, Tool, ToolCall, ToolChoice};
+use genmill_core::image::{Detail, Image, MediaType, Part, Source};
 use genmill_core::job::{Job, JobSpec};
 use genmill_core::money::Cost;
 use genmill_core::request::{ChatMessage, Input, Priority, Role};
@@ -167,7 +168,33 @@ fn message(message: ChatMessage) -> v1::ChatMessage {
         content: message.content,
         tool_calls: tool_calls(&message.tool_calls),
         tool_call_id: message.tool_call_id,
+        parts: message.parts.into_iter().map(part).collect(),
     }
+}
+
+fn part(part: Part) -> v1::ContentPart {
+    use v1::content_part::Part as Pb;
+    let part = match part {
+        Part::Text(text) => Pb::Text(text),
+        Part::Image(of) => Pb::Image(image(of)),
+    };
+    v1::ContentPart { part: Some(part) }
+}
+
+fn image(Image { source, media_type, detail }: Image) -> v1::Image {
+    use v1::image::Source as Pb;
+    let source = match source {
+        Source::Url(url) => Pb::Url(url),
+        Source::Data(bytes) => Pb::Data(bytes.as_ref().to_vec()),
+    };
+    let detail = match detail {
+        None => v1::ImageDetail::Unspecified,
+        Some(Detail::Auto) => v1::ImageDetail::Auto,
+        Some(Detail::Low) => v1::ImageDetail::Low,
+        Some(Detail::High) => v1::ImageDetail::High,
+    };
+    let media_type = media_type.map(MediaType::name).unwrap_or_default().to_owned();
+    v1::Image { media_type, detail: detail.into(), source: Some(source) }
 }
 
 fn priority(priority: Priority) -> v1::Priority {

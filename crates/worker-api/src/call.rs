@@ -3,14 +3,15 @@
 
 use crate::catalog::Endpoint;
 use crate::collect::Collected;
-use crate::dialect::{Dialect, Encoded, FILLED_IN, ProviderError, StreamEvent, Streaming};
+use crate::dialect::{Dialect, Encoded, FILLED_IN, NEVER_LEFT_OUT, ProviderError, StreamEvent, Streaming};
 use crate::failure::{Fault, Kind, classify, redact};
 use crate::http::{Http, Trouble, Unsent};
 use crate::limits;
 use crate::perform::{Limits, Unsupported};
 use crate::wait::{asked_ms, time_ms};
+use genmill_core::image::Source;
 use genmill_core::job::JobSpec;
-use genmill_core::request::Input;
+use genmill_core::request::{ChatMessage, Input};
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
 use genmill_worker::perform::Progress;
@@ -244,24 +245,33 @@ pub(crate) fn unsupported(
     unsupported: Unsupported,
     left_out: &[&str],
 ) -> Option<Fault> {
+    let model = spec.model.backend_name();
+    if let Some((name, advice)) = NEVER_LEFT_OUT.iter().find(|(name, _)| left_out.contains(name)) {
+        let what = format!("does not take {name} for {model}: {advice}");
+        return Some(Fault::new(Kind::Invalid, &endpoint.name, &what));
+    }
     let wanted: Vec<&str> = left_out.iter().filter(|name| !FILLED_IN.contains(name)).copied().collect();
     if wanted.is_empty() || unsupported == Unsupported::LeaveOut {
         return None;
     }
     let what = format!(
-        "does not take {} for {}: leave it out of the request, or set drop_params = true under [api]",
+        "does not take {} for {model}: leave it out of the request, or set drop_params = true under [api]",
         wanted.join(", "),
-        spec.model.backend_name()
     );
     Some(Fault::new(Kind::Invalid, &endpoint.name, &what))
 }
 
 /// What a request says, which nobody else is to read.
 pub(crate) fn said(spec: &JobSpec) -> Vec<&str> {
-    match &spec.input {
+    let urls = spec.input.images().filter_map(|image| match &image.source {
+        Source::Url(url) => Some(url.as_str()),
+        Source::Data(_) => None,
+    });
+    let texts: Vec<&str> = match &spec.input {
         Input::Prompt(prompt) => vec![prompt],
-        Input::Messages(messages) => messages.iter().map(|message| message.content.as_str()).collect(),
-    }
+        Input::Messages(messages) => messages.iter().flat_map(ChatMessage::texts).collect(),
+    };
+    texts.into_iter().chain(urls).collect()
 }
 
 /// The failure that a provider's error stands for. What it quotes of the key and of what was `said` is cut out.

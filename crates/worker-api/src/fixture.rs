@@ -1,6 +1,7 @@
 //! Values that several tests start from.
 
 use genmill_core::controls::{Controls, ReasoningEffort, StructuredOutput, Tool, ToolCall, ToolChoice};
+use genmill_core::image::{Detail, Image, Part};
 use genmill_core::job::JobSpec;
 use genmill_core::model::ModelName;
 use genmill_core::names::Tenant;
@@ -40,6 +41,20 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
 pub(crate) fn messages(messages: &[(Role, &str)]) -> Input {
     let message = |(role, content): &(Role, &str)| ChatMessage::new(*role, *content);
     Input::Messages(messages.iter().map(message).collect())
+}
+
+/// The beginning of a PNG.
+pub(crate) const PNG: &[u8] = b"\x89PNG\r\n\x1a\n";
+
+/// A question about images: one by its bytes, and others by URL.
+pub(crate) fn with_images(urls: &[&str]) -> JobSpec {
+    let mut spec = spec("litellm_x/y", "");
+    let image = |image: Result<Image, String>| Part::Image(image.unwrap());
+    let data = Image { detail: Some(Detail::Low), ..Image::of(PNG.to_vec(), "").unwrap() };
+    let urls = urls.iter().map(|url| image(Image::at((*url).to_owned(), "")));
+    let parts = [Part::Text("Which animals?".to_owned()), Part::Image(data)].into_iter().chain(urls).collect();
+    spec.input = Input::Messages(vec![ChatMessage { parts, ..ChatMessage::new(Role::User, "") }]);
+    spec
 }
 
 /// A job with everything that a remote model may be asked for, also what does not go together.

@@ -295,7 +295,7 @@ fn millis(duration: Duration) -> u64 {
 }
 
 fn bytes_of(lease: &Lease) -> usize {
-    lease.spec.text_bytes()
+    lease.spec.bytes()
 }
 
 /// How many of the next jobs fit into a batch that has so many and so much already. At least one into an empty one.

@@ -142,7 +142,7 @@ fn read_prompts(path: &Path) -> anyhow::Result<Vec<Entry>> {
 fn prompt(entry: Entry, number: usize) -> anyhow::Result<Prompt> {
     let input = match (entry.prompt, entry.messages) {
         (Some(prompt), None) => Input::Prompt(prompt),
-        (None, Some(messages)) => messages_input(messages),
+        (None, Some(messages)) => messages_input(messages)?,
         _ => bail!("give either `prompt` or `messages`"),
     };
     let answers = |answers: Option<Vec<Scalar>>, name: &str| {

@@ -2,10 +2,11 @@
 
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, sse};
+use super::{conversation, errors, images, sse};
 use crate::providers::{Provider, Thinking};
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
+use genmill_core::image::{Image, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
@@ -110,6 +111,8 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
         ("structured_output", "output_config.format", parameters::schema(controls).map(format)),
         ("reasoning_effort", "thinking", thought),
         ("reasoning_effort", "output_config.effort", effort.map(|effort| json!(effort))),
+        parameters::IMAGES,
+        parameters::IMAGE_URLS,
     ]
 }
 
@@ -157,9 +160,19 @@ fn blocks(message: &ChatMessage) -> Vec<Value> {
     if message.role == Role::Tool {
         return vec![json!({"type": "tool_result", "tool_use_id": message.tool_call_id, "content": message.content})];
     }
-    let text = (!message.content.is_empty()).then(|| json!({"type": "text", "text": message.content}));
+    let said = images::parts(message, |text| json!({"type": "text", "text": text}), image);
     let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"type": "tool_use", "id": id, "name": name, "input": parameters::object(arguments)});
-    text.into_iter().chain(message.tool_calls.iter().map(call)).collect()
+    said.into_iter().chain(message.tool_calls.iter().map(call)).collect()
+}
+
+fn image(image: &Image) -> Value {
+    let source = match &image.source {
+        Source::Url(url) => json!({"type": "url", "url": url}),
+        Source::Data(bytes) => {
+            json!({"type": "base64", "media_type": images::media_type(image), "data": images::base64(bytes)})
+        }
+    };
+    json!({"type": "image", "source": source})
 }
 
 /// What a whole block says.

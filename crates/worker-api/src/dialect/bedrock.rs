@@ -3,12 +3,14 @@
 mod frames;
 
 use super::parameters::{self, arguments_schema};
-use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, conversation, errors};
+use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{conversation, errors, images};
 use crate::providers::Provider;
 use crate::url::escaped;
 use frames::{Frame, Frames};
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{Tool, ToolCall, ToolChoice};
+use genmill_core::image::{Image, MediaType, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
@@ -89,6 +91,7 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("stop", "inferenceConfig.stopSequences", stops),
         ("tools", "toolConfig.tools", parameters::tools(controls, tool)),
         ("tool_choice", "toolConfig.toolChoice", controls.tool_choice.as_ref().and_then(tool_choice)),
+        parameters::IMAGES,
     ]
 }
 
@@ -115,9 +118,16 @@ fn blocks(message: &ChatMessage) -> Vec<Value> {
         let (id, text) = (&message.tool_call_id, &message.content);
         return vec![json!({"toolResult": {"toolUseId": id, "content": [{"text": text}]}})];
     }
-    let text = (!message.content.is_empty()).then(|| json!({"text": message.content}));
+    let said = images::parts(message, |text| json!({"text": text}), image);
     let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"toolUse": {"toolUseId": id, "name": name, "input": parameters::object(arguments)}});
-    text.into_iter().chain(message.tool_calls.iter().map(call)).collect()
+    said.into_iter().chain(message.tool_calls.iter().map(call)).collect()
+}
+
+/// An image by its bytes; others are refused before the call.
+fn image(image: &Image) -> Value {
+    let format = image.media_type.map(MediaType::format).unwrap_or_default();
+    let bytes = if let Source::Data(bytes) = &image.source { images::base64(bytes) } else { String::new() };
+    json!({"image": {"format": format, "source": {"bytes": bytes}}})
 }
 
 /// What a whole block says.

@@ -2,7 +2,7 @@
 
 use super::parameters;
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, sse};
+use super::{conversation, errors, images, sse};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
 use genmill_core::controls::{ReasoningEffort, ToolCall, ToolChoice};
@@ -81,6 +81,9 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("tools", "tools", parameters::tools(controls, parameters::function)),
         ("tool_choice", "tool_choice", controls.tool_choice.as_ref().and_then(tool_choice)),
         ("reasoning_effort", "thinking", controls.reasoning_effort.map(thinking)),
+        parameters::IMAGES,
+        parameters::IMAGE_URLS,
+        parameters::IMAGE_DETAIL,
     ]
 }
 
@@ -99,7 +102,7 @@ fn tool_choice(choice: &ToolChoice) -> Option<Value> {
 }
 
 fn message(message: &ChatMessage) -> Value {
-    let mut out = json!({"role": message.role.name(), "content": message.content});
+    let mut out = json!({"role": message.role.name(), "content": images::chat_content(message)});
     let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
     if !message.tool_calls.is_empty() {
         out["tool_calls"] = message.tool_calls.iter().map(call).collect();

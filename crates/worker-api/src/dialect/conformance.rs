@@ -1,7 +1,7 @@
 //! What every dialect must do, on replies in `recorded/` that have the shape of those of its provider.
 
 use super::{DIALECTS, Dialect, StreamEvent, Streaming};
-use crate::fixture::rich;
+use crate::fixture::{rich, with_images};
 use crate::providers::{Provider, Table};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -44,6 +44,22 @@ fn what_is_sent() {
         let body: Value = serde_json::from_str(&whole.body).unwrap();
         assert!(body["stream"].as_bool() != Some(true) && !whole.path.contains("stream"), "{name} streams unasked");
     }
+}
+
+#[test]
+fn what_is_sent_of_images() {
+    let table = Table::embedded().unwrap();
+    let mut told = Vec::new();
+    for (name, dialect) in DIALECTS {
+        for urls in [&[][..], &["https://example.com/a.webp", "https://example.com/b"]] {
+            let encoded = dialect.encode(&with_images(urls), "the-model", &provider(&table, name), Streaming::Off);
+            let mut body: Value = serde_json::from_str(&encoded.body).unwrap();
+            body.sort_all_objects();
+            let asked = ["messages", "input", "contents", "inputs"].iter().find_map(|field| body.get(field)).unwrap();
+            told.push(format!("{name}, {} URLs, left out {:?}\n{asked}\n", urls.len(), encoded.left_out));
+        }
+    }
+    insta::assert_snapshot!(told.concat());
 }
 
 #[test]

@@ -2,10 +2,11 @@
 
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, sse};
+use super::{conversation, errors, images, sse};
 use crate::providers::{Provider, Thinking};
 use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
+use genmill_core::image::{Image, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
@@ -101,6 +102,8 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
         ("reasoning_effort", "generationConfig.thinkingConfig.includeThoughts", tells.then_some(json!(true))),
         ("tools", "tools", parameters::tools(controls, tool).map(|tools| json!([{"functionDeclarations": tools}]))),
         ("tool_choice", "toolConfig.functionCallingConfig", controls.tool_choice.as_ref().map(tool_choice)),
+        parameters::IMAGES,
+        parameters::IMAGE_URLS,
     ]
 }
 
@@ -150,7 +153,7 @@ fn parts(message: &ChatMessage, before: &[ChatMessage], thinking: Thinking) -> V
         let answer = answer.unwrap_or_else(|| json!({"result": message.content}));
         return vec![json!({"functionResponse": {"name": name, "response": answer}})];
     }
-    let text = (!message.content.is_empty()).then(|| json!({"text": message.content}));
+    let said = images::parts(message, |text| json!({"text": text}), image);
     let call = |(place, ToolCall { name, arguments, .. }): (usize, &ToolCall)| {
         let mut part = json!({"functionCall": {"name": name, "args": parameters::object(arguments)}});
         if place == 0 && thinking == Thinking::Level {
@@ -158,7 +161,17 @@ fn parts(message: &ChatMessage, before: &[ChatMessage], thinking: Thinking) -> V
         }
         part
     };
-    text.into_iter().chain(message.tool_calls.iter().enumerate().map(call)).collect()
+    said.into_iter().chain(message.tool_calls.iter().enumerate().map(call)).collect()
+}
+
+fn image(image: &Image) -> Value {
+    match &image.source {
+        Source::Data(bytes) => {
+            json!({"inlineData": {"mimeType": images::media_type(image), "data": images::base64(bytes)}})
+        }
+        Source::Url(url) if image.media_type.is_none() => json!({"fileData": {"fileUri": url}}),
+        Source::Url(url) => json!({"fileData": {"mimeType": images::media_type(image), "fileUri": url}}),
+    }
 }
 
 /// What must be known of the chunks so far to read the next one. A whole answer is one chunk.

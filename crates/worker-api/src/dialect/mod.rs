@@ -10,6 +10,7 @@ mod conformance;
 mod conversation;
 mod errors;
 mod gemini;
+mod images;
 mod ollama;
 mod openai;
 mod parameters;
@@ -27,7 +28,7 @@ use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 use serde_json::Value;
 
-pub(crate) use parameters::FILLED_IN;
+pub(crate) use parameters::{FILLED_IN, NEVER_LEFT_OUT};
 
 /// Every dialect that is spoken, by the name that `providers.toml` uses.
 pub const DIALECTS: &[(&str, &dyn Dialect)] = &[

@@ -1,10 +1,13 @@
 //! Ollama's own chat: a line of JSON for each piece.
 
 use super::parameters;
-use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, conversation, errors};
+use super::{
+    Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, conversation, errors, images,
+};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
 use genmill_core::controls::{ReasoningEffort, ToolCall};
+use genmill_core::image::{Image, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::ChatMessage;
 use serde_json::{Value, json};
@@ -60,11 +63,18 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("structured_output", "format", parameters::schema(controls)),
         ("tools", "tools", parameters::tools(controls, parameters::function)),
         ("reasoning_effort", "think", controls.reasoning_effort.map(|effort| json!(effort != ReasoningEffort::None))),
+        parameters::IMAGES,
     ]
 }
 
 fn message(message: &ChatMessage) -> Value {
-    let mut out = json!({"role": message.role.name(), "content": message.content});
+    let mut out = json!({"role": message.role.name(), "content": message.texts().collect::<String>()});
+    let bytes =
+        |image: &Image| if let Source::Data(bytes) = &image.source { Some(images::base64(bytes)) } else { None };
+    let shown: Vec<String> = message.images().filter_map(bytes).collect();
+    if !shown.is_empty() {
+        out["images"] = json!(shown);
+    }
     let call = |ToolCall { name, arguments, .. }: &ToolCall| json!({"function": {"name": name, "arguments": parameters::object(arguments)}});
     if !message.tool_calls.is_empty() {
         out["tool_calls"] = message.tool_calls.iter().map(call).collect();

@@ -2,6 +2,7 @@
 
 use crate::providers::Provider;
 use genmill_core::controls::{Controls, StructuredOutput, Tool, ToolChoice};
+use genmill_core::image::{Detail, Image, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::Sampling;
 use serde_json::{Value, json};
@@ -34,6 +35,35 @@ const ASKED: &[(&str, Asks)] = &[
     ("reasoning_effort", |sampling| sampling.controls.reasoning_effort.is_some()),
 ];
 
+/// Whether an image needs something of a provider.
+type Needs = fn(&Image) -> bool;
+
+/// What images need, under names like those of parameters.
+const IMAGES_NEED: &[(&str, Needs)] = &[
+    ("images", |_| true),
+    ("image_urls", |image| matches!(image.source, Source::Url(_))),
+    ("image_detail", |image| image.detail.is_some_and(|detail| detail != Detail::Auto)),
+];
+
+/// For the rows of a dialect that has images in its messages, by their bytes at least.
+pub(super) const IMAGES: Row<'static> = ("images", IN_MESSAGES, Some(Value::Null));
+
+/// For those of one whose providers fetch images.
+pub(super) const IMAGE_URLS: Row<'static> = ("image_urls", IN_MESSAGES, Some(Value::Null));
+
+/// For those of one that has a place for how closely to look.
+pub(super) const IMAGE_DETAIL: Row<'static> = ("image_detail", IN_MESSAGES, Some(Value::Null));
+
+/// The place of what stands in the messages already.
+const IN_MESSAGES: &str = "";
+
+/// What is never left out, since another question would be answered then, and what to do instead.
+pub(crate) const NEVER_LEFT_OUT: &[(&str, &str)] = &[
+    ("images", "ask a model that sees"),
+    ("image_urls", "send the images' bytes, in `data`"),
+    ("image_media_type", "tell the media_type of images by URL"),
+];
+
 /// Parameters that admission fills in where a request has none, so that a job cannot tell whether anybody wanted them.
 pub(crate) const FILLED_IN: &[&str] = &["max_tokens", "temperature", "seed"];
 
@@ -54,11 +84,13 @@ pub(super) fn fill<'a>(
         }
     }
     let asked = ASKED.iter().filter(|(_, asks)| asks(&spec.sampling)).map(|(name, _)| *name);
-    asked.filter(|name| !sent.contains(name)).collect()
+    let needed = IMAGES_NEED.iter().filter(|(_, needs)| spec.input.images().any(needs)).map(|(name, _)| *name);
+    asked.chain(needed).filter(|name| !sent.contains(name)).collect()
 }
 
 fn put(body: &mut Value, place: &str, value: Value) {
     match place.split_once('.') {
+        _ if place == IN_MESSAGES => {}
         Some((first, rest)) => put(&mut body[first], rest, value),
         None => body[place] = value,
     }

@@ -2,10 +2,11 @@
 
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, sse};
+use super::{conversation, errors, images, sse};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{Tool, ToolCall, ToolChoice};
+use genmill_core::image::Image;
 use genmill_core::job::JobSpec;
 use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
@@ -60,6 +61,9 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("tool_choice", "tool_choice", controls.tool_choice.as_ref().map(tool_choice)),
         ("reasoning_effort", "reasoning.effort", effort.map(|effort| json!(effort.name()))),
         ("reasoning_effort", "reasoning.summary", effort.map(|_| json!("auto"))),
+        parameters::IMAGES,
+        parameters::IMAGE_URLS,
+        parameters::IMAGE_DETAIL,
     ]
 }
 
@@ -86,10 +90,17 @@ fn items(message: &ChatMessage) -> Vec<Value> {
         let (id, output) = (&message.tool_call_id, &message.content);
         return vec![json!({"type": "function_call_output", "call_id": id, "output": output})];
     }
-    let said = json!({"role": message.role.name(), "content": message.content});
-    let said = (!message.content.is_empty() || message.tool_calls.is_empty()).then_some(said);
+    let said = (!message.content.is_empty() || message.tool_calls.is_empty())
+        .then(|| json!({"role": message.role.name(), "content": content(message)}));
     let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"type": "function_call", "call_id": id, "name": name, "arguments": arguments});
     said.into_iter().chain(message.tool_calls.iter().map(call)).collect()
+}
+
+/// What a message says: a text, or a list when there are images.
+fn content(message: &ChatMessage) -> Value {
+    let text = |text: &str| json!({"type": "input_text", "text": text});
+    let image = |image: &Image| json!({"type": "input_image", "image_url": images::address(image), "detail": images::detail(image)});
+    if message.parts.is_empty() { json!(message.content) } else { Value::Array(images::parts(message, text, image)) }
 }
 
 /// What a whole item says.

@@ -20,7 +20,11 @@ impl Dialect for Vertex {
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let encoded = Gemini.encode(spec, model, provider, streaming);
+        let mut encoded = Gemini.encode(spec, model, provider, streaming);
+        // Unlike AI Studio, it does not look for itself what is behind a URL.
+        if spec.input.images().any(|image| image.media_type.is_none()) {
+            encoded.left_out.push("image_media_type");
+        }
         Encoded { path: format!("/publishers/google{}", encoded.path), ..encoded }
     }
 

@@ -3,12 +3,14 @@
 use super::*;
 use crate::auth::google;
 use crate::fallbacks::Fallbacks;
-use crate::fixture::{messages, spec};
+use crate::fixture::{messages, spec, with_images};
 use crate::http::Settings;
 use crate::providers::Table;
 use genmill_core::attempt::{FinishReason, Generation, Usage};
 use genmill_core::gate::{KeyId, Signal};
 use genmill_core::ids::{Epoch, LaneNumber};
+use genmill_core::job::JobSpec;
+use genmill_core::model::ModelName;
 use genmill_core::money::Picodollars;
 use genmill_core::request::Role;
 use genmill_daemon::config;
@@ -631,6 +633,15 @@ async fn a_parameter_that_a_provider_does_not_take_fails_the_job_or_is_left_out(
     let performer = performer_of(name, &settings, leaving_out, |_| ());
     let (performed, _) = perform(&performer, job(), CancellationToken::new()).await;
     assert_eq!(generation(performed).left_out, ["seed", "frequency_penalty"]);
+    // What is asked about is not left out.
+    let (name, settings, _) = spoken(&standin, "sk-a").into_iter().find(|(name, ..)| name.starts_with("tgi")).unwrap();
+    let performer = performer_of(name, &settings, leaving_out, |_| ());
+    let job = JobSpec { model: ModelName::parse(&format!("litellm_{name}")).unwrap(), ..with_images(&[]) };
+    let calls = standin.bill().calls;
+    let (performed, _) = perform(&performer, job, CancellationToken::new()).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!() };
+    assert!(failure.message.contains("does not take images"), "{failure:?}");
+    assert_eq!((failure.class, standin.bill().calls), (FailureClass::Invalid, calls));
 }
 
 #[tokio::test]

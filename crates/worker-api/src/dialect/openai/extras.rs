@@ -1,6 +1,7 @@
 //! What chat completions have beside text: messages that call tools, tools, forms of the answer, log probabilities.
 
 use super::StreamEvent;
+use crate::dialect::images;
 use crate::dialect::parameters::{self, Row};
 use genmill_core::attempt::TokenLogprob;
 use genmill_core::controls::{Controls, Tool, ToolCall, ToolChoice};
@@ -9,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 /// A message as it is sent.
 pub(super) fn message(message: &ChatMessage) -> Value {
-    let mut out = json!({"role": message.role.name(), "content": message.content});
+    let mut out = json!({"role": message.role.name(), "content": images::chat_content(message)});
     if !message.tool_calls.is_empty() {
         out["tool_calls"] = message.tool_calls.iter().map(call).collect();
     }
@@ -42,6 +43,9 @@ pub(super) fn parameters(controls: &Controls) -> Vec<Row<'static>> {
         ("tools", "tools", parameters::tools(controls, tool)),
         ("tool_choice", "tool_choice", controls.tool_choice.as_ref().map(tool_choice)),
         ("reasoning_effort", "reasoning_effort", controls.reasoning_effort.map(|effort| json!(effort.name()))),
+        parameters::IMAGES,
+        parameters::IMAGE_URLS,
+        parameters::IMAGE_DETAIL,
     ]
 }
 
