@@ -210,13 +210,23 @@ pub enum FailureClass {
     Poison,
     /// A defect of Genmill itself.
     Internal,
+    /// The account cannot pay, or has used up what it may use for a long time.
+    Quota,
+    /// The provider has too much to do.
+    Overloaded,
+    /// What was asked or answered is not allowed.
+    ContentFilter,
+    /// Prompt and answer are longer than the model takes.
+    ContextOverflow,
+    /// The answer broke off.
+    CutStream,
 }
 
 impl FailureClass {
     /// True when trying again can help.
     #[must_use]
     pub const fn is_retried(self) -> bool {
-        matches!(self, Self::Throttled | Self::Transient | Self::Timeout)
+        matches!(self, Self::Throttled | Self::Transient | Self::Timeout | Self::Overloaded | Self::CutStream)
     }
 }
 

@@ -174,7 +174,8 @@ mod tests {
 
     #[test]
     fn a_passing_fault_is_retried_three_times_with_doubled_delays() {
-        for class in [FailureClass::Transient, FailureClass::Timeout] {
+        for class in [FailureClass::Transient, FailureClass::Timeout, FailureClass::Overloaded, FailureClass::CutStream]
+        {
             check(failed(class, None), 0, Some(1_000));
             check(failed(class, None), 1, Some(2_000));
             check(failed(class, None), 2, Some(4_000));
@@ -190,6 +191,9 @@ mod tests {
             FailureClass::NotFound,
             FailureClass::Poison,
             FailureClass::Internal,
+            FailureClass::Quota,
+            FailureClass::ContentFilter,
+            FailureClass::ContextOverflow,
         ] {
             check(failed(class, Some(1)), 0, None);
         }

@@ -304,6 +304,11 @@ fn failure(failure: Failure) -> v1::JobError {
         FailureClass::Timeout => v1::ErrorClass::Timeout,
         FailureClass::Poison => v1::ErrorClass::Poison,
         FailureClass::Internal => v1::ErrorClass::Internal,
+        FailureClass::Quota => v1::ErrorClass::Quota,
+        FailureClass::Overloaded => v1::ErrorClass::Overloaded,
+        FailureClass::ContentFilter => v1::ErrorClass::ContentFilter,
+        FailureClass::ContextOverflow => v1::ErrorClass::ContextOverflow,
+        FailureClass::CutStream => v1::ErrorClass::CutStream,
     };
     v1::JobError { error_class: class.into(), message: failure.message }
 }

@@ -67,8 +67,9 @@ pub struct Policy {
     pub advice: &'static str,
 }
 
-/// What follows from each kind of failure. Classes that are retried: throttled, transient, timeout; the others end the
-/// job. The wait is that of `genmill_core::judge` (1 s, doubled each time), at least as long as the provider asks.
+/// What follows from each kind of failure. Classes that are retried: throttled, overloaded, transient, timeout, cut stream;
+/// the others end the job. The wait is that of `genmill_core::judge` (1 s, doubled each time), at least as long as the
+/// provider asks.
 pub const POLICIES: &[Policy] = &[
     policy(
         Kind::Auth,
@@ -81,7 +82,7 @@ pub const POLICIES: &[Policy] = &[
     policy(
         Kind::Quota,
         "quota",
-        FailureClass::Auth,
+        FailureClass::Quota,
         Health::Works,
         "has no quota or credit left for this key",
         "check its plan and billing",
@@ -95,12 +96,12 @@ pub const POLICIES: &[Policy] = &[
         "check the model's name and the provider's base_url",
     ),
     policy(Kind::Throttled, "throttled", FailureClass::Throttled, Health::Spare, "asked to slow down", ""),
-    policy(Kind::Overloaded, "overloaded", FailureClass::Transient, Health::Fails, "is overloaded", ""),
+    policy(Kind::Overloaded, "overloaded", FailureClass::Overloaded, Health::Fails, "is overloaded", ""),
     policy(Kind::Invalid, "invalid", FailureClass::Invalid, Health::Works, "refused the request", ""),
     policy(
         Kind::ContentFilter,
         "content_filter",
-        FailureClass::Invalid,
+        FailureClass::ContentFilter,
         Health::Works,
         "does not allow the content",
         "a content filter refused it: change the prompt",
@@ -108,14 +109,14 @@ pub const POLICIES: &[Policy] = &[
     policy(
         Kind::ContextOverflow,
         "context_overflow",
-        FailureClass::Invalid,
+        FailureClass::ContextOverflow,
         Health::Works,
         "cannot hold prompt and answer",
         "shorten the prompt, lower max_tokens, or take a model with a longer context",
     ),
     policy(Kind::Transient, "transient", FailureClass::Transient, Health::Fails, "failed", ""),
     policy(Kind::Timeout, "timeout", FailureClass::Timeout, Health::Fails, "took too long", ""),
-    policy(Kind::Cut, "cut", FailureClass::Transient, Health::Fails, "broke off its answer", ""),
+    policy(Kind::Cut, "cut", FailureClass::CutStream, Health::Fails, "broke off its answer", ""),
     policy(
         Kind::Repeated,
         "repeated",

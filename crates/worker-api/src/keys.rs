@@ -81,12 +81,17 @@ pub(crate) fn observe(outcome: &Outcome, usage: Option<Usage>, (told, age_ms): (
     };
     let signal = match failure.class {
         FailureClass::Throttled => Signal::Throttled,
-        FailureClass::Transient | FailureClass::Timeout => Signal::Overloaded,
+        FailureClass::Transient | FailureClass::Timeout | FailureClass::Overloaded | FailureClass::CutStream => {
+            Signal::Overloaded
+        }
         FailureClass::Invalid
         | FailureClass::Auth
         | FailureClass::NotFound
         | FailureClass::Poison
-        | FailureClass::Internal => Signal::Answered,
+        | FailureClass::Internal
+        | FailureClass::Quota
+        | FailureClass::ContentFilter
+        | FailureClass::ContextOverflow => Signal::Answered,
     };
     Observation { signal, used_tokens, retry_after_ms: failure.retry_after_ms, ..limits }
 }

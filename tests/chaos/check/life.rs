@@ -190,14 +190,19 @@ fn failed(job: &v1::Job, evidence: &Evidence) -> Result<(), String> {
         job.error.as_ref().map_or((ErrorClass::Unspecified, ""), |error| (error.error_class(), error.message.as_str()));
     let fair = match class {
         ErrorClass::Poison => job.losses == settings.losses_max,
-        ErrorClass::Transient | ErrorClass::Timeout => job.failures == settings.retries_max + 1,
+        ErrorClass::Transient | ErrorClass::Timeout | ErrorClass::Overloaded | ErrorClass::CutStream => {
+            job.failures == settings.retries_max + 1
+        }
         ErrorClass::Invalid => prompt(job).starts_with("!status=400"),
         // One that is throttled waits for as long as it takes.
         ErrorClass::Throttled
         | ErrorClass::Unspecified
         | ErrorClass::Auth
         | ErrorClass::NotFound
-        | ErrorClass::Internal => false,
+        | ErrorClass::Internal
+        | ErrorClass::Quota
+        | ErrorClass::ContentFilter
+        | ErrorClass::ContextOverflow => false,
     };
     let (failures, losses) = (job.failures, job.losses);
     if fair { Ok(()) } else { Err(format!("{class:?} after {failures} failures and {losses} losses: {message}")) }

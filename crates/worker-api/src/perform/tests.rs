@@ -240,14 +240,15 @@ async fn a_refusal_is_classified_and_costs_nothing() {
         let wait = check_failure(&format!("!status=429 {wait}"), FailureClass::Throttled, true, "slow down").await;
         assert_eq!(wait.retry_after_ms, Some(2_500));
     }
-    check_failure("!status=429 code=insufficient_quota", FailureClass::Auth, true, "billing").await;
-    check_failure("!status=400 code=context_length_exceeded", FailureClass::Invalid, true, "shorten the prompt").await;
-    check_failure("!status=400 code=content_filter", FailureClass::Invalid, true, "change the prompt").await;
+    check_failure("!status=429 code=insufficient_quota", FailureClass::Quota, true, "billing").await;
+    let long = "!status=400 code=context_length_exceeded";
+    check_failure(long, FailureClass::ContextOverflow, true, "shorten the prompt").await;
+    check_failure("!status=400 code=content_filter", FailureClass::ContentFilter, true, "change the prompt").await;
     let never = "!status=503 header=x-should-retry:false";
     check_failure(never, FailureClass::Invalid, true, "asks not to be called again").await;
     check_failure("!status=500", FailureClass::Transient, true, "openai failed (HTTP 500").await;
     check_failure("!status=503 retry-after-ms=20", FailureClass::Transient, true, "503").await;
-    check_failure("!status=529", FailureClass::Transient, true, "529").await;
+    check_failure("!status=529", FailureClass::Overloaded, true, "529").await;
     check_failure("!status=400", FailureClass::Invalid, true, "400").await;
     check_failure("!status=403", FailureClass::Auth, true, "403").await;
     check_failure("!status=404", FailureClass::NotFound, true, "404").await;
@@ -264,7 +265,7 @@ async fn a_refused_key_is_told_but_not_repeated() {
 
 #[tokio::test]
 async fn a_broken_answer_may_be_tried_again_and_its_cost_is_no_exact_one() {
-    check_failure("!cut-after=5", FailureClass::Transient, false, "openai").await;
+    check_failure("!cut-after=5", FailureClass::CutStream, false, "openai").await;
     check_failure("!garbage", FailureClass::Transient, false, "not a chat completion").await;
     check_failure("!html", FailureClass::Transient, false, "web page").await;
     check_failure("!error-after=2", FailureClass::Transient, false, "It broke.").await;
@@ -607,9 +608,9 @@ async fn every_dialect_tells_what_went_wrong() {
     class("hi", BAD_KEY, FailureClass::Auth).await;
     class("!status=429 retry-after=1", "sk-a", FailureClass::Throttled).await;
     class("!status=500", "sk-a", FailureClass::Transient).await;
-    class("!status=529", "sk-a", FailureClass::Transient).await;
+    class("!status=529", "sk-a", FailureClass::Overloaded).await;
     class("!status=400", "sk-a", FailureClass::Invalid).await;
-    class("!cut-after=1 a b c", "sk-a", FailureClass::Transient).await;
+    class("!cut-after=1 a b c", "sk-a", FailureClass::CutStream).await;
     class("!error-after=1 a b c", "sk-a", FailureClass::Transient).await;
     class("!garbage", "sk-a", FailureClass::Transient).await;
 }
