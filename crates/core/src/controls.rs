@@ -313,7 +313,6 @@ impl Controls {
         let local = |asked: bool, field: &'static str| {
             rule(!asked, field, || "is for local models; providers do not take it".to_owned())
         };
-        rule(self.samples() == 1, "n", || "must be 1 for a remote model; submit as many jobs".to_owned())?;
         local(self.min_tokens.is_some(), "min_tokens")?;
         local(!self.stop_token_ids.is_empty(), "stop_token_ids")?;
         local(self.ignore_eos, "ignore_eos")?;
@@ -386,7 +385,7 @@ mod tests {
         let schema = StructuredOutput::JsonSchema("{}".to_owned());
         let usual = Controls { frequency_penalty: Some(1.0), structured_output: Some(schema), ..Controls::default() };
         assert_eq!(refused(usual), None);
-        assert_eq!(refused(Controls { n: Some(2), ..Controls::default() }), Some("n"));
+        assert_eq!(refused(Controls { n: Some(2), ..Controls::default() }), None);
         assert_eq!(refused(Controls { echo: true, ..Controls::default() }), Some("echo"));
         let lark = Some(StructuredOutput::Lark("start: \"a\"".to_owned()));
         assert_eq!(

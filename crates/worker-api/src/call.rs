@@ -161,8 +161,8 @@ impl Call<'_> {
         }
         match self.dialect.decode(&whole) {
             Ok(reply) => {
-                let text = collected.take_reply(reply, self.elapsed_ms());
-                self.progress.text(text).await;
+                let texts = collected.take_reply(reply, self.elapsed_ms());
+                self.report(texts).await;
                 Ended::Answered
             }
             Err(error) => Ended::Broken(self.told(body.response.status(), error)),
@@ -195,6 +195,7 @@ impl Call<'_> {
                 Came::Bytes(bytes) => decoder.push(&bytes),
                 Came::End => {
                     self.take(decoder.end(), collected).await;
+                    collected.ended();
                     break;
                 }
                 // The text is there: whatever else was to come is done without.
@@ -227,9 +228,14 @@ impl Call<'_> {
 
     async fn take(&mut self, events: Vec<StreamEvent>, collected: &mut Collected) {
         for event in events {
-            if let Some(text) = collected.take(event, self.elapsed_ms()) {
-                self.progress.text(text).await;
-            }
+            let texts = collected.take(event, self.elapsed_ms());
+            self.report(texts).await;
+        }
+    }
+
+    async fn report(&mut self, texts: Vec<(u32, String)>) {
+        for (sample, text) in texts {
+            self.progress.text_of(sample, text).await;
         }
     }
 

@@ -2,22 +2,23 @@
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
 use crate::limits::Told;
+use crate::sample::Collecting;
 use crate::stop::StopCut;
-use genmill_core::attempt::{FinishReason, Generation, TokenLogprob, Usage, UsageDetails};
-use genmill_core::controls::ToolCall;
+use genmill_core::attempt::{FinishReason, Generation, Usage, UsageDetails};
 use genmill_core::money::{Picodollars, Rates, price};
 use tokio::time::Instant;
 
 /// What is known of an answer so far.
 #[derive(Clone, Debug)]
 pub struct Collected {
-    text: String,
-    reasoning: String,
-    left_out: Vec<String>,
+    /// How many texts were asked for.
+    asked: usize,
+    first: Collecting,
+    /// The texts after the first, as far as anything came of them.
+    more: Vec<Collecting>,
+    /// As no text has it yet.
     cut: StopCut,
-    tool_calls: Vec<ToolCall>,
-    logprobs: Vec<TokenLogprob>,
-    finish_reason: Option<FinishReason>,
+    left_out: Vec<String>,
     usage: Option<Usage>,
     usage_details: Option<UsageDetails>,
     billed: Option<Picodollars>,
@@ -30,17 +31,16 @@ pub struct Collected {
 }
 
 impl Collected {
-    /// Nothing yet, of an answer that ends at the first of `stops`.
+    /// Nothing yet, of an answer whose text ends at the first of `stops`.
     #[must_use]
     pub fn new(stops: &[String]) -> Self {
+        let cut = StopCut::new(stops);
         Self {
-            text: String::new(),
-            reasoning: String::new(),
+            asked: 1,
+            first: Collecting::new(cut.clone()),
+            more: Vec::new(),
+            cut,
             left_out: Vec::new(),
-            cut: StopCut::new(stops),
-            tool_calls: Vec::new(),
-            logprobs: Vec::new(),
-            finish_reason: None,
             usage: None,
             usage_details: None,
             billed: None,
@@ -53,44 +53,67 @@ impl Collected {
         }
     }
 
-    /// Takes an event that came `elapsed_ms` after the call began. Returns the text to report.
-    pub fn take(&mut self, event: StreamEvent, elapsed_ms: u64) -> Option<String> {
+    /// The same of an answer that is to have so many texts.
+    #[must_use]
+    pub fn of_samples(self, asked: u32) -> Self {
+        Self { asked: usize::try_from(asked).unwrap_or(usize::MAX), ..self }
+    }
+
+    /// Takes an event that came `elapsed_ms` after the call began. Returns the texts to report, each with its sample.
+    pub fn take(&mut self, event: StreamEvent, elapsed_ms: u64) -> Vec<(u32, String)> {
         match event {
-            StreamEvent::Text(text) => {
-                self.first_token_ms.get_or_insert(elapsed_ms);
-                return Some(self.cut.push(&text)).and_then(|piece| self.keep(piece));
-            }
-            StreamEvent::Finished(reason) => {
-                self.finish_reason = Some(reason);
-                let held = self.cut.end();
-                return self.keep(held);
-            }
-            StreamEvent::Reasoning(thought) => {
-                self.first_token_ms.get_or_insert(elapsed_ms);
-                self.reasoning.push_str(&thought);
-            }
-            StreamEvent::ToolCall { index, part } => {
-                self.first_token_ms.get_or_insert(elapsed_ms);
-                self.add_call(index, part);
-            }
-            StreamEvent::Logprobs(logprobs) => self.logprobs.extend(logprobs),
+            StreamEvent::Text(_)
+            | StreamEvent::Finished(_)
+            | StreamEvent::Reasoning(_)
+            | StreamEvent::ToolCall { .. }
+            | StreamEvent::Logprobs(_) => return self.take_of(0, event, elapsed_ms),
+            StreamEvent::OfSample { sample, event } => return self.take_of(sample, *event, elapsed_ms),
             StreamEvent::Usage(usage) => self.usage = Some(usage),
             StreamEvent::UsageDetails(details) => self.usage_details = Some(details),
             StreamEvent::Billed(billed) => self.billed = Some(billed),
             StreamEvent::Fingerprint(fingerprint) => self.fingerprint = fingerprint,
             StreamEvent::Id(id) => self.id = Some(id),
             StreamEvent::Error(error) => self.error = Some(error),
-            StreamEvent::Done => {
-                self.done = true;
-                let held = self.cut.end();
-                return self.keep(held);
-            }
+            StreamEvent::Done => return self.finish(),
         }
-        None
+        Vec::new()
     }
 
-    /// Takes a whole reply. Returns the text to report.
-    pub fn take_reply(&mut self, reply: Reply, elapsed_ms: u64) -> String {
+    fn take_of(&mut self, sample: usize, event: StreamEvent, elapsed_ms: u64) -> Vec<(u32, String)> {
+        // What was not asked for is passed over.
+        if sample >= self.asked {
+            return Vec::new();
+        }
+        if matches!(event, StreamEvent::Text(_) | StreamEvent::Reasoning(_) | StreamEvent::ToolCall { .. }) {
+            self.first_token_ms.get_or_insert(elapsed_ms);
+        }
+        let of = match sample.checked_sub(1) {
+            None => &mut self.first,
+            Some(place) => {
+                let count = self.more.len().max(sample);
+                self.more.resize_with(count, || Collecting::new(self.cut.clone()));
+                &mut self.more[place]
+            }
+        };
+        reported([(sample, of.take(event))])
+    }
+
+    /// Nothing more comes.
+    fn finish(&mut self) -> Vec<(u32, String)> {
+        self.done = true;
+        let texts = std::iter::once(&mut self.first).chain(&mut self.more);
+        reported(texts.map(Collecting::end).enumerate())
+    }
+
+    /// The connection has ended. Where every text that was begun is finished, nothing is missing: some providers know of one
+    /// text only, however many they are asked for, and some do not say when all is said.
+    pub fn ended(&mut self) {
+        let mut begun = std::iter::once(&self.first).chain(&self.more).filter(|text| text.is_begun()).peekable();
+        self.done |= begun.peek().is_some() && begun.all(Collecting::is_finished);
+    }
+
+    /// Takes a whole reply. Returns the texts to report, each with its sample.
+    pub fn take_reply(&mut self, reply: Reply, elapsed_ms: u64) -> Vec<(u32, String)> {
         let finished = StreamEvent::Finished(reply.finish_reason.unwrap_or(FinishReason::Unknown));
         let text = (!reply.text.is_empty()).then_some(StreamEvent::Text(reply.text));
         let thought = (!reply.reasoning.is_empty()).then_some(StreamEvent::Reasoning(reply.reasoning));
@@ -101,30 +124,10 @@ impl Collected {
         let calls = calls.map(|(index, part)| Some(StreamEvent::ToolCall { index, part }));
         let logprobs = (!reply.logprobs.is_empty()).then_some(StreamEvent::Logprobs(reply.logprobs));
         let fingerprint = (!reply.fingerprint.is_empty()).then_some(StreamEvent::Fingerprint(reply.fingerprint));
-        let rest = [logprobs, Some(finished), usage, details, billed, fingerprint, Some(StreamEvent::Done)];
+        let rest = [logprobs, Some(finished), usage, details, billed, fingerprint];
         let events = [thought, text].into_iter().chain(calls).chain(rest).flatten();
-        events.filter_map(|event| self.take(event, elapsed_ms)).collect()
-    }
-
-    /// Takes more of a call. Indices without a call in between are not believed.
-    fn add_call(&mut self, index: usize, part: ToolCall) {
-        if index >= self.tool_calls.len() {
-            return self.tool_calls.push(part);
-        }
-        let call = &mut self.tool_calls[index];
-        if call.id.is_empty() {
-            call.id = part.id;
-        }
-        call.name.push_str(&part.name);
-        call.arguments.push_str(&part.arguments);
-    }
-
-    fn keep(&mut self, piece: String) -> Option<String> {
-        if piece.is_empty() {
-            return None;
-        }
-        self.text.push_str(&piece);
-        Some(piece)
+        let events = events.chain(reply.more).chain([StreamEvent::Done]);
+        events.flat_map(|event| self.take(event, elapsed_ms)).collect()
     }
 
     /// Tokens of the prompt; 0 until they are told.
@@ -152,13 +155,16 @@ impl Collected {
     /// How much of the answer has come, in bytes of text and thought.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.text.len() + self.reasoning.len()
+        self.first.bytes() + self.more.iter().map(Collecting::bytes).sum::<usize>()
     }
 
-    /// True when the text is whole; usage may still come.
+    /// True when all texts are whole; usage may still come.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.error.is_none() && (self.done || self.finish_reason.is_some())
+        let finished = 1 + self.more.len() >= self.asked
+            && self.first.is_finished()
+            && self.more.iter().all(Collecting::is_finished);
+        self.error.is_none() && (self.done || finished)
     }
 
     /// True when nothing more will come.
@@ -209,34 +215,43 @@ impl Collected {
         self.left_out = parameters.iter().map(|parameter| (*parameter).to_owned()).collect();
     }
 
-    /// The finished generation; a provider's overlong fingerprint is cut.
+    /// The finished generation; a provider's overlong fingerprint is cut. Where fewer texts came than were asked for, the
+    /// provider left `n` out by itself.
     #[must_use]
     pub fn into_generation(mut self) -> Generation {
         let mut fingerprint = std::mem::take(&mut self.fingerprint);
         fingerprint.truncate(fingerprint.floor_char_boundary(Generation::FINGERPRINT_BYTES_MAX));
-        let told = self.finish_reason.unwrap_or(FinishReason::Unknown);
-        let finish_reason = if self.cut.stopped() { FinishReason::Stop } else { told };
-        // A call without arguments may come without any piece of them.
-        for call in self.tool_calls.iter_mut().filter(|call| call.arguments.is_empty()) {
-            call.arguments.push_str("{}");
+        let mut left_out = self.left_out;
+        if 1 + self.more.len() < self.asked {
+            left_out.push("n".to_owned());
         }
+        let reasoning = std::mem::take(&mut self.first.reasoning);
+        let first = self.first.into_sample();
         Generation {
             usage: self.usage,
             usage_details: self.usage_details,
-            reasoning: self.reasoning,
-            left_out: self.left_out,
+            reasoning,
+            left_out,
             first_token_ms: self.first_token_ms,
-            tool_calls: self.tool_calls,
-            logprobs: self.logprobs,
+            tool_calls: first.tool_calls,
+            logprobs: first.logprobs,
+            more: self.more.into_iter().map(Collecting::into_sample).collect(),
             fingerprint,
-            ..Generation::new(self.text, finish_reason)
+            ..Generation::new(first.text, first.finish_reason)
         }
     }
+}
+
+/// What there is to report of some texts.
+fn reported(pieces: impl IntoIterator<Item = (usize, String)>) -> Vec<(u32, String)> {
+    let pieces = pieces.into_iter().filter(|(_, piece)| !piece.is_empty());
+    pieces.map(|(sample, piece)| (u32::try_from(sample).unwrap_or(u32::MAX), piece)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use genmill_core::controls::ToolCall;
 
     const USAGE: Usage = Usage { prompt_tokens: 10, cached_prompt_tokens: 0, completion_tokens: 5 };
 
@@ -247,7 +262,8 @@ mod tests {
     fn collect(stops: &[&str], events: Vec<StreamEvent>) -> (Collected, String) {
         let stops: Vec<String> = stops.iter().map(|stop| (*stop).to_owned()).collect();
         let mut collected = Collected::new(&stops);
-        let reported = events.into_iter().zip(1..).filter_map(|(event, ms)| collected.take(event, ms)).collect();
+        let reported = events.into_iter().zip(1..).flat_map(|(event, ms)| collected.take(event, ms));
+        let reported = reported.map(|(_, text)| text).collect();
         (collected, reported)
     }
 
@@ -328,8 +344,41 @@ mod tests {
     fn a_whole_reply_is_cut_as_a_stream_is() {
         let mut collected = Collected::new(&["b".to_owned()]);
         let reply = Reply { text: "abc".to_owned(), usage: Some(USAGE), ..Reply::default() };
-        assert_eq!(collected.take_reply(reply, 9), "a");
+        assert_eq!(collected.take_reply(reply, 9), [(0, "a".to_owned())]);
         assert!(collected.is_whole());
         assert_eq!(collected.into_generation().text, "a");
+    }
+
+    fn of(sample: usize, event: StreamEvent) -> StreamEvent {
+        StreamEvent::OfSample { sample, event: Box::new(event) }
+    }
+
+    #[test]
+    fn several_texts_come_each_for_itself() {
+        let mut collected = Collected::new(&["!".to_owned()]).of_samples(3);
+        let finished = || StreamEvent::Finished(FinishReason::Length);
+        let events = [text("a"), of(2, text("c!d")), of(1, text("b")), finished(), of(2, finished()), of(9, text("x"))];
+        let told: Vec<_> = events.into_iter().flat_map(|event| collected.take(event, 1)).collect();
+        assert_eq!(told, [(0, "a".to_owned()), (2, "c".to_owned()), (1, "b".to_owned())]);
+        assert!(!collected.is_whole(), "one of them goes on");
+        collected.ended();
+        assert!(!collected.is_whole(), "and was cut");
+        collected.take(of(1, finished()), 1);
+        assert!(collected.is_whole());
+        let generation = collected.into_generation();
+        let more: Vec<_> = generation.more.iter().map(|more| (more.text.as_str(), more.finish_reason)).collect();
+        assert_eq!((generation.text.as_str(), generation.left_out.len()), ("a", 0));
+        assert_eq!(more, [("b", FinishReason::Length), ("c", FinishReason::Stop)]);
+    }
+
+    #[test]
+    fn a_provider_that_knows_of_one_text_only_has_left_the_others_out() {
+        let mut collected = Collected::new(&[]).of_samples(2);
+        collected.take(text("a"), 1);
+        collected.take(StreamEvent::Finished(FinishReason::Stop), 1);
+        assert!(!collected.is_whole(), "another may come");
+        collected.ended();
+        assert!(collected.is_whole());
+        assert_eq!(collected.into_generation().left_out, ["n"]);
     }
 }

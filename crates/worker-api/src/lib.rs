@@ -23,6 +23,7 @@ pub mod perform;
 pub mod prices;
 pub mod providers;
 pub mod repeats;
+mod sample;
 mod settle;
 pub mod stop;
 mod url;

@@ -204,7 +204,7 @@ impl Performer {
         progress.started.set();
         let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(spec.model.backend_name()));
         let mut call = Call { endpoint, dialect, http, limits, spec, progress, begun };
-        let mut collected = Collected::new(&spec.sampling.stop);
+        let mut collected = Collected::new(&spec.sampling.stop).of_samples(spec.sampling.controls.samples());
         let ended = tokio::select! {
             biased;
             ended = call.make(&mut collected) => ended,

@@ -57,6 +57,11 @@ impl<'a> Request<'a> {
         field.and_then(|max| usize::try_from(max).ok()).unwrap_or(usize::MAX)
     }
 
+    /// How many texts are asked for.
+    pub(crate) fn samples(&self) -> usize {
+        self.body["n"].as_u64().and_then(|n| usize::try_from(n).ok()).unwrap_or(1).max(1)
+    }
+
     fn stops(&self) -> Vec<&'a str> {
         match &self.body["stop"] {
             Value::String(stop) => vec![stop],

@@ -327,13 +327,15 @@ struct Reply {
     text: String,
     cost: Option<Value>,
     fault: Fault,
+    samples: usize,
 }
 
 impl Reply {
     fn new(shape: &'static dyn Shape, request: &Request<'_>, script: &Script, fault: Fault, id: String) -> Self {
         let answer = answer(request, script);
         let cost = script.cost.as_deref().and_then(|cost| serde_json::from_str(cost).ok());
-        Self { shape, id, model: request.model().to_owned(), text: answer.pieces.concat(), answer, cost, fault }
+        let (model, text, samples) = (request.model().to_owned(), answer.pieces.concat(), request.samples());
+        Self { shape, id, model, text, answer, cost, fault, samples }
     }
 
     fn told(&self, wants_usage: bool) -> Told<'_> {
@@ -343,6 +345,7 @@ impl Reply {
             id: &self.id,
             text: &self.text,
             finish_reason: self.answer.finish_reason,
+            samples: self.samples,
             usage: tells.then_some((self.answer.prompt_tokens, self.answer.pieces.len())),
             cost: self.cost.as_ref(),
         }

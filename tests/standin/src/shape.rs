@@ -23,6 +23,8 @@ pub(crate) struct Told<'a> {
     pub(crate) text: &'a str,
     /// `stop` or `length`.
     pub(crate) finish_reason: &'a str,
+    /// How many texts were asked for, of a form that has several: each after the first is the same behind its number.
+    pub(crate) samples: usize,
     /// Tokens read and written; `None` when told to keep silent about them.
     pub(crate) usage: Option<(usize, usize)>,
     /// What the call costs, as OpenRouter tells it.
@@ -81,7 +83,11 @@ impl OpenAi {
     }
 
     fn chunk(model: &str, delta: Value, reason: Value) -> Value {
-        let choices = json!([{"index": 0, "delta": delta, "finish_reason": reason}]);
+        Self::chunk_of(0, model, delta, reason)
+    }
+
+    fn chunk_of(sample: usize, model: &str, delta: Value, reason: Value) -> Value {
+        let choices = json!([{"index": sample, "delta": delta, "finish_reason": reason}]);
         Self::object("chat.completion.chunk", model, choices)
     }
 
@@ -102,9 +108,12 @@ impl Shape for OpenAi {
     }
 
     fn whole(&self, told: &Told<'_>) -> Value {
-        let message = json!({"role": "assistant", "content": told.text});
-        let choices = json!([{"index": 0, "message": message, "finish_reason": told.finish_reason}]);
-        let mut object = Self::object("chat.completion", told.model, choices);
+        let choice = |sample: usize| {
+            let content = if sample == 0 { told.text.to_owned() } else { format!("{sample} {}", told.text) };
+            let message = json!({"role": "assistant", "content": content});
+            json!({"index": sample, "message": message, "finish_reason": told.finish_reason})
+        };
+        let mut object = Self::object("chat.completion", told.model, (0..told.samples).map(choice).collect());
         if let Some(usage) = Self::usage(told) {
             object["usage"] = usage;
         }
@@ -128,7 +137,11 @@ impl Shape for OpenAi {
             (last, true)
         });
         let finish = Self::chunk(told.model, json!({}), json!(told.finish_reason));
-        std::iter::once((finish, false)).chain(last).collect()
+        let other = |sample: usize| {
+            let delta = json!({"content": format!("{sample} {}", told.text)});
+            (Self::chunk_of(sample, told.model, delta, json!(told.finish_reason)), false)
+        };
+        std::iter::once((finish, false)).chain((1..told.samples).map(other)).chain(last).collect()
     }
 
     fn done(&self) -> Option<&'static str> {

@@ -10,6 +10,7 @@ use genmill_core::image::{Image, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// How many stop strings are taken. The worker cuts at the others itself.
 const STOPS_MAX: usize = 5;
@@ -84,6 +85,7 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
         Thinking::Level => ("generationConfig.thinkingConfig.thinkingLevel", json!(level(effort))),
     });
     let (thought_place, thought) = thought.unzip();
+    let samples = controls.n.filter(|n| *n > 1);
     let tells = controls.reasoning_effort.is_some_and(|effort| effort != ReasoningEffort::None);
     vec![
         ("max_tokens", "generationConfig.maxOutputTokens", Some(json!(sampling.max_tokens))),
@@ -102,6 +104,7 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
         ("reasoning_effort", "generationConfig.thinkingConfig.includeThoughts", tells.then_some(json!(true))),
         ("tools", "tools", parameters::tools(controls, tool).map(|tools| json!([{"functionDeclarations": tools}]))),
         ("tool_choice", "toolConfig.functionCallingConfig", controls.tool_choice.as_ref().map(tool_choice)),
+        ("n", "generationConfig.candidateCount", samples.map(|n| json!(n))),
         parameters::IMAGES,
         parameters::IMAGE_URLS,
     ]
@@ -177,7 +180,8 @@ fn image(image: &Image) -> Value {
 /// What must be known of the chunks so far to read the next one. A whole answer is one chunk.
 #[derive(Debug, Default)]
 struct Answer {
-    calls: usize,
+    /// Of each candidate the calls so far.
+    calls: BTreeMap<usize, usize>,
     finished: bool,
 }
 
@@ -190,14 +194,12 @@ impl Answer {
         if !chunk["error"].is_null() || chunk.is_array() {
             return vec![StreamEvent::Error(error(&chunk))];
         }
-        let candidate = &chunk["candidates"][0];
-        let parts = candidate["content"]["parts"].as_array();
-        let mut events: Vec<StreamEvent> = parts.into_iter().flatten().filter_map(|part| self.part(part)).collect();
-        events.extend(logprobs(&candidate["logprobsResult"]));
-        let reasons = [&candidate["finishReason"], &chunk["promptFeedback"]["blockReason"]];
-        if let Some(reason) = reasons.iter().find_map(|reason| reason.as_str()) {
+        let candidates = chunk["candidates"].as_array().into_iter().flatten().enumerate();
+        let mut events: Vec<StreamEvent> =
+            candidates.flat_map(|(place, candidate)| self.candidate(place, candidate)).collect();
+        if let Some(reason) = chunk["promptFeedback"]["blockReason"].as_str() {
             self.finished = true;
-            events.push(StreamEvent::Finished(self.finish_reason(reason)));
+            events.push(StreamEvent::Finished(finish_reason(reason, 0)));
         }
         // Counts grow from chunk to chunk: only the last are those of the whole call.
         if self.finished {
@@ -206,27 +208,41 @@ impl Answer {
         events
     }
 
-    fn part(&mut self, part: &Value) -> Option<StreamEvent> {
-        if let Some(text) = part["text"].as_str().filter(|text| !text.is_empty()) {
-            let thinks = part["thought"].as_bool().unwrap_or(false);
-            return Some(if thinks { StreamEvent::Reasoning } else { StreamEvent::Text }(text.to_owned()));
+    /// What a candidate says, which is named by its index, or failing that by its place.
+    fn candidate(&mut self, place: usize, candidate: &Value) -> Vec<StreamEvent> {
+        let index = candidate["index"].as_u64().and_then(|index| usize::try_from(index).ok()).unwrap_or(place);
+        let calls = self.calls.entry(index).or_default();
+        let parts = candidate["content"]["parts"].as_array().into_iter().flatten();
+        let mut events: Vec<StreamEvent> = parts.filter_map(|said| part(said, calls)).collect();
+        events.extend(logprobs(&candidate["logprobsResult"]));
+        if let Some(reason) = candidate["finishReason"].as_str() {
+            self.finished = true;
+            events.push(StreamEvent::Finished(finish_reason(reason, *calls)));
         }
-        let call = part.get("functionCall")?;
-        let index = self.calls;
-        self.calls += 1;
-        let id = call["id"].as_str().map_or_else(|| format!("call_{index}"), str::to_owned);
-        let arguments =
-            call.get("args").filter(|args| args.is_object()).map_or_else(|| "{}".to_owned(), Value::to_string);
-        let name = call["name"].as_str().unwrap_or_default().to_owned();
-        Some(StreamEvent::ToolCall { index, part: ToolCall { id, name, arguments } })
+        events.into_iter().map(|event| event.of(index)).collect()
     }
+}
 
-    fn finish_reason(&self, reason: &str) -> FinishReason {
-        let known = FINISH_REASONS.iter().find(|(name, _)| *name == reason);
-        match known.map_or(FinishReason::Unknown, |(_, reason)| *reason) {
-            FinishReason::Stop if self.calls > 0 => FinishReason::ToolCalls,
-            reason => reason,
-        }
+/// What a part says; `calls` counts the calls before it.
+fn part(part: &Value, calls: &mut usize) -> Option<StreamEvent> {
+    if let Some(text) = part["text"].as_str().filter(|text| !text.is_empty()) {
+        let thinks = part["thought"].as_bool().unwrap_or(false);
+        return Some(if thinks { StreamEvent::Reasoning } else { StreamEvent::Text }(text.to_owned()));
+    }
+    let call = part.get("functionCall")?;
+    let index = *calls;
+    *calls += 1;
+    let id = call["id"].as_str().map_or_else(|| format!("call_{index}"), str::to_owned);
+    let arguments = call.get("args").filter(|args| args.is_object()).map_or_else(|| "{}".to_owned(), Value::to_string);
+    let name = call["name"].as_str().unwrap_or_default().to_owned();
+    Some(StreamEvent::ToolCall { index, part: ToolCall { id, name, arguments } })
+}
+
+fn finish_reason(reason: &str, calls: usize) -> FinishReason {
+    let known = FINISH_REASONS.iter().find(|(name, _)| *name == reason);
+    match known.map_or(FinishReason::Unknown, |(_, reason)| *reason) {
+        FinishReason::Stop if calls > 0 => FinishReason::ToolCalls,
+        reason => reason,
     }
 }
 

@@ -104,6 +104,8 @@ pub struct Reply {
     pub billed: Option<Picodollars>,
     /// What the provider says of the system that answered; may be empty.
     pub fingerprint: String,
+    /// What is said of the samples after the first.
+    pub more: Vec<StreamEvent>,
 }
 
 impl Reply {
@@ -128,6 +130,7 @@ impl Reply {
                 StreamEvent::Billed(billed) => reply.billed = Some(billed),
                 StreamEvent::Fingerprint(fingerprint) => reply.fingerprint = fingerprint,
                 StreamEvent::Error(error) => return Err(error),
+                event @ StreamEvent::OfSample { .. } => reply.more.push(event),
                 StreamEvent::Id(_) | StreamEvent::Done => {}
             }
         }
@@ -173,6 +176,13 @@ pub enum StreamEvent {
     Logprobs(Vec<TokenLogprob>),
     /// Why the text ended.
     Finished(FinishReason),
+    /// Any of those above, of a sample after the first.
+    OfSample {
+        /// Which one: 1 for the second.
+        sample: usize,
+        /// What is said of it.
+        event: Box<Self>,
+    },
     /// Tokens of the whole call.
     Usage(Usage),
     /// More of them.
@@ -190,6 +200,15 @@ pub enum StreamEvent {
 }
 
 impl StreamEvent {
+    /// The event as one of a sample. An error is one of the whole call.
+    fn of(self, sample: usize) -> Self {
+        match self {
+            Self::Error(_) => self,
+            event if sample == 0 => event,
+            event => Self::OfSample { sample, event: Box::new(event) },
+        }
+    }
+
     /// Why the text ended, by the names that a dialect has for it. A name that is not known is no error.
     fn finished(reason: &Value, known: &[(&str, FinishReason)]) -> Option<Self> {
         let reason = reason.as_str().filter(|reason| !reason.is_empty())?;

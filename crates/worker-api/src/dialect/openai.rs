@@ -203,9 +203,8 @@ fn events(data: &str) -> Vec<StreamEvent> {
     if completion.choices.is_none() && completion.usage.is_none() {
         return strange(data);
     }
-    let first = |choice: &Choice| choice.index.as_ref().is_none_or(|index| index.as_u64().is_none_or(|i| i == 0));
-    let choice = completion.choices.unwrap_or_default().into_iter().find(first);
-    let mut events = choice.map(of_choice).unwrap_or_default();
+    let choices = completion.choices.unwrap_or_default().into_iter().enumerate();
+    let mut events: Vec<StreamEvent> = choices.flat_map(|(place, choice)| of_sample(place, choice)).collect();
     let usage = completion.usage.or(completion.x_groq.and_then(|extension| extension.usage));
     events.extend(usage.map(of_usage).unwrap_or_default());
     if let Some(fingerprint) = completion.system_fingerprint.as_str().filter(|fingerprint| !fingerprint.is_empty()) {
@@ -218,6 +217,13 @@ fn events(data: &str) -> Vec<StreamEvent> {
 fn strange(data: &str) -> Vec<StreamEvent> {
     let error = errors::of_value(&serde_json::from_str(data).unwrap_or_default());
     if error.message.is_empty() { Vec::new() } else { vec![StreamEvent::Error(error)] }
+}
+
+/// What a choice says, which is named by its index, or failing that by its place.
+fn of_sample(place: usize, choice: Choice) -> Vec<StreamEvent> {
+    let index = choice.index.as_ref().and_then(Value::as_u64).and_then(|index| usize::try_from(index).ok());
+    let sample = index.unwrap_or(place);
+    of_choice(choice).into_iter().map(|event| event.of(sample)).collect()
 }
 
 fn of_choice(choice: Choice) -> Vec<StreamEvent> {

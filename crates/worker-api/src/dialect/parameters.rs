@@ -33,6 +33,7 @@ const ASKED: &[(&str, Asks)] = &[
         sampling.controls.tool_choice.as_ref().is_some_and(|choice| *choice != ToolChoice::Auto)
     }),
     ("reasoning_effort", |sampling| sampling.controls.reasoning_effort.is_some()),
+    ("n", |sampling| sampling.controls.samples() > 1),
 ];
 
 /// Whether an image needs something of a provider.
@@ -57,8 +58,9 @@ pub(super) const IMAGE_DETAIL: Row<'static> = ("image_detail", IN_MESSAGES, Some
 /// The place of what stands in the messages already.
 const IN_MESSAGES: &str = "";
 
-/// What is never left out, since another question would be answered then, and what to do instead.
+/// What is never left out, since something else would be answered then, and what to do instead.
 pub(crate) const NEVER_LEFT_OUT: &[(&str, &str)] = &[
+    ("n", "submit as many jobs"),
     ("images", "ask a model that sees"),
     ("image_urls", "send the images' bytes, in `data`"),
     ("image_media_type", "tell the media_type of images by URL"),

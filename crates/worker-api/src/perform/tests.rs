@@ -578,6 +578,41 @@ async fn every_dialect_answers_counts_and_prices() {
 }
 
 #[tokio::test]
+async fn several_samples_come_from_who_takes_their_number() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    for (name, settings, variables) in spoken(&standin, "sk-a") {
+        for streaming in [true, false] {
+            let set = |endpoint: &mut Endpoint| endpoint.provider.streaming &= streaming;
+            let performer = performer_in(name, &settings, &variables, LIMITS, set);
+            let mut job = spec(&format!("litellm_{name}"), "a b");
+            job.sampling.controls.n = Some(3);
+            let calls = standin.bill().calls;
+            let (performed, _) = perform(&performer, job, CancellationToken::new()).await;
+            let asked = standin.bill().calls - calls;
+            match performed.outcome {
+                Outcome::Generated(generation) if name.contains("gemini") => {
+                    // The stand-in's Gemini knows of one candidate only, as some providers do.
+                    let known = (generation.text.as_str(), generation.more.len(), &generation.left_out[..]);
+                    assert_eq!(known, ("a b", 0, &["n".to_owned()][..]), "{name}");
+                }
+                Outcome::Generated(generation) => {
+                    let texts: Vec<&str> = generation.more.iter().map(|sample| sample.text.as_str()).collect();
+                    assert_eq!((generation.text.as_str(), texts), ("a b", vec!["1 a b", "2 a b"]), "{name}");
+                    assert!(generation.left_out.is_empty(), "{name}");
+                }
+                Outcome::Failed(failure) => {
+                    assert!(failure.message.contains("does not take n for"), "{name}: {failure:?}");
+                    assert_eq!((failure.class, asked), (FailureClass::Invalid, 0), "{name}");
+                    let takes_it = ["gpt-4o-mini", "watsonx"].iter().any(|taker| name.starts_with(taker));
+                    assert!(!takes_it, "{name}: {failure:?}");
+                }
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_token_that_was_taken_back_is_asked_for_anew() {
     let standin = Standin::start(Options::default()).await.unwrap();
     for (name, calls) in [("watsonx/ibm/granite", 2), ("gpt-4o-mini", 1)] {

@@ -43,6 +43,7 @@ pub(super) fn parameters(controls: &Controls) -> Vec<Row<'static>> {
         ("tools", "tools", parameters::tools(controls, tool)),
         ("tool_choice", "tool_choice", controls.tool_choice.as_ref().map(tool_choice)),
         ("reasoning_effort", "reasoning_effort", controls.reasoning_effort.map(|effort| json!(effort.name()))),
+        ("n", "n", controls.n.filter(|n| *n > 1).map(|n| json!(n))),
         parameters::IMAGES,
         parameters::IMAGE_URLS,
         parameters::IMAGE_DETAIL,

@@ -86,7 +86,9 @@ fn text_comes_from_every_shape_of_content() {
         &[StreamEvent::Reasoning("hm".to_owned())],
     );
     check(r#"{"choices":[{"delta":{"content":"","reasoning":"hm"}}]}"#, &[StreamEvent::Reasoning("hm".to_owned())]);
-    check(r#"{"choices":[{"index":1,"delta":{"content":"other"}}]}"#, &[]);
+    let other = StreamEvent::OfSample { sample: 1, event: Box::new(text("other")) };
+    check(r#"{"choices":[{"index":1,"delta":{"content":"other"}}]}"#, std::slice::from_ref(&other));
+    check(r#"{"choices":[{"message":{"content":"a"}},{"message":{"content":"other"}}]}"#, &[text("a"), other]);
     check(r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#, &[]);
 }
 
