@@ -146,7 +146,7 @@ impl Collected {
     /// the answer, at four bytes a token; what was told of either counts as well.
     #[must_use]
     pub fn estimated_usage(&self, prompt_bytes: usize) -> Usage {
-        let calls: usize = self.tool_calls.iter().map(ToolCall::text_bytes).sum();
+        let calls: usize = std::iter::once(&self.first).chain(&self.more).map(Collecting::call_bytes).sum();
         let tokens = |bytes: usize| u64::try_from(bytes.div_ceil(4)).unwrap_or(u64::MAX);
         let told = self.usage.unwrap_or(Usage { prompt_tokens: tokens(prompt_bytes), ..Usage::default() });
         Usage { completion_tokens: told.completion_tokens.max(tokens(self.bytes() + calls)), ..told }

@@ -97,6 +97,11 @@ impl Collecting {
         self.text.len() + self.reasoning.len()
     }
 
+    /// How much of its calls has come, in bytes.
+    pub(crate) fn call_bytes(&self) -> usize {
+        self.tool_calls.iter().map(ToolCall::text_bytes).sum()
+    }
+
     /// The finished text.
     pub(crate) fn into_sample(mut self) -> Sample {
         let told = self.finish_reason.unwrap_or(FinishReason::Unknown);

@@ -333,7 +333,8 @@ impl Desk<'_> {
     /// What came of an item; `None` when it had no turn.
     fn performed(&self, item: &Item, answered: &Answered, early: bool) -> Option<Performed> {
         let (endpoint, dialect) = (self.calls.endpoint, self.calls.dialect);
-        let mut collected = Collected::new(&item.spec.sampling.stop);
+        let sampling = &item.spec.sampling;
+        let mut collected = Collected::new(&sampling.stop).of_samples(sampling.controls.samples());
         let ended = match &answered.answer {
             Answer::Body(body) => match dialect.decode(body.as_bytes()) {
                 Ok(reply) => {
