@@ -151,6 +151,9 @@ fn show(sources: &Sources<'_>, name: &str, folder: &Path) -> anyhow::Result<Vec<
     for (part, variables) in &row.parts {
         lines.push(format!("{:<14} {part} from {}", "part", variables.join(" ")));
     }
+    if let Some(api) = &row.batch {
+        lines.push(format!("{:<14} as {api} takes them", "batches"));
+    }
     if !row.drop.is_empty() {
         lines.push(format!("{:<14} {}", "does not take", row.drop.join(" ")));
     }

@@ -135,6 +135,9 @@ impl Batch {
             item.result =
                 Some(chat::item(provider, self.form.shape(), &self.form.path(&self.model), item.body.clone()));
         }
+        if self.script.nameless {
+            self.items.iter_mut().for_each(|item| item.custom_id.clear());
+        }
         self.end = Some(end);
     }
 

@@ -46,6 +46,7 @@
 //! | `!batch-partial=N` | when it ends early, the first N items had their turn (else half of them) |
 //! | `!batch-cut=N` | what is read of its results breaks off the first N times |
 //! | `!batch-garbled` | results in reverse, twice, cut off, of nobody's items, with CR LF |
+//! | `!batch-nameless` | its results do not tell whose they are |
 //! | `!batch-forgets` | its metadata is not told (OpenAI) |
 //! | `!batch-elsewhere` | its results are said to be at another host (Anthropic) |
 
@@ -85,6 +86,8 @@ pub struct BatchScript {
     pub cut: u64,
     /// Its results are in disorder.
     pub garbled: bool,
+    /// Its results do not tell whose they are.
+    pub nameless: bool,
     /// Its metadata is not told.
     pub forgets: bool,
     /// Its results are said to be at another host.
@@ -256,6 +259,7 @@ impl Script {
             "batch-partial" => batch.partial = value.parse().ok(),
             "batch-cut" => batch.cut = number(),
             "batch-garbled" => batch.garbled = true,
+            "batch-nameless" => batch.nameless = true,
             "batch-forgets" => batch.forgets = true,
             "batch-elsewhere" => batch.elsewhere = true,
             "status" => fault.status = value.parse().ok(),

@@ -10,6 +10,7 @@ mod gemini;
 mod mistral;
 mod openai;
 pub mod perform;
+mod results;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -41,6 +42,14 @@ pub fn find(name: &str) -> Option<&'static dyn BatchApi> {
 #[must_use]
 pub fn custom_id(id: JobId, epoch: Epoch) -> String {
     format!("{:032x}_{}", u128::from_be_bytes(*id.as_bytes()), epoch.0)
+}
+
+/// Whether a text has the form of such a name.
+fn is_custom_id(text: &str) -> bool {
+    let digits = |text: &str, of: fn(&u8) -> bool| !text.is_empty() && text.as_bytes().iter().all(of);
+    text.split_once('_').is_some_and(|(id, epoch)| {
+        id.len() == 32 && digits(id, u8::is_ascii_hexdigit) && digits(epoch, u8::is_ascii_digit)
+    })
 }
 
 /// A batch that is to be submitted.

@@ -1,25 +1,23 @@
 //! Submits, finds, looks at and reads batches. Never here: which jobs they have, and what is done next (`genmill-worker`).
 
 use super::calls::{Calls, Failed};
-use super::{Answer, Answered, BatchApi, Listed, Request, Source, State, Submission, Tag, custom_id};
+use super::results::Collecting;
+use super::{BatchApi, Carrier, Listed, Request, Source, State, Submission, Tag, custom_id};
 use crate::auth::Credentials;
-use crate::call::{Ended, said, told, unsupported};
+use crate::call::{said, told, unsupported};
 use crate::catalog::Endpoint;
-use crate::collect::Collected;
 use crate::dialect::{Encoded, Streaming};
 use crate::failure::{Fault, Kind};
-use crate::perform::{Performer, performed};
-use crate::prices::Class;
+use crate::perform::Performer;
 use crate::wait::asked_ms;
-use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
+use genmill_core::attempt::{Failure, FailureClass};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
-use genmill_core::money::Cost;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
-use genmill_worker::batches::{Arrived, Batch, BatchOffer, Found, Item, PerformBatches, Stage, Unsubmitted};
+use genmill_worker::batches::{Arrived, Batch, BatchOffer, Found, PerformBatches, Stage, Unsubmitted};
 use http::HeaderMap;
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -67,10 +65,10 @@ fn api_of(endpoint: &Endpoint) -> Option<&'static dyn BatchApi> {
 }
 
 /// Where a batch's provider is dealt with.
-struct Desk<'a> {
-    performer: &'a Performer,
-    api: &'static dyn BatchApi,
-    calls: Calls<'a>,
+pub(super) struct Desk<'a> {
+    pub(super) performer: &'a Performer,
+    pub(super) api: &'static dyn BatchApi,
+    pub(super) calls: Calls<'a>,
     submission: Submission<'a>,
 }
 
@@ -110,8 +108,6 @@ impl PerformBatches for Performer {
 
     async fn collect(&self, batch: &Batch, remote: &str, results: mpsc::Sender<Arrived>) -> Result<(), Failure> {
         let desk = self.desk(batch)?;
-        let mut wanted: HashMap<String, &Item> =
-            batch.items.iter().map(|item| (custom_id(item.id, item.epoch), item)).collect();
         let (sources, early) = match remote {
             NOTHING => (Vec::new(), false),
             _ => match desk.state(remote).await? {
@@ -122,10 +118,7 @@ impl PerformBatches for Performer {
                 }
             },
         };
-        for source in &sources {
-            desk.collect(source, early, &mut wanted, &results).await?;
-        }
-        desk.unasked(&batch.items, &wanted, &results).await
+        Collecting::new(&desk, &batch.items, early, results).collect(&sources).await
     }
 
     async fn cancel(&self, batch: &Batch, remote: &str) -> Result<(), Failure> {
@@ -144,7 +137,7 @@ impl PerformBatches for Performer {
 
 impl Desk<'_> {
     /// An item as its provider is to be asked, or why it cannot.
-    fn encoded(&self, spec: &JobSpec) -> Result<Encoded, Fault> {
+    pub(super) fn encoded(&self, spec: &JobSpec) -> Result<Encoded, Fault> {
         let (endpoint, limits) = (self.calls.endpoint, self.calls.limits);
         let encoded = self.encode(spec);
         match unsupported(endpoint, spec, limits.unsupported, &encoded.left_out) {
@@ -156,7 +149,7 @@ impl Desk<'_> {
         }
     }
 
-    fn encode(&self, spec: &JobSpec) -> Encoded {
+    pub(super) fn encode(&self, spec: &JobSpec) -> Encoded {
         let provider = &self.calls.endpoint.provider;
         self.calls.dialect.encode(spec, spec.model.backend_name(), provider, Streaming::Off)
     }
@@ -171,28 +164,16 @@ impl Desk<'_> {
     }
 
     async fn submit(&self, batch: &Batch) -> Result<String, Unsubmitted> {
-        let carrier = self.api.carrier(self.submission);
-        let (mut body, mut path, mut count) = (carrier.opening, None, 0);
-        for item in batch.items.iter() {
-            // Told when results are collected.
-            let Ok(encoded) = self.encoded(&item.spec) else { continue };
+        let (carrier, mut path) = (self.api.carrier(self.submission), None);
+        let texts = batch.items.iter().filter_map(|item| {
+            // Why one is left out is told when results are collected.
+            let encoded = self.encoded(&item.spec).ok()?;
             let text = self.api.item(&custom_id(item.id, item.epoch), &encoded);
-            let bytes = body.len() + text.len() + carrier.between.len() + carrier.closing.len();
-            if count == self.api.items_max().min(ITEMS_MAX) || bytes > self.bytes_max() {
-                tracing::info!(
-                    tag = batch.tag,
-                    count,
-                    "the batch is full: the rest of its items goes into another one"
-                );
-                break;
-            }
-            body.push_str(if count == 0 { "" } else { carrier.between });
-            body.push_str(&text);
-            path = Some(encoded.path);
-            count += 1;
-        }
-        let Some(path) = path else { return Ok(NOTHING.to_owned()) };
-        body.push_str(&carrier.closing);
+            path.get_or_insert(encoded.path);
+            Some(text)
+        });
+        let (body, count) = packed(&carrier, texts, self.api.items_max().min(ITEMS_MAX), self.bytes_max());
+        let Some(path) = path.filter(|_| count > 0) else { return Ok(NOTHING.to_owned()) };
         let said: Vec<&str> = batch.items.iter().flat_map(|item| said(&item.spec)).collect();
         let (content_type, creates) = (carrier.content_type, self.api.creation(self.submission, &path, "").is_none());
         let mut request = Request { content_type, ..Request::post(carrier.path, body) };
@@ -248,15 +229,21 @@ impl Desk<'_> {
         Ok(match &listed.tag {
             Tag::Is(tag) => it(*tag == batch.tag),
             Tag::Other => Is::Another,
-            Tag::InNameOf(file) => {
-                let answer = self.json(Request::get(file.clone())).await?;
-                it(answer["filename"].as_str().is_some_and(|name| name.contains(&batch.tag)))
-            }
+            Tag::InNameOf(file) => match self.json(Request::get(file.clone())).await {
+                Ok(answer) => it(answer["filename"].as_str().is_some_and(|name| name.contains(&batch.tag))),
+                // Somebody deleted it, who knows it.
+                Err(failure) if failure.class == FailureClass::NotFound => Is::Another,
+                Err(failure) => return Err(failure),
+            },
             Tag::InResults(State::Ended { sources, .. }) if sources.is_empty() => Is::Never(format!(
                 "{} does not tell the results of {} any more, which may be the batch",
                 self.calls.endpoint.name, listed.remote
             )),
-            Tag::InResults(State::Ended { sources, .. }) => it(self.has_ours(sources, batch).await?),
+            Tag::InResults(State::Ended { sources, .. }) => match self.has_ours(sources, batch).await {
+                Ok(has) => it(has),
+                Err(failure) if failure.class == FailureClass::Invalid => Is::Never(failure.message),
+                Err(failure) => return Err(failure),
+            },
             Tag::InResults(State::Works) => Is::Unknown,
             Tag::InResults(State::Refused { .. }) => Is::Another,
         })
@@ -265,7 +252,7 @@ impl Desk<'_> {
     /// Whether there are results of a batch's items.
     async fn has_ours(&self, sources: &[Source], batch: &Batch) -> Result<bool, Failure> {
         let ours: Vec<String> = batch.items.iter().map(|item| custom_id(item.id, item.epoch)).collect();
-        let ours: std::collections::HashSet<&str> = ours.iter().map(String::as_str).collect();
+        let ours: HashSet<&str> = ours.iter().map(String::as_str).collect();
         for source in sources {
             let mut results = self.calls.results(source).await.map_err(Fault::into_failure)?;
             while let Some(records) = results.next().await.map_err(Fault::into_failure)? {
@@ -288,109 +275,11 @@ impl Desk<'_> {
         self.calls.json(request, &[]).await.map_err(|failed| failed.fault.into_failure())
     }
 
-    /// Sends on what can be read at one source, each result once.
-    async fn collect(
-        &self,
-        source: &Source,
-        early: bool,
-        wanted: &mut HashMap<String, &Item>,
-        results: &mpsc::Sender<Arrived>,
-    ) -> Result<(), Failure> {
-        let (mut strange, mut foreign) = (0_usize, 0_usize);
-        let mut reading = self.calls.results(source).await.map_err(Fault::into_failure)?;
-        while let Some(records) = reading.next().await.map_err(Fault::into_failure)? {
-            for record in records {
-                let Some(answered) = record.and_then(|record| self.api.result(&record)) else {
-                    strange += 1;
-                    continue;
-                };
-                let Some(item) = wanted.get(&answered.custom_id).copied() else {
-                    foreign += 1;
-                    continue;
-                };
-                let Some(performed) = self.performed(item, &answered, early) else { continue };
-                wanted.remove(&answered.custom_id);
-                send(results, item, performed).await?;
-            }
-        }
-        if strange > 0 {
-            tracing::warn!(
-                provider = self.calls.endpoint.name,
-                strange,
-                "what a batch came to has parts that are no results"
-            );
-        }
-        if foreign > 0 {
-            tracing::debug!(
-                provider = self.calls.endpoint.name,
-                foreign,
-                "results came twice, or of jobs that are not wanted"
-            );
-        }
-        Ok(())
-    }
-
-    /// What came of an item; `None` when it had no turn.
-    fn performed(&self, item: &Item, answered: &Answered, early: bool) -> Option<Performed> {
-        let (endpoint, dialect) = (self.calls.endpoint, self.calls.dialect);
-        let sampling = &item.spec.sampling;
-        let mut collected = Collected::new(&sampling.stop).of_samples(sampling.controls.samples());
-        let ended = match &answered.answer {
-            Answer::Body(body) => match dialect.decode(body.as_bytes()) {
-                Ok(reply) => {
-                    collected.take_reply(reply, 0);
-                    Ended::Answered
-                }
-                Err(error) => Ended::Broken(told(endpoint, 200, error, &said(&item.spec))),
-            },
-            Answer::Refused { status, body } => Ended::Refused(self.refused(*status, body, &said(&item.spec))),
-            Answer::GivenUp if early => return None,
-            Answer::GivenUp => Ended::Refused(self.calls.fault(Kind::Transient, "gave the request up")),
-        };
-        collected.left_out(&self.encode(&item.spec).left_out);
-        let cost = self.cost(&item.spec, &ended, &collected);
-        let mut performed = performed(ended, collected, cost);
-        // When the first of it was there, nobody knows; and what it tells of limits is not about those of single calls.
-        performed.observation = None;
-        if let Outcome::Generated(generation) = &mut performed.outcome {
-            generation.first_token_ms = None;
-        }
-        Some(performed)
-    }
-
     /// What an error in a result or in place of a whole batch means.
-    fn refused(&self, status: u16, body: &str, said: &[&str]) -> Fault {
+    pub(super) fn refused(&self, status: u16, body: &str, said: &[&str]) -> Fault {
         let error = self.calls.dialect.decode_error(body.as_bytes());
         let asked_ms = asked_ms(&HeaderMap::new(), &error, UnixMs(now_unix_ms()));
         told(self.calls.endpoint, status, error, said).asked_ms(asked_ms)
-    }
-
-    /// What an item cost, at the price of batches. Never an estimate.
-    fn cost(&self, spec: &JobSpec, ended: &Ended, collected: &Collected) -> Option<Cost> {
-        if matches!(ended, Ended::Refused(_)) {
-            return Some(Cost::NOTHING);
-        }
-        let amount = collected.billed().or_else(|| {
-            let usage = collected.usage()?;
-            self.performer.priced(self.calls.endpoint, spec, Class::Batch, collected, &usage)
-        });
-        amount.map(Cost::exact)
-    }
-
-    /// Tells of the items that were not submitted, because they cannot be asked.
-    async fn unasked(
-        &self,
-        items: &[Item],
-        wanted: &HashMap<String, &Item>,
-        results: &mpsc::Sender<Arrived>,
-    ) -> Result<(), Failure> {
-        for item in items.iter().filter(|item| wanted.contains_key(&custom_id(item.id, item.epoch))) {
-            if let Err(fault) = self.encoded(&item.spec) {
-                let outcome = Outcome::Failed(fault.into_failure());
-                send(results, item, Performed { outcome, cost: Some(Cost::NOTHING), observation: None }).await?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -404,9 +293,24 @@ enum Is {
     Never(String),
 }
 
-async fn send(results: &mpsc::Sender<Arrived>, item: &Item, performed: Performed) -> Result<(), Failure> {
-    let sent = results.send(Arrived { id: item.id, epoch: item.epoch, performed }).await;
-    sent.map_err(|_| Failure::new(FailureClass::Transient, "what a batch came to is not taken any more"))
+/// The items between what is around them, as many as have room, and how many those are.
+fn packed(
+    carrier: &Carrier,
+    texts: impl Iterator<Item = String>,
+    items_max: usize,
+    bytes_max: usize,
+) -> (String, usize) {
+    let (mut body, mut count) = (carrier.opening.clone(), 0);
+    for text in texts.take(items_max) {
+        if body.len() + carrier.between.len() + text.len() + carrier.closing.len() > bytes_max {
+            break;
+        }
+        body.push_str(if count == 0 { "" } else { carrier.between });
+        body.push_str(&text);
+        count += 1;
+    }
+    body.push_str(&carrier.closing);
+    (body, count)
 }
 
 fn unsubmitted(failed: Failed) -> Unsubmitted {

@@ -183,6 +183,8 @@ fn an_items_name_suits_every_provider() {
     let name = custom_id(id, Epoch(u32::MAX));
     assert_eq!(name, format!("{}_4294967295", id.to_string().replace('-', "")));
     assert!(name.len() <= 64 && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'));
+    assert!(is_custom_id(&name));
+    assert!(!["", "nobody", "_1", &name[..33], &name[1..], &format!("{name}x")].into_iter().any(is_custom_id));
 }
 
 proptest! {

@@ -7,13 +7,14 @@ use crate::http::{Http, Settings};
 use crate::perform::{Limits, Unsupported};
 use crate::prices::Prices;
 use crate::providers::Table;
-use genmill_core::attempt::{Determinism, FinishReason, Generation, Usage};
+use genmill_core::attempt::{Determinism, FinishReason, Generation, Outcome, Performed, Usage};
 use genmill_core::ids::{Epoch, JobId, LaneNumber};
 use genmill_core::model::ModelName;
 use genmill_core::money::{Cost, Picodollars};
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Made, Options, Standin};
+use genmill_worker::batches::Item;
 use std::path::PathBuf;
 
 const LIMITS: Limits =
@@ -368,6 +369,28 @@ async fn disorder_in_results_does_not_matter() {
 }
 
 #[tokio::test]
+async fn results_of_which_none_is_understood_are_not_taken_for_missing() {
+    for provider in 0..PROVIDERS.len() {
+        let bench = Bench::new(provider).await;
+        let (batch, remote) = bench.submit(&["!batch-nameless one", "two"]).await;
+        let (arrived, told) = bench.collect(&batch, &remote).await;
+        assert!(arrived.is_empty());
+        assert!(told.unwrap_err().message.contains("not understood"));
+    }
+}
+
+#[tokio::test]
+async fn a_search_among_results_that_cannot_be_read_tells_so() {
+    let bench = Bench::new(1).await;
+    bench.submit(&["!batch-elsewhere other"]).await;
+    bench.standin.end_batches();
+    let mut batch = bench.batch(&["one"]);
+    batch.items[0].epoch = Epoch(8);
+    let told = bench.find(&batch).await;
+    assert!(matches!(&told, Found::Never(why) if why.contains("another host")), "{told:?}");
+}
+
+#[tokio::test]
 async fn an_item_that_cannot_be_asked_does_not_fail_the_batch() {
     for provider in 0..PROVIDERS.len() {
         let bench = Bench::new(provider).await;
@@ -400,15 +423,30 @@ async fn what_is_left_out_is_noted_in_the_result() {
     assert_eq!(generation(&arrived[0].1).left_out, ["min_p"]);
 }
 
+#[test]
+fn what_has_no_room_in_a_batch_is_left_for_another() {
+    let carrier = Carrier {
+        path: String::new(),
+        content_type: String::new(),
+        opening: "<".to_owned(),
+        between: ",",
+        closing: ">".to_owned(),
+    };
+    let check = |items_max, bytes_max, body: &str, count| {
+        let texts = ["aa", "bb", "c"].map(str::to_owned).into_iter();
+        assert_eq!(packed(&carrier, texts, items_max, bytes_max), (body.to_owned(), count));
+    };
+    check(9, 9, "<aa,bb,c>", 3);
+    check(9, 8, "<aa,bb>", 2);
+    check(2, 9, "<aa,bb>", 2);
+    check(9, 1, "<>", 0);
+}
+
 #[tokio::test]
-async fn what_has_no_room_in_a_batch_is_left_for_another() {
+async fn an_item_that_never_has_room_cannot_be_asked() {
     let bench = Bench::new(2).await;
-    let long = format!("!words=2 {}", "x".repeat(9_000_000));
-    let (batch, remote) = bench.submit(&[&long, &long, &long]).await;
-    assert_eq!(bench.made()[0].items.len(), 2, "20 MB are what Gemini takes");
-    assert_eq!(places(&bench.collected(&batch, &remote).await), [0, 1]);
-    // One that never has room cannot be asked at all.
     let (batch, remote) = bench.submit(&[&"x".repeat(20_000_000), "two"]).await;
+    assert_eq!(bench.made()[0].items.len(), 1, "20 MB are what Gemini takes");
     let arrived = bench.collected(&batch, &remote).await;
     assert_eq!((places(&arrived), failure(&arrived[0].1).class), (vec![0, 1], FailureClass::Invalid));
 }
