@@ -319,14 +319,15 @@ mod tests {
 
     #[test]
     fn temperature_and_top_p_do_not_go_together() {
-        let (body, left_out) = body("claude-x", |spec| spec.sampling.top_p = Some(0.9));
+        let (body, left_out) = body("claude-haiku-4-5", |spec| spec.sampling.top_p = Some(0.9));
         assert_eq!((&body["temperature"], &body["top_p"]), (&Value::Null, &json!(0.9)));
         assert_eq!(left_out, ["temperature", "seed"]);
     }
 
     #[test]
     fn stop_strings_of_white_space_are_kept_by_the_worker() {
-        let (body, left_out) = body("claude-x", |spec| spec.sampling.stop = vec!["\n".to_owned(), "END".to_owned()]);
+        let (body, left_out) =
+            body("claude-haiku-4-5", |spec| spec.sampling.stop = vec!["\n".to_owned(), "END".to_owned()]);
         assert_eq!((&body["stop_sequences"], left_out), (&json!(["END"]), vec!["seed"]));
     }
 }

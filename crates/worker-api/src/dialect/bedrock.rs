@@ -89,10 +89,17 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("temperature", "inferenceConfig.temperature", Some(json!(sampling.temperature))),
         ("top_p", "inferenceConfig.topP", sampling.top_p.map(|top_p| json!(top_p))),
         ("stop", "inferenceConfig.stopSequences", stops),
+        ("structured_output", "outputConfig.textFormat", parameters::schema(controls).map(|schema| format(&schema))),
         ("tools", "toolConfig.tools", parameters::tools(controls, tool)),
         ("tool_choice", "toolConfig.toolChoice", controls.tool_choice.as_ref().and_then(tool_choice)),
         parameters::IMAGES,
     ]
+}
+
+/// The form of the text; its schema is a text itself.
+fn format(schema: &Value) -> Value {
+    let schema = json!({"name": "answer", "schema": schema.to_string()});
+    json!({"type": "json_schema", "structure": {"jsonSchema": schema}})
 }
 
 fn tool(tool: &Tool) -> Value {

@@ -122,10 +122,10 @@ const fn budget(effort: ReasoningEffort) -> u32 {
 
 const fn level(effort: ReasoningEffort) -> &'static str {
     match effort {
-        ReasoningEffort::None | ReasoningEffort::Minimal => "minimal",
-        ReasoningEffort::Low => "low",
-        ReasoningEffort::Medium => "medium",
-        ReasoningEffort::High => "high",
+        ReasoningEffort::None | ReasoningEffort::Minimal => "MINIMAL",
+        ReasoningEffort::Low => "LOW",
+        ReasoningEffort::Medium => "MEDIUM",
+        ReasoningEffort::High => "HIGH",
     }
 }
 

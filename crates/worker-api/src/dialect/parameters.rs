@@ -80,7 +80,10 @@ pub(super) fn fill<'a>(
 ) -> Vec<&'static str> {
     let mut sent = Vec::new();
     for (name, place, value) in rows {
-        if let (Some(value), true) = (value, provider.takes(model, name)) {
+        let Some(value) = value else { continue };
+        // A provider may refuse one value only.
+        let takes_value = || value.as_str().is_none_or(|word| provider.takes(model, &format!("{name}={word}")));
+        if provider.takes(model, name) && takes_value() {
             put(body, place, value);
             sent.push(name);
         }

@@ -4,7 +4,7 @@ use super::StreamEvent;
 use crate::dialect::images;
 use crate::dialect::parameters::{self, Row};
 use genmill_core::attempt::TokenLogprob;
-use genmill_core::controls::{Controls, Tool, ToolCall, ToolChoice};
+use genmill_core::controls::{Controls, ToolCall, ToolChoice};
 use genmill_core::request::ChatMessage;
 use serde_json::{Map, Value, json};
 
@@ -40,7 +40,7 @@ pub(super) fn parameters(controls: &Controls) -> Vec<Row<'static>> {
         ("logprobs", "logprobs", controls.logprobs.map(|_| json!(true))),
         ("logprobs", "top_logprobs", controls.logprobs.filter(|top| *top > 0).map(|top| json!(top))),
         ("structured_output", "response_format", format),
-        ("tools", "tools", parameters::tools(controls, tool)),
+        ("tools", "tools", parameters::tools(controls, parameters::function)),
         ("tool_choice", "tool_choice", controls.tool_choice.as_ref().map(tool_choice)),
         ("reasoning_effort", "reasoning_effort", controls.reasoning_effort.map(|effort| json!(effort.name()))),
         ("n", "n", controls.n.filter(|n| *n > 1).map(|n| json!(n))),
@@ -57,17 +57,6 @@ fn tool_choice(choice: &ToolChoice) -> Value {
         ToolChoice::Required => json!("required"),
         ToolChoice::Tool(name) => json!({"type": "function", "function": {"name": name}}),
     }
-}
-
-fn tool(Tool { name, description, parameters }: &Tool) -> Value {
-    let mut function = json!({"name": name});
-    if !description.is_empty() {
-        function["description"] = json!(description);
-    }
-    if !parameters.is_empty() {
-        function["parameters"] = parameters::parsed(parameters);
-    }
-    json!({"type": "function", "function": function})
 }
 
 /// Calls of a message, or pieces of them.
@@ -112,7 +101,7 @@ mod tests {
     use super::*;
     use crate::dialect::Streaming;
     use crate::fixture::spec;
-    use genmill_core::controls::StructuredOutput;
+    use genmill_core::controls::{StructuredOutput, Tool};
     use genmill_core::request::{Input, Role};
 
     #[test]
