@@ -12,7 +12,7 @@ fn recorded(file: &str) -> Vec<u8> {
 }
 
 /// A provider that speaks a dialect: the one of its name, else the first.
-fn provider(table: &Table, dialect: &str) -> Provider {
+pub(super) fn provider(table: &Table, dialect: &str) -> Provider {
     let own = table.find(dialect).filter(|row| row.dialect == dialect);
     let speaks = |row: &&Provider| {
         row.dialect == dialect || row.models.iter().any(|models| models.dialect.as_deref() == Some(dialect))

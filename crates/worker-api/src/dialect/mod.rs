@@ -14,6 +14,8 @@ mod images;
 mod ollama;
 mod openai;
 mod parameters;
+#[cfg(test)]
+mod published;
 mod replicate;
 mod responses;
 mod sse;
