@@ -71,7 +71,8 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
     vec![
         ("max_tokens", "max_tokens", Some(json!(sampling.max_tokens))),
         ("temperature", "temperature", Some(json!(sampling.temperature))),
-        ("top_p", "p", number(sampling.top_p)),
+        // It must be below 1.
+        ("top_p", "p", number(sampling.top_p.filter(|top_p| *top_p < 1.0))),
         ("top_k", "k", sampling.top_k.map(|top_k| json!(top_k))),
         ("seed", "seed", Some(json!(parameters::seed(sampling.seed)))),
         ("stop", "stop_sequences", stops),

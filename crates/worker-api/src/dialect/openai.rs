@@ -90,6 +90,9 @@ impl OpenAi {
             body[field] = json!(value);
         }
         let left_out = parameters::fill(&mut body, spec, model, provider, rows);
+        if !provider.takes(model, "image_detail") {
+            extras::forget_detail(&mut body["messages"]);
+        }
         if streaming == Streaming::On {
             body["stream"] = json!(true);
             if provider.stream_usage {

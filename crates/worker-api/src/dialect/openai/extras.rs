@@ -24,11 +24,21 @@ fn call(ToolCall { id, name, arguments }: &ToolCall) -> Value {
     json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
+/// Takes from messages how closely to look at their images.
+pub(super) fn forget_detail(messages: &mut Value) {
+    let contents = messages.as_array_mut().into_iter().flatten().filter_map(|said| said.get_mut("content"));
+    for part in contents.filter_map(Value::as_array_mut).flatten() {
+        if let Some(image) = part.get_mut("image_url").and_then(Value::as_object_mut) {
+            image.remove("detail");
+        }
+    }
+}
+
 /// The parameters beside the usual ones: each as Genmill names it, the field it is sent in, its value.
 pub(super) fn parameters(controls: &Controls) -> Vec<Row<'static>> {
     let number = |number: Option<f64>| number.map(|number| json!(number));
     let bias: Map<String, Value> =
-        controls.logit_bias.iter().map(|(token, bias)| (token.to_string(), json!(bias))).collect();
+        controls.logit_bias.iter().map(|(token, bias)| (token.to_string(), whole(*bias))).collect();
     let format = parameters::schema(controls)
         .map(|schema| json!({"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}));
     vec![
@@ -57,6 +67,13 @@ fn tool_choice(choice: &ToolChoice) -> Value {
         ToolChoice::Required => json!("required"),
         ToolChoice::Tool(name) => json!({"type": "function", "function": {"name": name}}),
     }
+}
+
+/// A number, without a fraction where it has none: OpenAI's schema has whole biases only.
+fn whole(number: f64) -> Value {
+    #[expect(clippy::cast_possible_truncation, reason = "a bias, which is small")]
+    let whole = number as i64;
+    if number.fract() == 0.0 { json!(whole) } else { json!(number) }
 }
 
 /// Calls of a message, or pieces of them.
@@ -101,7 +118,7 @@ mod tests {
     use super::*;
     use crate::dialect::Streaming;
     use crate::fixture::spec;
-    use genmill_core::controls::{StructuredOutput, Tool};
+    use genmill_core::controls::{ReasoningEffort, StructuredOutput, Tool};
     use genmill_core::request::{Input, Role};
 
     #[test]
@@ -117,7 +134,7 @@ mod tests {
             ..Controls::default()
         };
         let body = |provider| encoded(provider, &spec, Streaming::Off).body;
-        insta::assert_snapshot!(body("together_ai"), @r#"{"frequency_penalty":0.5,"logit_bias":{"7":-100.0},"logprobs":true,"max_tokens":250,"messages":[{"content":"hi","role":"user"}],"min_p":0.1,"model":"y","repetition_penalty":1.1,"response_format":{"json_schema":{"name":"answer","schema":{"type":"object"}},"type":"json_schema"},"seed":7,"temperature":0.1,"top_logprobs":2}"#);
+        insta::assert_snapshot!(body("fireworks_ai"), @r#"{"frequency_penalty":0.5,"logit_bias":{"7":-100},"logprobs":true,"max_tokens":250,"messages":[{"content":"hi","role":"user"}],"min_p":0.1,"model":"y","repetition_penalty":1.1,"response_format":{"json_schema":{"name":"answer","schema":{"type":"object"}},"type":"json_schema"},"seed":7,"temperature":0.1,"top_logprobs":2}"#);
         assert!(!body("openai").contains("min_p") && !body("openai").contains("repetition_penalty"));
         assert!(body("openai").contains("logit_bias"));
     }
@@ -154,5 +171,25 @@ mod tests {
             r#"{"choices":[{"delta":{},"logprobs":{"content":[{"token":"a","logprob":-1.0,"top_logprobs":[{"token":"b","logprob":-0.5}]}]}}]}"#,
             &[StreamEvent::Logprobs(vec![first])],
         );
+    }
+
+    #[test]
+    fn how_closely_to_look_is_told_to_who_takes_it() {
+        let spec = crate::fixture::with_images(&[]);
+        let says = |provider| encoded(provider, &spec, Streaming::Off);
+        let (told, untold) = (says("openai"), says("together_ai"));
+        assert!(told.body.contains("\"detail\":\"low\"") && told.left_out.is_empty(), "{told:?}");
+        assert!(!untold.body.contains("detail") && untold.left_out == ["image_detail"], "{untold:?}");
+    }
+
+    #[test]
+    fn one_value_of_a_parameter_may_be_refused() {
+        let mut spec = spec("litellm_groq/x", "hi");
+        let mut left_out = |effort| {
+            spec.sampling.controls.reasoning_effort = Some(effort);
+            encoded("groq", &spec, Streaming::Off).left_out
+        };
+        assert!(left_out(ReasoningEffort::Low).is_empty());
+        assert_eq!(left_out(ReasoningEffort::Minimal), ["reasoning_effort"]);
     }
 }
