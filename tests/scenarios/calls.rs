@@ -155,3 +155,37 @@ async fn a_broken_call_is_booked_as_estimated_and_so_is_its_job() {
         cancelled.attempt_history
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_call_has_a_permit_of_its_own_and_goes_out_only_with_one() {
+    let alone = "litellm_groq/alone";
+    let settings = format!(
+        "[[api.hedging]]\nmodel = 'litellm_*'\nafter_ms = 100\n\
+         [[limits]]\nprovider = 'groq'\nmodel = '{alone}'\nconcurrency = 1\n"
+    );
+    let mill = Mill::new(&[MODEL, alone], &settings).await;
+    let client = mill.client(MODEL).await;
+    let prompt = "!sleep=3000 times=1 one two";
+    let job = finished(&client, Request::new(MODEL).prompt(prompt)).await;
+    assert_eq!(job.result.unwrap().text, "one two");
+    assert_eq!(
+        (job.attempt_history.len(), mill.called().len()),
+        (1, 2),
+        "two calls in one attempt: {:?}",
+        mill.called()
+    );
+    assert!(job.cost.unwrap().estimated, "what the slow call cost is not told");
+    // Where only one call may be in flight, there is no second.
+    let job = finished(&client, Request::new(alone).prompt(prompt)).await;
+    assert_eq!((job.result.unwrap().text.as_str(), mill.called().len()), ("one two", 3));
+    // The permits came back: as many calls as before go out at once, with as many more beside them.
+    let ids = futures_util::future::join_all((0..16).map(|n| {
+        let request = Request::new(MODEL).prompt(format!("!sleep=400 times=1 more{n}"));
+        async { finished(&client, request).await }
+    }));
+    for job in ids.await {
+        assert_eq!((job.state(), job.attempt_history.len()), (v1::JobState::Succeeded, 1));
+    }
+    let most = mill.place.provider.bill().most_at_once["gpt-4o-mini"];
+    assert!((17..=32).contains(&most), "{most}");
+}

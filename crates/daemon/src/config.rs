@@ -274,6 +274,8 @@ pub struct Api {
     pub batch_settle_ms: u64,
     /// Which models answer in place of others that fail.
     pub fallbacks: Vec<Fallback>,
+    /// When a model that does not begin to answer is called once more.
+    pub hedging: Vec<Hedge>,
 }
 
 /// Which models answer in place of one that fails.
@@ -288,6 +290,19 @@ pub struct Fallback {
     /// overloaded, transient, timeout, cut). Others: invalid, content_filter, context_overflow, repeated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on: Option<Vec<String>>,
+}
+
+/// When a second call goes out beside one that does not begin to answer. The first that does counts; both are paid.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Hedge {
+    /// The model, with its prefix; with a `*` at its end: all whose names begin so.
+    pub model: String,
+    /// How long after the first call, in milliseconds.
+    pub after_ms: u64,
+    /// The model that is called then, with its prefix. Unset: the same, with another key where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
 }
 
 impl Default for Api {
@@ -306,6 +321,7 @@ impl Default for Api {
             batch_poll_ms: 30_000,
             batch_settle_ms: 60_000,
             fallbacks: Vec::new(),
+            hedging: Vec::new(),
         }
     }
 }

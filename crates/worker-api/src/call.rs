@@ -5,6 +5,7 @@ use crate::catalog::Endpoint;
 use crate::collect::Collected;
 use crate::dialect::{Dialect, Encoded, FILLED_IN, NEVER_LEFT_OUT, ProviderError, StreamEvent, Streaming};
 use crate::failure::{Fault, Kind, classify, redact};
+use crate::hedge::{Race, Runner};
 use crate::http::{Http, Trouble, Unsent};
 use crate::limits;
 use crate::perform::{Limits, Unsupported};
@@ -68,7 +69,9 @@ pub(crate) struct Call<'a> {
     pub(crate) http: &'a Http,
     pub(crate) limits: Limits,
     pub(crate) spec: &'a JobSpec,
-    pub(crate) progress: &'a mut Progress,
+    pub(crate) progress: &'a Progress,
+    /// Another call that may be made for the same, of which only one is to be heard.
+    pub(crate) race: Option<(&'a Race, Runner)>,
     /// When the attempt began.
     pub(crate) begun: Instant,
 }
@@ -161,6 +164,7 @@ impl Call<'_> {
         }
         match self.dialect.decode(&whole) {
             Ok(reply) => {
+                self.lead().await;
                 let texts = collected.take_reply(reply, self.elapsed_ms());
                 self.report(texts).await;
                 Ended::Answered
@@ -226,8 +230,18 @@ impl Call<'_> {
         }
     }
 
+    /// Goes on unless another call is heard in place of this one.
+    async fn lead(&self) {
+        if let Some((race, runner)) = self.race {
+            race.lead(runner).await;
+        }
+    }
+
     async fn take(&mut self, events: Vec<StreamEvent>, collected: &mut Collected) {
         for event in events {
+            if event.is_heard() {
+                self.lead().await;
+            }
             let texts = collected.take(event, self.elapsed_ms());
             self.report(texts).await;
         }

@@ -15,6 +15,7 @@ pub mod dialect;
 pub mod failure;
 pub mod fallbacks;
 pub mod guard;
+pub mod hedge;
 pub mod http;
 pub mod inspect;
 mod keys;

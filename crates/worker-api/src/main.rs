@@ -8,6 +8,7 @@ use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_worker::{Batching, Kind, serve_batches};
 use genmill_worker_api::catalog::Catalog;
 use genmill_worker_api::fallbacks::Fallbacks;
+use genmill_worker_api::hedge::Hedges;
 use genmill_worker_api::http::{Http, Settings};
 use genmill_worker_api::inspect;
 use genmill_worker_api::perform::{Limits, Performer, Unsupported};
@@ -55,6 +56,7 @@ fn check(loaded: &Loaded) -> anyhow::Result<Vec<String>> {
     let table = Table::read(&loaded.config.models.dir)?;
     let catalog = Catalog::new(&loaded.models, &table, &loaded.config.providers, &loaded.environment)?;
     Fallbacks::new(&loaded.config.api.fallbacks)?;
+    Hedges::new(&loaded.config.api.hedging)?;
     Ok(catalog.models.iter().map(|model| catalog.describe(model)).collect())
 }
 
@@ -80,9 +82,12 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
     let limits = Limits { calls_max: api.calls_max, unsupported, batches: api.batches, first_byte, idle };
     let http = Http::new(&Settings::of(api)).context("cannot set up HTTP")?;
     let fallbacks = Fallbacks::new(&api.fallbacks)?;
-    for model in fallbacks.models().filter(|model| !catalog.endpoints.contains_key(&model.lane())) {
-        tracing::warn!(%model, "is a fallback, but no listed model of its provider can be called");
+    let hedges = Hedges::new(&api.hedging)?;
+    let others = fallbacks.models().chain(hedges.models());
+    for model in others.filter(|model| !catalog.endpoints.contains_key(&model.lane())) {
+        tracing::warn!(%model, "is to answer in place of another, but no listed model of its provider can be called");
     }
     let performer = Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits);
-    Ok(performer.with_fallbacks(fallbacks).within(api.calls_start, context.config.limits.clone()))
+    let performer = performer.with_fallbacks(fallbacks).with_hedges(hedges);
+    Ok(performer.within(api.calls_start, context.config.limits.clone()))
 }

@@ -7,6 +7,7 @@ use crate::catalog::{Catalog, Endpoint};
 use crate::collect::Collected;
 use crate::failure::Kind;
 use crate::fallbacks::Fallbacks;
+use crate::hedge::{Hedge, Hedges, Race, Runner};
 use crate::http::Http;
 use crate::keys::{Keys, limits_of, observe};
 use crate::prices::{Class, Day, Prices};
@@ -36,6 +37,7 @@ pub struct Performer {
     pub(crate) http: Http,
     pub(crate) limits: Limits,
     fallbacks: Fallbacks,
+    hedges: Hedges,
     repeats: Repeats,
     pub(crate) keys: Keys,
     calls_start: u32,
@@ -77,6 +79,7 @@ impl Performer {
             http,
             limits,
             fallbacks: Fallbacks::default(),
+            hedges: Hedges::default(),
             repeats: Repeats::default(),
             keys,
             calls_start: limits.calls_max,
@@ -88,6 +91,12 @@ impl Performer {
     #[must_use]
     pub fn with_fallbacks(self, fallbacks: Fallbacks) -> Self {
         Self { fallbacks, ..self }
+    }
+
+    /// The same performer that calls once more where no answer begins.
+    #[must_use]
+    pub fn with_hedges(self, hedges: Hedges) -> Self {
+        Self { hedges, ..self }
     }
 
     /// The same one, which begins with so many calls of a model at once and keeps `rows`, together with all other workers.
@@ -113,10 +122,11 @@ impl Perform for Performer {
         self.catalog.models.iter().map(|model| ServedModel { batches: batches(model), ..model.clone() }).collect()
     }
 
-    async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
+    async fn perform(&self, task: Task, progress: Progress, stop: CancellationToken) -> Performed {
         let begun = Instant::now();
-        let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), begun, stop: &stop };
-        let mut tried = self.attempt(own, &mut progress).await;
+        let hedge = self.hedges.of(&task.spec.model);
+        let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), hedge, begun, stop: &stop };
+        let mut tried = self.attempt(own, &progress).await;
         // The job's own permit is for its own model; the others have theirs.
         let (observation, mut spent) = (tried.performed.observation, tried.performed.cost);
         let (mut first, mut answers) = (None, None);
@@ -129,8 +139,10 @@ impl Perform for Performer {
             let spec = JobSpec { model: next.clone(), ..task.spec.clone() };
             let Some(leave) = self.leave(&spec, &progress.permits).await else { continue };
             tracing::warn!(job = %task.id, model = %task.spec.model, kind = ?tried.failed, %next, "failed: asking another model");
-            let other = Attempt { job: task.id, spec: &spec, key: leave.key.as_ref(), begun, stop: &stop };
-            let failed = std::mem::replace(&mut tried, self.attempt(other, &mut progress).await);
+            let key = leave.key.as_ref();
+            let other = Attempt { job: task.id, spec: &spec, key, hedge: None, begun, stop: &stop };
+            // Few jobs come here, and all would have to carry it.
+            let failed = std::mem::replace(&mut tried, Box::pin(self.attempt(other, &progress)).await);
             leave.settle(tried.performed.observation.as_ref()).await;
             spent = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
             first.get_or_insert(failed.performed.outcome);
@@ -150,7 +162,7 @@ impl Perform for Performer {
 
 /// What becomes of a job whose model ended as `first` tells, and the last of its fallbacks as `last`: an answer counts,
 /// else whatever lets the job be tried again.
-fn in_all(first: Outcome, last: Outcome) -> Outcome {
+pub(crate) fn in_all(first: Outcome, last: Outcome) -> Outcome {
     match (first, last) {
         (Outcome::Failed(first), Outcome::Failed(last)) => {
             let (told, other) =
@@ -164,21 +176,31 @@ fn in_all(first: Outcome, last: Outcome) -> Outcome {
 }
 
 /// What is to be tried.
-struct Attempt<'a> {
-    job: JobId,
-    spec: &'a JobSpec,
+pub(crate) struct Attempt<'a> {
+    pub(crate) job: JobId,
+    pub(crate) spec: &'a JobSpec,
     /// The key for which the queue has given a permit; `None`: any, its lane has no gates.
     key: Option<&'a KeyId>,
+    /// When it is called once more.
+    hedge: Option<&'a Hedge>,
     /// When the job's attempt began.
-    begun: Instant,
-    stop: &'a CancellationToken,
+    pub(crate) begun: Instant,
+    pub(crate) stop: &'a CancellationToken,
+}
+
+/// A call that has ended.
+pub(crate) struct Ran<'a> {
+    pub(crate) endpoint: &'a Endpoint,
+    pub(crate) spec: &'a JobSpec,
+    pub(crate) ended: Ended,
+    pub(crate) collected: Collected,
 }
 
 /// What came of asking a model.
-struct Tried {
-    performed: Performed,
+pub(crate) struct Tried {
+    pub(crate) performed: Performed,
     /// Why there is no answer, and nothing of one that anybody has seen.
-    failed: Option<Kind>,
+    pub(crate) failed: Option<Kind>,
 }
 
 impl Performer {
@@ -188,8 +210,8 @@ impl Performer {
     }
 
     /// Asks one model.
-    async fn attempt(&self, attempt: Attempt<'_>, progress: &mut Progress) -> Tried {
-        let Attempt { job, spec, key, begun, stop } = attempt;
+    async fn attempt(&self, attempt: Attempt<'_>, progress: &Progress) -> Tried {
+        let Attempt { job, spec, key, hedge, begun, stop } = attempt;
         let lane = spec.model.lane();
         let Some(endpoint) = self.keys.endpoint(&lane, key) else {
             let failure = Failure::new(FailureClass::Internal, format!("this worker has no provider for lane {lane}"));
@@ -202,14 +224,35 @@ impl Performer {
             return Tried { performed, failed: None };
         }
         progress.started.set();
-        let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(spec.model.backend_name()));
-        let mut call = Call { endpoint, dialect, http, limits, spec, progress, begun };
+        if let Some(hedge) = hedge {
+            return Box::pin(self.hedged(&attempt, endpoint, hedge, progress)).await;
+        }
         let mut collected = Collected::new(&spec.sampling.stop).of_samples(spec.sampling.controls.samples());
         let ended = tokio::select! {
             biased;
-            ended = call.make(&mut collected) => ended,
+            ended = self.call(endpoint, spec, begun, progress, None, &mut collected) => ended,
             () = stop.cancelled() => Ended::Stopped,
         };
+        self.concluded(job, Ran { endpoint, spec, ended, collected }).await
+    }
+
+    /// Makes one call.
+    pub(crate) async fn call(
+        &self,
+        endpoint: &Endpoint,
+        spec: &JobSpec,
+        begun: Instant,
+        progress: &Progress,
+        race: Option<(&Race, Runner)>,
+        collected: &mut Collected,
+    ) -> Ended {
+        let (http, limits, dialect) = (&self.http, self.limits, endpoint.dialect(spec.model.backend_name()));
+        Call { endpoint, dialect, http, limits, spec, progress, race, begun }.make(collected).await
+    }
+
+    /// What came of a call.
+    pub(crate) async fn concluded(&self, job: JobId, ran: Ran<'_>) -> Tried {
+        let Ran { endpoint, spec, ended, collected } = ran;
         let ended = self.judged(job, ended);
         let failed = match &ended {
             // What was shown already cannot be taken back within an attempt.

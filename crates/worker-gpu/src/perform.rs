@@ -125,7 +125,7 @@ impl Perform for Performer {
         report::metrics(&self.figures())
     }
 
-    async fn perform(&self, task: Task, mut progress: Progress, stop: CancellationToken) -> Performed {
+    async fn perform(&self, task: Task, progress: Progress, stop: CancellationToken) -> Performed {
         let desk = self.desks.iter().find(|desk| desk.name == task.spec.model);
         let Some((user, price)) = desk.and_then(|desk| Some((desk.enter()?, desk.price_per_hour))) else {
             // Claimed just before the model was given up, or a job of another worker's model in the same lane.

@@ -150,13 +150,13 @@ impl Progress {
     }
 
     /// Reports more text of the first sample, see [`Progress::text_of`].
-    pub async fn text(&mut self, text: String) {
+    pub async fn text(&self, text: String) {
         self.text_of(0, text).await;
     }
 
     /// Reports more text of a sample; whole characters only. Waits while the queue is slow, so that memory stays bounded. Text is
     /// dropped once nobody listens any more: the final result has it all.
-    pub async fn text_of(&mut self, sample: u32, text: String) {
+    pub async fn text_of(&self, sample: u32, text: String) {
         if text.is_empty() {
             return;
         }

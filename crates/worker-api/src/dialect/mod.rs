@@ -211,6 +211,15 @@ impl StreamEvent {
         }
     }
 
+    /// Whether it is (the end of) an answer, and nothing that only goes with one.
+    pub(crate) const fn is_heard(&self) -> bool {
+        match self {
+            Self::OfSample { event, .. } => event.is_heard(),
+            Self::Text(_) | Self::Reasoning(_) | Self::ToolCall { .. } | Self::Finished(_) | Self::Done => true,
+            _ => false,
+        }
+    }
+
     /// Why the text ended, by the names that a dialect has for it. A name that is not known is no error.
     fn finished(reason: &Value, known: &[(&str, FinishReason)]) -> Option<Self> {
         let reason = reason.as_str().filter(|reason| !reason.is_empty())?;

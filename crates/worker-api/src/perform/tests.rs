@@ -421,6 +421,70 @@ fn a_job_is_tried_again_when_that_may_help_any_of_its_models() {
     assert_eq!(class(failed(transient), Outcome::HandedBack), Some(transient));
 }
 
+/// What becomes of a job whose model is called once more after 50 ms, and the contents of the calls.
+async fn with_hedge(name: &str, prompt: &str, to: Option<&str>) -> (Performed, String, Vec<String>) {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!("openai = {{ base_url = '{}', api_keys = ['sk-a', 'sk-b'] }}", standin.base_url());
+    let model = format!("litellm_openai/{name}");
+    let hedge = config::Hedge { model: model.clone(), after_ms: 50, to: to.map(str::to_owned) };
+    let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
+    let performer = performer.with_hedges(Hedges::new(&[hedge]).unwrap());
+    let (performed, reported) = perform(&performer, spec(&model, prompt), CancellationToken::new()).await;
+    let calls = standin.calls().into_iter().map(|call| format!("{} {}", call.key, call.content));
+    (performed, reported, calls.collect())
+}
+
+#[tokio::test]
+async fn a_call_that_does_not_begin_to_answer_is_made_once_more_and_both_are_paid() {
+    let slow = "!sleep=60000 times=1 one two";
+    let (performed, reported, calls) = with_hedge("gpt-4o-mini", slow, None).await;
+    assert_eq!((reported.as_str(), calls.len()), ("one two", 2));
+    assert!(calls[0].starts_with("sk-a ") && calls[1].starts_with("sk-b "), "with another key: {calls:?}");
+    // The first is estimated by its prompt, the second told.
+    let input = slow.len().div_ceil(4) as u128 * 150_000;
+    let told = 4 * 150_000 + 2 * 600_000;
+    assert_eq!(performed.cost, Some(Cost::estimated(Picodollars(input + told))));
+    assert_eq!(performed.observation.map(|told| told.signal), Some(Signal::GivenUp), "of the job's own call");
+    let generation = generation(performed);
+    assert_eq!((generation.text.as_str(), generation.answered_by), ("one two", None));
+}
+
+#[tokio::test]
+async fn another_model_may_be_the_second_which_the_result_tells() {
+    let (performed, reported, calls) = with_hedge("x!sleep=60000", "one", Some("litellm_gpt-4o-mini")).await;
+    assert_eq!((reported.as_str(), calls.len()), ("one", 2));
+    let answered_by = generation(performed).answered_by.map(|model| model.to_string());
+    assert_eq!(answered_by.as_deref(), Some("litellm_gpt-4o-mini"));
+}
+
+#[tokio::test]
+async fn what_answers_in_time_is_called_once_and_nothing_is_shown_twice() {
+    for (name, prompt, called) in [
+        ("x", "one two", 1),
+        // It begins in time, and is slow then.
+        ("x", "!slow-stream=15 one two three four five six", 1),
+        // Both begin, and the first is heard.
+        ("x", "!first-byte=150 !slow-stream=5 one two three four", 2),
+        // A failure in time is a failure.
+        ("x!status=400", "one", 1),
+        // The first fails while the second is out.
+        ("x", "!sleep=150 !status=400 times=1 one", 2),
+    ] {
+        let (performed, reported, calls) = with_hedge(name, prompt, None).await;
+        assert_eq!(calls.len(), called, "{name} {prompt}");
+        match performed.outcome {
+            Outcome::Generated(generation) => {
+                assert_eq!(reported, generation.text, "{name} {prompt}");
+                assert_eq!(generation.text, genmill_standin::script::Script::strip(prompt), "{name} {prompt}");
+            }
+            outcome => assert!(name.contains("400") && reported.is_empty(), "{outcome:?}"),
+        }
+    }
+    let (performed, _, calls) = with_hedge("x!sleep=100,status=503", "one", Some("litellm_openai/y!status=401")).await;
+    let Outcome::Failed(failure) = performed.outcome else { panic!("{performed:?}") };
+    assert_eq!((failure.class, calls.len()), (FailureClass::Transient, 2), "it may be tried again: {failure:?}");
+}
+
 #[tokio::test]
 async fn a_later_try_of_the_same_job_gets_the_answer() {
     let bench = Bench::new("sk-a").await;
