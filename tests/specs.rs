@@ -32,6 +32,7 @@ pub fn plain(model: ModelName) -> JobSpec {
         not_before: None,
         context_tokens: None,
         prefix: None,
+        seed_given: false,
         redriven_from: None,
         batch: false,
     }

@@ -3,6 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::{Client, Request, v1};
+use genmill_core::attempt::{FinishReason, Generation};
+use genmill_core::names::Tenant;
+use genmill_queue::{Keep, Options, Queue};
 use genmill_tests::daemons::Daemon;
 use genmill_tests::place::{MODEL, Place, client};
 use genmill_tests::redis_server::RedisServer;
@@ -188,4 +191,76 @@ async fn a_second_call_has_a_permit_of_its_own_and_goes_out_only_with_one() {
     }
     let most = mill.place.provider.bill().most_at_once["gpt-4o-mini"];
     assert!((17..=32).contains(&most), "{most}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_request_of_a_tenant_is_answered_from_what_is_kept() {
+    let mill = Mill::new(&[MODEL], "[api]\ncache_ttl_ms = 600000\n").await;
+    let client = mill.client(MODEL).await;
+    let greedy = |prompt: &str| Request::new(MODEL).prompt(prompt).temperature(0.0);
+    let check = async |request: Request, cached: bool, what: &str| {
+        let before = mill.called().len();
+        let job = finished(&client, request).await;
+        let result = job.result.unwrap();
+        let (cost, calls) = (job.cost.unwrap(), mill.called().len() - before);
+        assert_eq!((result.cached, calls, cost.nanodollars == 0), (cached, usize::from(!cached), cached), "{what}");
+        assert_eq!(result.usage.unwrap().completion_tokens, 2, "{what}");
+        result.text
+    };
+    assert_eq!(check(greedy("one two"), false, "the first").await, "one two");
+    assert_eq!(check(greedy("one two"), true, "the same, for which another seed is drawn").await, "one two");
+    check(greedy("one two").tenant("other"), false, "of another tenant").await;
+    check(greedy("one three"), false, "another prompt").await;
+    check(greedy("one two").max_tokens(9), false, "with another bound").await;
+    let warm = |prompt: &str| Request::new(MODEL).prompt(prompt).temperature(0.7);
+    check(warm("one four"), false, "warm").await;
+    check(warm("one four"), false, "warm again: each is another sample").await;
+    check(warm("one four").seed(7), false, "warm with a seed").await;
+    check(warm("one four").seed(7), true, "the same seed").await;
+    check(warm("one four").seed(8), false, "another seed").await;
+    // What failed is not kept, and what a watcher sees of a kept answer is its text.
+    let failed = greedy("!status=400 times=1 one five");
+    assert_eq!(finished(&client, failed).await.state(), v1::JobState::Failed);
+    check(greedy("!status=400 times=1 one five"), false, "after a failure").await;
+    let (_, said, _) =
+        mill.place.genmill(&mill.scheduler, &["submit", "--model", MODEL, "--temperature", "0", "--prompt", "one two"]);
+    assert_eq!(said.trim(), "one two");
+    assert_eq!(mill.called().len(), 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kept_answers_take_no_more_than_they_may() {
+    let redis = RedisServer::start().unwrap();
+    let queue = Queue::connect(&Options { url: redis.url(), namespace: "kept".to_owned() }).await.unwrap();
+    let tenant = Tenant::parse("t").unwrap();
+    let answer = |bytes: usize| Generation::new("x".repeat(bytes), FinishReason::Stop);
+    let keep = Keep { ttl_ms: 600_000, bytes_max: 3_000 };
+    let kept = async || {
+        let mut kept = Vec::new();
+        for name in 0..8_u8 {
+            kept.extend(queue.answer(&tenant, &[name; 32]).await.unwrap().map(|_| name));
+        }
+        kept
+    };
+    for name in 0..4 {
+        queue.keep_answer(&tenant, &[name; 32], &answer(800), keep).await.unwrap();
+    }
+    assert_eq!(kept().await, [1, 2, 3], "the oldest has gone");
+    for _ in 0..9 {
+        queue.keep_answer(&tenant, &[1; 32], &answer(700), keep).await.unwrap();
+    }
+    assert_eq!(kept().await, [1, 2, 3], "one that is kept again counts once");
+    queue.keep_answer(&tenant, &[4; 32], &answer(1_200), keep).await.unwrap();
+    assert_eq!(kept().await, [1, 3, 4], "as many have gone as had to");
+    queue.keep_answer(&tenant, &[5; 32], &answer(3_100), keep).await.unwrap();
+    assert_eq!(kept().await, [1, 3, 4], "what is larger than all may be drives nothing out");
+    assert_eq!(queue.answer(&tenant, &[4; 32]).await.unwrap(), Some(answer(1_200)));
+    assert_eq!(queue.answer(&Tenant::parse("u").unwrap(), &[4; 32]).await.unwrap(), None);
+    // Those that have expired make room.
+    let short = Keep { ttl_ms: 1, ..keep };
+    queue.keep_answer(&tenant, &[6; 32], &answer(100), short).await.unwrap();
+    let gone = async { while kept().await.contains(&6) {} };
+    timeout(WITHIN, gone).await.unwrap();
+    queue.keep_answer(&tenant, &[7; 32], &answer(50), keep).await.unwrap();
+    assert_eq!(kept().await, [1, 4, 7], "the short one took the place of the oldest, and left it");
 }

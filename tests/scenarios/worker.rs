@@ -143,7 +143,7 @@ async fn a_caller_is_told_that_redis_is_out_of_memory() {
 async fn text_that_redis_did_not_take_is_shown_once_it_does() {
     let mut bench = Bench::new(60_000).await;
     let id = bench.submit().await;
-    let mut asked = bench.puppet.asked().await;
+    let asked = bench.puppet.asked().await;
     asked.progress.text("Grüße".to_owned()).await;
     bench.shown(id, "Grüße").await;
     bench.redis::<()>("CONFIG SET maxmemory 1");
@@ -161,7 +161,7 @@ async fn a_watch_goes_on_when_redis_has_lost_the_end_of_the_text() {
     let scheduler = Scheduler::start(&bench.redis.url());
     let mut client = scheduler.connect().await;
     let id = bench.submit().await;
-    let mut asked = bench.puppet.asked().await;
+    let asked = bench.puppet.asked().await;
     let mut watch = async |offset| {
         let asked = v1::WatchJobRequest { job_id: id.to_string(), epoch: 1, offset, more_offsets: Vec::new() };
         client.watch_job(asked).await.unwrap().into_inner()

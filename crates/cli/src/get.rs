@@ -67,7 +67,7 @@ fn describe_result(result: &v1::Result, mut row: impl FnMut(&str, String)) {
         result.tool_calls.iter().map(|call| format!("{}({}) as {}", call.name, call.arguments, call.id)).collect();
     row("tool calls", calls.join(", "));
     row("left out", result.left_out_parameters.join(", "));
-    row("answered by", result.answered_by.clone());
+    row("answered by", if result.cached { "an earlier job (cached)".to_owned() } else { result.answered_by.clone() });
     if let Some(usage) = &result.usage {
         row("tokens", format!("{} prompt + {} generated", usage.prompt_tokens, usage.completion_tokens));
     }

@@ -197,6 +197,7 @@ pub fn admit(
     let contexts = facts.listed.iter().filter_map(|(_, served)| served.context_tokens);
     Ok(JobSpec {
         context_tokens: contexts.max(),
+        seed_given: request.seed.is_some(),
         prefix: if remote { None } else { PrefixKey::of(&request.input) },
         sampling: Sampling {
             max_tokens,

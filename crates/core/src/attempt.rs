@@ -137,6 +137,9 @@ pub struct Generation {
     /// The model that answered, when that is not the one that was asked for: a fallback.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answered_by: Option<ModelName>,
+    /// It is the kept answer to an earlier job with the same request: no call was made.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cached: bool,
 }
 
 impl Generation {
@@ -161,6 +164,7 @@ impl Generation {
             reasoning: String::new(),
             left_out: Vec::new(),
             answered_by: None,
+            cached: false,
         }
     }
 

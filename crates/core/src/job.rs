@@ -50,6 +50,9 @@ pub struct JobSpec {
     /// What its prompt begins with, for a local model and where that is worth sharing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefix: Option<PrefixKey>,
+    /// Its seed is the caller's own; else it was drawn.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub seed_given: bool,
     /// The failed job that it repeats.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redriven_from: Option<JobId>,

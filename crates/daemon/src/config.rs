@@ -276,6 +276,11 @@ pub struct Api {
     pub fallbacks: Vec<Fallback>,
     /// When a model that does not begin to answer is called once more.
     pub hedging: Vec<Hedge>,
+    /// For how long an answer is kept for jobs of the same tenant with the very same request, in milliseconds; 0: not at
+    /// all. Only those with temperature 0, or with a seed of their own.
+    pub cache_ttl_ms: u64,
+    /// The most bytes of all kept answers of a tenant: the oldest go first.
+    pub cache_bytes_max: u64,
 }
 
 /// Which models answer in place of one that fails.
@@ -322,6 +327,8 @@ impl Default for Api {
             batch_settle_ms: 60_000,
             fallbacks: Vec::new(),
             hedging: Vec::new(),
+            cache_ttl_ms: 0,
+            cache_bytes_max: 64 * 1024 * 1024,
         }
     }
 }

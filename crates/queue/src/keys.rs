@@ -44,6 +44,9 @@
 //! | `NS:{N}:hints` | channel | to workers: `w` there is work, `c` a running job was cancelled |
 //! | `NS:{N}:events` | channel | to schedulers: jobs' ids, after `t` (more text) or `f` (finished); several ids may follow each other |
 //! | `NS:{T:TENANT}:q:BUCKET` | hash | the job and content that each of a tenant's request ids stands for, by its hash |
+//! | `NS:{T:TENANT}:c:HASH` | string | a kept answer, by the hash of its request; expiring |
+//! | `NS:{T:TENANT}:answers` | sorted set | these hashes, each with its answer's size, by when they expire; expiring |
+//! | `NS:{T:TENANT}:answers-bytes` | string | the sum of these sizes; expiring |
 //! | `NS:{registry}:layout` | string | the number of this layout of keys |
 //! | `NS:{registry}:lanes` | hash | number of each lane name, `#` counts them |
 //! | `NS:{registry}:settings` | hash | `VERSION:VALUE` of each setting, `#` counts versions |
@@ -182,6 +185,17 @@ impl Keys {
         format!("{}:{{T:{tenant}}}:q:{bucket}", self.namespace)
     }
 
+    /// What the keys of a tenant's kept answers begin with.
+    pub(crate) fn tenant(&self, tenant: &Tenant) -> String {
+        format!("{}:{{T:{tenant}}}", self.namespace)
+    }
+
+    pub(crate) fn answer(&self, tenant: &Tenant, request: &[u8; 32]) -> Vec<u8> {
+        let mut key = format!("{}:c:", self.tenant(tenant)).into_bytes();
+        key.extend_from_slice(request);
+        key
+    }
+
     pub(crate) fn settings(&self) -> String {
         format!("{}:{{registry}}:settings", self.namespace)
     }
@@ -248,6 +262,7 @@ local function group_key(leaf, prefix) return base .. ':g:' .. leaf .. ':' .. pr
 local function batch_key(tag) return base .. ':bt:' .. tag end
 local function batch_jobs_key(tag) return base .. ':bj:' .. tag end
 local function experiment_key(name) return base .. ':x:' .. name end
+local function answer_key(hash) return base .. ':c:' .. hash end
 "
     )
 }

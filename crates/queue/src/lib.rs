@@ -3,6 +3,7 @@
 //! Only this crate speaks Redis, and only `keys` builds a key. A job's state changes only inside a script, one
 //! transition each. Never here: protobuf, HTTP, or how work is done.
 
+mod answers;
 mod batches;
 mod cluster;
 mod connection;
@@ -25,6 +26,7 @@ mod submit;
 mod upkeep;
 mod work;
 
+pub use answers::Keep;
 pub use batches::{BatchRecord, BatchState, Member, Members, Moved, Parking};
 pub use dead::{Purge, Redrive, Redriven};
 pub use demand::Demand;

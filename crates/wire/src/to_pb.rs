@@ -263,6 +263,7 @@ fn result(generation: &Generation, job: &Job) -> v1::Result {
         usage: generation.usage.map(|told| usage(told, generation.usage_details.unwrap_or_default())),
         reasoning: generation.reasoning.clone(),
         left_out_parameters: generation.left_out.clone(),
+        cached: generation.cached,
         answered_by: generation.answered_by.as_ref().map(ToString::to_string).unwrap_or_default(),
         latency: Some(v1::Latency {
             queued_ms: since_created(job.started_at),

@@ -32,6 +32,7 @@ pub(crate) fn spec(model: &str, prompt: &str) -> JobSpec {
         not_before: None,
         context_tokens: None,
         prefix: None,
+        seed_given: false,
         redriven_from: None,
         batch: false,
     }

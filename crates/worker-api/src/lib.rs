@@ -7,6 +7,7 @@
 
 pub mod auth;
 pub mod batch;
+pub mod cache;
 mod call;
 pub mod catalog;
 pub mod collect;

@@ -5,7 +5,9 @@ use clap::Parser;
 use genmill_core::model::PREFIXES;
 use genmill_core::registration::Availability;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
+use genmill_worker::answers::Bounds;
 use genmill_worker::{Batching, Kind, serve_batches};
+use genmill_worker_api::cache::Cache;
 use genmill_worker_api::catalog::Catalog;
 use genmill_worker_api::fallbacks::Fallbacks;
 use genmill_worker_api::hedge::Hedges;
@@ -88,6 +90,8 @@ fn performer(context: &Context) -> anyhow::Result<Performer> {
         tracing::warn!(%model, "is to answer in place of another, but no listed model of its provider can be called");
     }
     let performer = Performer::new(catalog, Prices::read(&context.config.models.dir)?, http, limits);
+    let bounds = Bounds { ttl_ms: api.cache_ttl_ms, bytes_max: api.cache_bytes_max };
     let performer = performer.with_fallbacks(fallbacks).with_hedges(hedges);
+    let performer = performer.with_cache((bounds.ttl_ms > 0).then_some(Cache { bounds }));
     Ok(performer.within(api.calls_start, context.config.limits.clone()))
 }

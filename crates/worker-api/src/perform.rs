@@ -2,6 +2,7 @@
 //!
 //! Never here: another try after a failure, and the bound of the whole attempt, which the worker's loop keeps.
 
+use crate::cache::Cache;
 use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
 use crate::collect::Collected;
@@ -38,6 +39,7 @@ pub struct Performer {
     pub(crate) limits: Limits,
     fallbacks: Fallbacks,
     hedges: Hedges,
+    cache: Option<Cache>,
     repeats: Repeats,
     pub(crate) keys: Keys,
     calls_start: u32,
@@ -80,6 +82,7 @@ impl Performer {
             limits,
             fallbacks: Fallbacks::default(),
             hedges: Hedges::default(),
+            cache: None,
             repeats: Repeats::default(),
             keys,
             calls_start: limits.calls_max,
@@ -97,6 +100,12 @@ impl Performer {
     #[must_use]
     pub fn with_hedges(self, hedges: Hedges) -> Self {
         Self { hedges, ..self }
+    }
+
+    /// The same performer that keeps answers for the same request, if at all.
+    #[must_use]
+    pub fn with_cache(self, cache: Option<Cache>) -> Self {
+        Self { cache, ..self }
     }
 
     /// The same one, which begins with so many calls of a model at once and keeps `rows`, together with all other workers.
@@ -123,10 +132,40 @@ impl Perform for Performer {
     }
 
     async fn perform(&self, task: Task, progress: Progress, stop: CancellationToken) -> Performed {
+        let kept = self.cache.and_then(|cache| Some((cache, Cache::request(&task.spec)?)));
+        let Some((cache, request)) = kept else { return self.ask(task, &progress, stop).await };
+        let tenant = task.spec.tenant.clone();
+        if let Some(answer) = progress.answers.find(&tenant, &request).await {
+            return again(answer, &progress).await;
+        }
+        let performed = self.ask(task, &progress, stop).await;
+        if let Outcome::Generated(answer) = &performed.outcome
+            && Cache::is_kept(answer)
+        {
+            progress.answers.keep(&tenant, &request, answer, cache.bounds).await;
+        }
+        performed
+    }
+}
+
+/// A kept answer as what came of another job. No call was made, so its permit goes back unspent.
+async fn again(answer: Generation, progress: &Progress) -> Performed {
+    progress.started.set();
+    let texts = std::iter::once(&answer.text).chain(answer.more.iter().map(|sample| &sample.text));
+    for (sample, text) in (0..).zip(texts) {
+        progress.text_of(sample, text.clone()).await;
+    }
+    let outcome = Outcome::Generated(Generation { cached: true, first_token_ms: Some(0), ..answer });
+    Performed { outcome, cost: Some(Cost::NOTHING), observation: None }
+}
+
+impl Performer {
+    /// Asks the job's model, and those that answer in its place.
+    async fn ask(&self, task: Task, progress: &Progress, stop: CancellationToken) -> Performed {
         let begun = Instant::now();
         let hedge = self.hedges.of(&task.spec.model);
         let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), hedge, begun, stop: &stop };
-        let mut tried = self.attempt(own, &progress).await;
+        let mut tried = self.attempt(own, progress).await;
         // The job's own permit is for its own model; the others have theirs.
         let (observation, mut spent) = (tried.performed.observation, tried.performed.cost);
         let (mut first, mut answers) = (None, None);
@@ -142,7 +181,7 @@ impl Perform for Performer {
             let key = leave.key.as_ref();
             let other = Attempt { job: task.id, spec: &spec, key, hedge: None, begun, stop: &stop };
             // Few jobs come here, and all would have to carry it.
-            let failed = std::mem::replace(&mut tried, Box::pin(self.attempt(other, &progress)).await);
+            let failed = std::mem::replace(&mut tried, Box::pin(self.attempt(other, progress)).await);
             leave.settle(tried.performed.observation.as_ref()).await;
             spent = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
             first.get_or_insert(failed.performed.outcome);

@@ -1,5 +1,6 @@
 //! One attempt: perform the job, judge the outcome, finish. Ends when told to.
 
+use crate::answers::Answers;
 use crate::finisher::Finisher;
 use crate::perform::{Perform, Progress, Reported, Started, Task};
 use crate::permits::{Gated, Permits};
@@ -71,7 +72,8 @@ pub(crate) async fn attempt<P: Perform>(
     let token = CancellationToken::new();
     let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone(), key: lease.key.clone() };
     let permits = Permits::new(bench.gated.clone(), lease.held());
-    let progress = Progress::new(&task, started, bench.reported.clone()).with_permits(permits);
+    let answers = Answers::new(bench.gated.queue().clone());
+    let progress = Progress::new(&task, started, bench.reported.clone()).with_queue(permits, answers);
     let performer = bench.performer.clone();
     let work = performer.perform(task, progress, token.clone());
     let (performed, stop) = until_stopped(work, &lease, told, &token).await;

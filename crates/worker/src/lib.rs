@@ -2,6 +2,7 @@
 //!
 //! Never here: how work is done (a daemon implements [`perform::Perform`]), nor Redis commands (`genmill-queue`).
 
+pub mod answers;
 mod attempt;
 mod batch;
 pub mod batches;

@@ -1,5 +1,6 @@
 //! What a worker daemon adds to the loop: the work itself. Never here: leases, retries, Redis.
 
+use crate::answers::Answers;
 use crate::permits::Permits;
 use genmill_core::attempt::Performed;
 use genmill_core::gate::{Declaration, KeyId};
@@ -128,6 +129,8 @@ pub struct Progress {
     pub started: Started,
     /// Where calls are permitted beside the one for which the job was fed.
     pub permits: Permits,
+    /// Where answers are kept that may serve again.
+    pub answers: Answers,
     /// The job has several samples, whose texts follow each other in parts that name them.
     several: bool,
     open: Arc<()>,
@@ -140,13 +143,21 @@ impl Progress {
     pub fn new(task: &Task, started: Started, reported: mpsc::Sender<Reported>) -> Self {
         let several = task.spec.sampling.controls.samples() > 1;
         let held = Held { id: task.id, epoch: task.epoch };
-        Self { held, started, permits: Permits::default(), several, open: Arc::default(), reported }
+        Self {
+            held,
+            started,
+            permits: Permits::default(),
+            answers: Answers::default(),
+            several,
+            open: Arc::default(),
+            reported,
+        }
     }
 
-    /// The same progress with permits of the queue.
+    /// The same progress with permits and answers of the queue.
     #[must_use]
-    pub fn with_permits(self, permits: Permits) -> Self {
-        Self { permits, ..self }
+    pub fn with_queue(self, permits: Permits, answers: Answers) -> Self {
+        Self { permits, answers, ..self }
     }
 
     /// Reports more text of the first sample, see [`Progress::text_of`].

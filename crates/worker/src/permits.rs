@@ -33,6 +33,10 @@ impl Gated {
     pub(crate) const fn new(queue: Queue, lanes: BTreeMap<Lane, LaneNumber>) -> Self {
         Self { queue, lanes }
     }
+
+    pub(crate) const fn queue(&self) -> &Queue {
+        &self.queue
+    }
 }
 
 /// Where an attempt asks for permits. The default is that of a performer without a queue: nothing bounds its calls.
