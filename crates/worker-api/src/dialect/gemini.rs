@@ -335,4 +335,25 @@ mod tests {
         let reply = Gemini.decode(br#"{"promptFeedback":{"blockReason":"PROHIBITED_CONTENT"}}"#).unwrap();
         assert_eq!(reply.finish_reason, Some(FinishReason::ContentFilter));
     }
+
+    #[test]
+    fn candidates_are_samples_each_with_its_own_calls() {
+        let call = r#"{"functionCall":{"name":"f","args":{}}}"#;
+        let chunk = format!(
+            r#"{{"candidates":[{{"index":1,"content":{{"parts":[{call}]}},"finishReason":"STOP"}},{{"content":{{"parts":[{{"text":"a"}}]}},"index":0}}]}}"#
+        );
+        let mut answer = Answer::default();
+        let said = answer.take(&chunk);
+        let of = |event| StreamEvent::OfSample { sample: 1, event: Box::new(event) };
+        let part = ToolCall { id: "call_0".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+        let called = of(StreamEvent::ToolCall { index: 0, part });
+        let expect = [called, of(StreamEvent::Finished(FinishReason::ToolCalls)), StreamEvent::Text("a".to_owned())];
+        assert_eq!(said, expect);
+        let ended = answer.take(r#"{"candidates":[{"finishReason":"STOP"}]}"#);
+        assert_eq!(
+            ended,
+            [StreamEvent::Finished(FinishReason::Stop)],
+            "the calls of another candidate are not its own"
+        );
+    }
 }
