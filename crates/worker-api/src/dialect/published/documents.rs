@@ -104,7 +104,13 @@ fn read(folder: &Path, file: &Path) -> Vec<Operation> {
         }
         Some("json" | "yaml" | "yml") => {
             let text = std::fs::read_to_string(file).unwrap();
-            let Ok(document) = genmill_daemon::documents::parse::<Value>(&text) else { return Vec::new() };
+            let document = match genmill_daemon::documents::parse::<Value>(&text) {
+                Ok(document) => document,
+                Err(error) => {
+                    eprintln!("{name} is passed over: {error}");
+                    return Vec::new();
+                }
+            };
             let operation = |(path, dialect, schema)| Operation {
                 place: format!("{name}, {path}"),
                 dialect,
@@ -176,4 +182,39 @@ fn an_operation_is_known_by_its_path() {
     }
     assert_eq!(provider("specs/openai-openapi.yaml").as_deref(), Some("openai"));
     assert_eq!(provider("openrouter/openapi.json").as_deref(), Some("openrouter"));
+}
+
+#[test]
+fn a_document_is_read_with_all_that_vendors_write() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = r##"
+openapi: 3.0.0
+paths:
+  /chat/completions:
+    post:
+      requestBody: {$ref: "#/components/requestBodies/Chat"}
+  /threads/{thread_id}/messages: {post: {}}
+components:
+  requestBodies:
+    Chat: {content: {"application/json": {schema: {$ref: "#/components/schemas/Request"}}}}
+  schemas:
+    Request:
+      type: object
+      properties:
+        model: {anyOf: [{type: string, pattern: '^(?!no-)[\w.-]+$'}, {type: string, enum: [gpt-4o]}]}
+        seed: {type: integer, minimum: -9223372036854776000, maximum: 9223372036854776000, nullable: true}
+        filter: {$ref: "#/components/schemas/Filter"}
+      required: [model]
+    Filter: {$recursiveAnchor: true, type: object, properties: {of: {$ref: "#/components/schemas/Filter"}}}
+"##;
+    std::fs::create_dir(folder.path().join("openai")).unwrap();
+    std::fs::write(folder.path().join("openai/openapi.yaml"), text).unwrap();
+    std::fs::write(folder.path().join("notes.json"), "no document").unwrap();
+    let [operation] = &operations(folder.path())[..] else { panic!("one operation is known") };
+    let told = (operation.place.as_str(), operation.dialect, operation.provider.as_deref());
+    assert_eq!(told, ("openai/openapi.yaml, /chat/completions", "openai", Some("openai")));
+    let check = |body: Value, problems: usize| assert_eq!(operation.schema.problems(&body).len(), problems, "{body}");
+    check(serde_json::json!({"model": "gpt-4o", "seed": 7, "filter": {"of": {"of": {}}}}), 0);
+    check(serde_json::json!({"model": "gpt-4o", "seed": null}), 0);
+    check(serde_json::json!({"model": "gpt-4o", "filter": {"of": {"off": {}}}}), 1);
 }
