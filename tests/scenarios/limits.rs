@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::{Client, Request, v1};
-use genmill_standin::bill::Call;
+use genmill_standin::bill::{Call, CallEnd};
 use genmill_tests::daemons::Daemon;
 use genmill_tests::place::{MODEL, Place, check_all_succeeded_once, client, results, submit_all};
 use genmill_tests::redis_server::RedisServer;
@@ -28,7 +28,19 @@ struct Mill {
 impl Mill {
     /// Three workers with these settings.
     async fn new(settings: &str) -> Self {
+        Self::of(Place::new().await, settings)
+    }
+
+    /// The same for these models.
+    async fn serving(models: &[String], settings: &str) -> Self {
         let place = Place::new().await;
+        let listed: Vec<String> = models.iter().map(|model| format!("'{model}'")).collect();
+        let listed = format!("models: [{}]", listed.join(", ").replace("litellm_", ""));
+        std::fs::write(place.path().join("configs/litellm_models.yaml"), listed).unwrap();
+        Self::of(place, settings)
+    }
+
+    fn of(place: Place, settings: &str) -> Self {
         std::fs::write(place.path().join("genmill.toml"), settings).unwrap();
         let redis = RedisServer::start().unwrap();
         let start = |daemon: &str| {
@@ -40,9 +52,9 @@ impl Mill {
         Self { scheduler, _workers: workers, _redis: redis, place }
     }
 
-    async fn client(&self) -> Client {
+    async fn client(&self, model: &str) -> Client {
         let client = client(&self.scheduler).await;
-        let served = async { while !client.is_available(MODEL).await.unwrap() {} };
+        let served = async { while !client.is_available(model).await.unwrap() {} };
         timeout(WITHIN, served).await.unwrap();
         client
     }
@@ -71,7 +83,7 @@ async fn workers_keep_a_limit_together_and_another_model_is_not_held_up() {
     let settings =
         format!("[[limits]]\nprovider = 'openai'\nmodel = 'gpt-4o-mini'\nrequests_per_minute = {A_MINUTE}\n");
     let mill = Mill::new(&settings).await;
-    let client = mill.client().await;
+    let client = mill.client(MODEL).await;
     let count = usize::try_from(A_MINUTE).unwrap() + 4;
     let first = submit_all(&client, requests(MODEL, count, "a", "first")).await;
     let second = submit_all(&client, requests(SECOND, 60, "b", "second")).await;
@@ -101,7 +113,7 @@ async fn workers_keep_a_limit_together_and_another_model_is_not_held_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_storm_of_throttled_calls_ends_with_every_job_done_and_none_failed() {
     let mill = Mill::new("[api]\ncalls_start = 16\n").await;
-    let client = mill.client().await;
+    let client = mill.client(MODEL).await;
     let ids = submit_all(&client, requests(MODEL, 60, "!status=429 times=2 retry-after-ms=30 a", "storm")).await;
     let jobs = all_of(&client, "storm").await;
     check_all_succeeded_once(&jobs, &ids);
@@ -116,7 +128,7 @@ async fn a_storm_of_throttled_calls_ends_with_every_job_done_and_none_failed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_storm_shrinks_what_all_workers_have_in_flight() {
     let mill = Mill::new("[api]\ncalls_start = 12\n").await;
-    let client = mill.client().await;
+    let client = mill.client(MODEL).await;
     // As long as a call takes, none ends: the first twelve come together, whoever makes them.
     let ids = submit_all(&client, requests(MODEL, 40, "!sleep=300 !status=429 times=1 a", "storm")).await;
     check_all_succeeded_once(&all_of(&client, "storm").await, &ids);
@@ -127,7 +139,7 @@ async fn a_storm_shrinks_what_all_workers_have_in_flight() {
 async fn all_keys_are_used_alike() {
     let settings = "[providers.openai]\napi_keys = ['sk-second']\n[[limits]]\nprovider = 'openai'\nconcurrency = 2\n";
     let mill = Mill::new(settings).await;
-    let client = mill.client().await;
+    let client = mill.client(MODEL).await;
     let ids = submit_all(&client, requests(MODEL, 40, "!sleep=20 a", "keys")).await;
     check_all_succeeded_once(&all_of(&client, "keys").await, &ids);
     let mut by_key: BTreeMap<String, Vec<Call>> = BTreeMap::new();
@@ -140,5 +152,61 @@ async fn all_keys_are_used_alike() {
         let open_at =
             |at: Duration| calls.iter().filter(|c| c.begun <= at && c.ended.is_none_or(|end| at < end)).count();
         assert!(calls.iter().all(|call| open_at(call.begun) <= 2), "more than two at once with one key");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_provider_tells_in_any_spelling_is_kept_without_configuration() {
+    // 12 calls in 2 s with each key for each of them, told in three ways.
+    let models = ["openai", "anthropic", "plain"].map(|style| format!("litellm_openai/m!rate={style}:12:100000:2000"));
+    let mill = Mill::serving(&models, "[api]\ncalls_start = 4\n").await;
+    let client = mill.client(&models[0]).await;
+    let ids = futures_util::future::join_all(
+        models.iter().map(|model| submit_all(&client, requests(model, 60, "a", "told"))),
+    );
+    let ids = ids.await.concat();
+    let jobs = all_of(&client, "told").await;
+    check_all_succeeded_once(&jobs, &ids);
+    assert!(jobs.iter().all(|job| job.failures == 0));
+    for model in &models {
+        let calls = mill.calls(&model.replace("openai/m", "m"));
+        let refused = calls.iter().filter(|call| call.end == CallEnd::Refused(429)).count();
+        assert_eq!(calls.len() - refused, 60, "{model}");
+        // Nothing was known at first, and what is told comes a call's time late.
+        assert!(refused <= 8, "{model}: {refused} of {} calls were refused", calls.len());
+        let (first, last) = (calls[0].begun, calls[calls.len() - 1].begun);
+        assert!(last - first <= Duration::from_secs(30), "{model}: what may be called is called: {:?}", last - first);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_larger_than_its_limit_ends_and_holds_up_nobody() {
+    for (style, calls, says) in [
+        ("openai", 1, "Request too large for this model"),
+        // Nobody says so: it is seen after a few tries by what is told of the limit.
+        ("anthropic", 3, "needs, 1003 (estimated) and not 200: shorten the prompt, lower max_tokens"),
+    ] {
+        let model = format!("litellm_openai/m!rate={style}:1000:200:1000");
+        let mill = Mill::serving(std::slice::from_ref(&model), "").await;
+        let client = mill.client(&model).await;
+        let large = Request::new(&model).prompt("too large a job").max_tokens(1_000);
+        let large = client.submit(large).await.unwrap().job.id;
+        let small = (0..10).map(|n| Request::new(&model).prompt(format!("b{n}")).max_tokens(10).experiment("small"));
+        let ids = submit_all(&client, small.collect()).await;
+        check_all_succeeded_once(&all_of(&client, "small").await, &ids);
+        let ended = async {
+            loop {
+                let job = client.get(&large).await.unwrap();
+                if job.finished_at.is_some() {
+                    return job;
+                }
+            }
+        };
+        let job = timeout(WITHIN, ended).await.expect("it waits for ever");
+        let error = job.error.unwrap();
+        assert_eq!((job.state, error.error_class()), (v1::JobState::Failed.into(), v1::ErrorClass::Invalid), "{style}");
+        assert!(error.message.contains(says), "{style}: {}", error.message);
+        let own = mill.place.provider.calls().into_iter().filter(|call| call.content.ends_with("too large a job"));
+        assert!(own.count() <= calls * 3, "{style}: each of three workers sees it for itself");
     }
 }

@@ -37,6 +37,8 @@ pub enum Kind {
     Cut,
     /// The same failure came again and again, to this job alone.
     Repeated,
+    /// It needs more tokens than its provider allows in a minute: no waiting helps.
+    TooLarge,
 }
 
 /// What a failure says of the provider, for the circuit breaker of its model.
@@ -125,6 +127,14 @@ pub const POLICIES: &[Policy] = &[
         "failed in the very same way again",
         "another try would not help: change the request",
     ),
+    policy(
+        Kind::TooLarge,
+        "too_large",
+        FailureClass::Invalid,
+        Health::Works,
+        "allows fewer tokens in a minute than this request needs",
+        "shorten the prompt, lower max_tokens, or have the limit raised",
+    ),
 ];
 
 const fn policy(
@@ -199,6 +209,13 @@ const THROTTLED_CODES: &[&str] =
 /// Codes that say the request is wrong where the status does not.
 const INVALID_CODES: &[&str] = &["invalid_request_error", "invalid_argument", "validationexception"];
 
+/// Said of a request that no waiting makes fit, in the words and with the status of one that came too early.
+const TOO_LARGE_WORDS: &[&str] = &[
+    "request too large for",
+    "tokens must be reduced in order to run successfully",
+    "reduce your message size and try again",
+];
+
 const MODEL_CODES: &[&str] = &["model_not_found", "deploymentnotfound", "model_not_supported"];
 
 /// Any failure of the status.
@@ -212,6 +229,7 @@ const RULES: &[Rule] = &[
     rule(400..=403, ANY, FILTER_WORDS, Kind::ContentFilter),
     rule(0..=428, CONTEXT_CODES, CONTEXT_WORDS, Kind::ContextOverflow),
     rule(400..=404, MODEL_CODES, ANY, Kind::NotFound),
+    rule(0..=429, ANY, TOO_LARGE_WORDS, Kind::TooLarge),
     rule(0..=299, THROTTLED_CODES, ANY, Kind::Throttled),
     rule(0..=299, OVERLOAD_CODES, OVERLOAD_WORDS, Kind::Overloaded),
     rule(0..=299, INVALID_CODES, ANY, Kind::Invalid),
@@ -287,6 +305,15 @@ impl Fault {
         let policy = Kind::Repeated.policy();
         let message = format!("{}; it {}: {}", self.message, policy.says, policy.advice);
         Self { kind: Kind::Repeated, message, asked_ms: None, mark: None }
+    }
+
+    /// The same failure as one of a request that is larger than all that may be asked for in a minute.
+    #[must_use]
+    pub fn too_large(self, tokens: u64, limit: u64) -> Self {
+        let policy = Kind::TooLarge.policy();
+        let message =
+            format!("{}; it {}, {tokens} (estimated) and not {limit}: {}", self.message, policy.says, policy.advice);
+        Self { kind: Kind::TooLarge, message, asked_ms: None, mark: None }
     }
 
     /// The failure as the queue takes it.
@@ -382,6 +409,7 @@ mod tests {
             Kind::Timeout,
             Kind::Cut,
             Kind::Repeated,
+            Kind::TooLarge,
         ];
         assert_eq!(kinds.map(|kind| kind.policy().kind), kinds);
         assert_eq!(POLICIES.len(), kinds.len());
@@ -428,6 +456,25 @@ mod tests {
         check(429, "insufficient_quota", Kind::Quota);
         check(200, "insufficient_quota", Kind::Quota);
         check_said(400, "Your credit balance is too low to access the Anthropic API.", Kind::Quota);
+    }
+
+    #[test]
+    fn a_request_that_no_waiting_makes_fit_is_told_from_one_that_came_too_early() {
+        for (status, said) in [
+            (
+                429,
+                "Request too large for gpt-4o in organization org-x on tokens per min (TPM): Limit 30000, Requested 41234. The input or output tokens must be reduced in order to run successfully.",
+            ),
+            (
+                413,
+                "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested 9000, please reduce your message size and try again.",
+            ),
+        ] {
+            let fault = classify("groq", status, &error("rate_limit_exceeded", said));
+            assert_eq!((fault.kind, fault.into_failure().class), (Kind::TooLarge, FailureClass::Invalid), "{said}");
+        }
+        let early = "Rate limit reached for gpt-4o on tokens per min (TPM): Limit 30000, Used 29000, Requested 4000.";
+        check_said(429, early, Kind::Throttled);
     }
 
     #[test]

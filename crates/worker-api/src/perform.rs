@@ -6,16 +6,17 @@ use crate::cache::Cache;
 use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
 use crate::collect::Collected;
-use crate::failure::Kind;
+use crate::failure::{Fault, Kind};
 use crate::fallbacks::Fallbacks;
 use crate::hedge::{Hedge, Hedges, Race, Runner};
 use crate::http::Http;
 use crate::keys::{Keys, limits_of, observe};
+use crate::limits::Told;
 use crate::prices::{Class, Day, Prices};
 use crate::repeats::Repeats;
 use crate::settle::settle;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed, Usage};
-use genmill_core::gate::{Declaration, KeyId};
+use genmill_core::gate::{Bucket, Declaration, KeyId};
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
@@ -292,7 +293,7 @@ impl Performer {
     /// What came of a call.
     pub(crate) async fn concluded(&self, job: JobId, ran: Ran<'_>) -> Tried {
         let Ran { endpoint, spec, ended, collected } = ran;
-        let ended = self.judged(job, ended);
+        let ended = self.judged(job, spec, collected.told().0, ended);
         let failed = match &ended {
             // What was shown already cannot be taken back within an attempt.
             Ended::Refused(fault) | Ended::Broken(fault) if collected.bytes() == 0 => Some(fault.kind),
@@ -303,7 +304,13 @@ impl Performer {
     }
 
     /// The same end, unless the same failure has come too often.
-    fn judged(&self, job: JobId, ended: Ended) -> Ended {
+    fn judged(&self, job: JobId, spec: &JobSpec, told: Told, ended: Ended) -> Ended {
+        let ended = match ended {
+            Ended::Refused(fault) if fault.kind == Kind::Throttled => {
+                Ended::Refused(self.throttled(job, spec, told, fault))
+            }
+            other => other,
+        };
         let (Ended::Refused(fault) | Ended::Broken(fault)) = &ended else { return ended };
         if !fault.mark.as_ref().is_some_and(|mark| self.repeats.ends(job, mark)) {
             return ended;
@@ -313,6 +320,19 @@ impl Performer {
             Ended::Broken(fault) => Ended::Broken(fault.repeated()),
             Ended::Answered | Ended::Stopped => ended,
         }
+    }
+
+    /// The same failure, unless the job is larger than the limit of which its provider tells that much is left, so that
+    /// others are not to blame. What is larger is estimated, so it is let go a few times, but not for ever.
+    fn throttled(&self, job: JobId, spec: &JobSpec, told: Told, fault: Fault) -> Fault {
+        let tokens = spec.estimated_tokens();
+        let too_small = |bucket: Bucket| {
+            let (limit, left) = (bucket.limit?, bucket.remaining?);
+            (tokens > limit && left.saturating_mul(2) >= limit).then_some(limit)
+        };
+        let Some(limit) = told.tokens.and_then(too_small) else { return fault };
+        // No other job has this mark.
+        if self.repeats.ends(job, &format!("{job} is too large")) { fault.too_large(tokens, limit) } else { fault }
     }
 
     /// What a call cost: by its answer, else by the record that its provider keeps of it, else, when it did not end by

@@ -48,6 +48,11 @@ impl<'a> Request<'a> {
         texts.into_iter().rev().find(|(role, _)| *role == "user").map(|(_, text)| text)
     }
 
+    /// Tokens of the prompt, and those that the answer may have.
+    pub(crate) fn asked_tokens(&self) -> usize {
+        self.prompt_tokens().saturating_add(self.tokens_max())
+    }
+
     fn prompt_tokens(&self) -> usize {
         self.texts().unwrap_or_default().iter().map(|(_, text)| text.split_whitespace().count()).sum()
     }

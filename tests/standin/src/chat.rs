@@ -5,6 +5,7 @@ use crate::BAD_KEY;
 use crate::answer::{Answer, Request, answer};
 use crate::batch::Batches;
 use crate::bill::{Bill, Books, Entry, Received};
+use crate::limit::{Limits, Said};
 use crate::script::{Break, Fault, Script};
 use crate::shape::{Anthropic, Bedrock, Gemini, OpenAi, Replicate, Shape, Tgi, Told, Watsonx};
 use crate::token::TOKEN;
@@ -30,6 +31,7 @@ pub(crate) type Generations = Mutex<BTreeMap<String, (Value, u32)>>;
 pub(crate) struct Provider {
     pub(crate) books: Arc<Books>,
     pub(crate) models: Vec<String>,
+    pub(crate) limits: Arc<Limits>,
     /// Answers that wait to be looked at.
     pub(crate) predictions: Arc<Mutex<Vec<Option<Response>>>>,
     /// What calls cost that tell it, by their ids, and how often that was asked for.
@@ -237,6 +239,13 @@ async fn answered(
         .filter(|_| !fault.keyless)
         .or_else(|| refuse_request(&request, message.is_some()))
         .or_else(|| fault.status.map(|status| failed(status, &fault)));
+    let key = format!("{} {}", key_of(&headers), request.model());
+    let said =
+        script.rate.filter(|_| refusal.is_none()).map(|rate| provider.limits.ask(&key, &rate, request.asked_tokens()));
+    let Said { refused, headers: limits } = said.unwrap_or(Said { refused: None, headers: Vec::new() });
+    let exceeded =
+        |message: String| Refusal { headers: limits.clone(), ..Refusal::new(429, "rate_limit_exceeded", &message) };
+    let refusal = refusal.or_else(|| refused.map(exceeded));
     if let Some(refusal) = refusal {
         entry.refused(refusal.status);
         return refusal.respond(shape);
@@ -248,7 +257,18 @@ async fn answered(
         return ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], "<html><body>hello</body></html>")
             .into_response();
     }
-    if request.streams() { reply.into_stream(entry, request.wants_usage()) } else { reply.into_whole(&entry) }
+    let answer =
+        if request.streams() { reply.into_stream(entry, request.wants_usage()) } else { reply.into_whole(&entry) };
+    with_headers(answer, limits)
+}
+
+fn with_headers(mut response: Response, headers: Vec<(String, String)>) -> Response {
+    for (name, value) in headers {
+        if let (Ok(name), Ok(value)) = (name.parse::<header::HeaderName>(), value.parse()) {
+            response.headers_mut().insert(name, value);
+        }
+    }
+    response
 }
 
 fn readable(headers: &HeaderMap) -> Vec<(String, String)> {
@@ -284,13 +304,7 @@ impl Refusal {
         // The status that an error names itself is the one it comes with, as with Gemini's refusal of a key.
         let status = object["error"]["code"].as_u64().and_then(|code| u16::try_from(code).ok()).unwrap_or(self.status);
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = (status, Json(object)).into_response();
-        for (name, value) in self.headers {
-            if let (Ok(name), Ok(value)) = (name.parse::<header::HeaderName>(), value.parse()) {
-                response.headers_mut().insert(name, value);
-            }
-        }
-        response
+        with_headers((status, Json(object)).into_response(), self.headers)
     }
 }
 

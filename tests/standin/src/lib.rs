@@ -10,6 +10,7 @@ mod answer;
 mod batch;
 pub mod bill;
 mod chat;
+pub mod limit;
 pub mod script;
 mod shape;
 mod token;
@@ -70,6 +71,7 @@ impl Standin {
         let address = listener.local_addr()?;
         let books = Arc::new(Books::default());
         let provider = Arc::new(chat::Provider {
+            limits: Arc::default(),
             books: Arc::clone(&books),
             models: options.models,
             predictions: Arc::default(),

@@ -18,6 +18,7 @@
 //! | `!split-utf8` | borders of network chunks fall inside characters and events |
 //! | `!comments` | comment lines between events |
 //! | `!no-usage`, `!no-done` | leaves out the usage, the final `[DONE]` |
+//! | `!rate=STYLE:REQUESTS:TOKENS:WINDOW_MS` | keeps these limits for each key, and tells of them (see `limit`) |
 //! | `!keyless` | takes calls without a key |
 //! | `!cost=X` | `usage.cost`, as OpenRouter tells it |
 //! | `!words=N` | an answer of N words |
@@ -50,6 +51,8 @@
 //! | `!batch-forgets` | its metadata is not told (OpenAI) |
 //! | `!batch-elsewhere` | its results are said to be at another host (Anthropic) |
 
+use crate::limit::Rate;
+
 /// What a call asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Script {
@@ -59,6 +62,8 @@ pub struct Script {
     pub times: Option<u64>,
     /// What to answer.
     pub speech: Speech,
+    /// Limits to keep.
+    pub rate: Option<Rate>,
     /// `usage.cost`, as it is to be written.
     pub cost: Option<String>,
     /// What becomes of the batch that has the call as an item.
@@ -285,6 +290,7 @@ impl Script {
             "keyless" => fault.keyless = true,
             "times" => self.times = value.parse().ok(),
             "cost" => self.cost = Some(value.to_owned()),
+            "rate" => self.rate = Rate::parse(value),
             "words" => self.speech = Speech::Words(count()),
             "sample" => self.speech = Speech::Sample(count()),
             _ => (),

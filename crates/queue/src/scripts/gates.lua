@@ -42,11 +42,12 @@ local function pour(bucket, per_minute, amount, now)
   bucket.level, bucket.at = math.min(held + amount, (bounds(bucket, per_minute))), now
 end
 
--- When a bucket holds `size`. What is larger than the whole bucket goes when that is full.
+-- When a bucket holds `size`. What is larger than the whole bucket goes when that is half full: it would never be full
+-- while smaller ones pass.
 local function filled_at(bucket, per_minute, size, now)
   local limit, rate = bounds(bucket, per_minute)
   if limit == math.huge then return now end
-  local missing = math.min(size, limit) - level(bucket, per_minute, now)
+  local missing = (size > limit and limit / 2 or size) - level(bucket, per_minute, now)
   return missing <= 1e-6 and now or now + math.ceil(missing / rate)
 end
 
