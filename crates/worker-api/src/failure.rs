@@ -41,17 +41,6 @@ pub enum Kind {
     TooLarge,
 }
 
-/// What a failure says of the provider, for the circuit breaker of its model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Health {
-    /// It works: the call itself is at fault.
-    Works,
-    /// It fails. After several such failures in a row it is spared for a while.
-    Fails,
-    /// It wants to be spared at once.
-    Spare,
-}
-
 /// What follows from a kind of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -61,8 +50,6 @@ pub struct Policy {
     pub name: &'static str,
     /// The class of the job's error, which decides whether the job is tried again.
     pub class: FailureClass,
-    /// What it says of the provider.
-    pub health: Health,
     /// What happened, for a person.
     pub says: &'static str,
     /// What a person can do about it; may be empty.
@@ -73,19 +60,11 @@ pub struct Policy {
 /// the others end the job. The wait is that of `genmill_core::judge` (1 s, doubled each time), at least as long as the
 /// provider asks.
 pub const POLICIES: &[Policy] = &[
-    policy(
-        Kind::Auth,
-        "auth",
-        FailureClass::Auth,
-        Health::Works,
-        "refused the key",
-        "check the key and what it may do",
-    ),
+    policy(Kind::Auth, "auth", FailureClass::Auth, "refused the key", "check the key and what it may do"),
     policy(
         Kind::Quota,
         "quota",
         FailureClass::Quota,
-        Health::Works,
         "has no quota or credit left for this key",
         "check its plan and billing",
     ),
@@ -93,18 +72,16 @@ pub const POLICIES: &[Policy] = &[
         Kind::NotFound,
         "not_found",
         FailureClass::NotFound,
-        Health::Works,
         "does not know the model",
         "check the model's name and the provider's base_url",
     ),
-    policy(Kind::Throttled, "throttled", FailureClass::Throttled, Health::Spare, "asked to slow down", ""),
-    policy(Kind::Overloaded, "overloaded", FailureClass::Overloaded, Health::Fails, "is overloaded", ""),
-    policy(Kind::Invalid, "invalid", FailureClass::Invalid, Health::Works, "refused the request", ""),
+    policy(Kind::Throttled, "throttled", FailureClass::Throttled, "asked to slow down", ""),
+    policy(Kind::Overloaded, "overloaded", FailureClass::Overloaded, "is overloaded", ""),
+    policy(Kind::Invalid, "invalid", FailureClass::Invalid, "refused the request", ""),
     policy(
         Kind::ContentFilter,
         "content_filter",
         FailureClass::ContentFilter,
-        Health::Works,
         "does not allow the content",
         "a content filter refused it: change the prompt",
     ),
@@ -112,18 +89,16 @@ pub const POLICIES: &[Policy] = &[
         Kind::ContextOverflow,
         "context_overflow",
         FailureClass::ContextOverflow,
-        Health::Works,
         "cannot hold prompt and answer",
         "shorten the prompt, lower max_tokens, or take a model with a longer context",
     ),
-    policy(Kind::Transient, "transient", FailureClass::Transient, Health::Fails, "failed", ""),
-    policy(Kind::Timeout, "timeout", FailureClass::Timeout, Health::Fails, "took too long", ""),
-    policy(Kind::Cut, "cut", FailureClass::CutStream, Health::Fails, "broke off its answer", ""),
+    policy(Kind::Transient, "transient", FailureClass::Transient, "failed", ""),
+    policy(Kind::Timeout, "timeout", FailureClass::Timeout, "took too long", ""),
+    policy(Kind::Cut, "cut", FailureClass::CutStream, "broke off its answer", ""),
     policy(
         Kind::Repeated,
         "repeated",
         FailureClass::Invalid,
-        Health::Works,
         "failed in the very same way again",
         "another try would not help: change the request",
     ),
@@ -131,7 +106,6 @@ pub const POLICIES: &[Policy] = &[
         Kind::TooLarge,
         "too_large",
         FailureClass::Invalid,
-        Health::Works,
         "allows fewer tokens in a minute than this request needs",
         "shorten the prompt, lower max_tokens, or have the limit raised",
     ),
@@ -141,11 +115,10 @@ const fn policy(
     kind: Kind,
     name: &'static str,
     class: FailureClass,
-    health: Health,
     says: &'static str,
     advice: &'static str,
 ) -> Policy {
-    Policy { kind, name, class, health, says, advice }
+    Policy { kind, name, class, says, advice }
 }
 
 impl Kind {
