@@ -98,6 +98,10 @@ impl Default for Books {
 }
 
 impl Books {
+    pub(crate) fn opened(&self) -> Instant {
+        self.opened
+    }
+
     fn open(&self) -> MutexGuard<'_, Pages> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }

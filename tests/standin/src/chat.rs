@@ -234,7 +234,7 @@ async fn answered(
     let (nth, entry) = provider.books.call(&content, key_of(&headers), received);
     let script = Script::parse(request.model(), message.as_deref().unwrap_or_default());
     let fault = script.fault_of_call(nth);
-    sleep(Duration::from_millis(fault.sleep_ms)).await;
+    pause(fault.sleep_ms).await;
     let refusal = refuse_key(&headers)
         .filter(|_| !fault.keyless)
         .or_else(|| refuse_request(&request, message.is_some()))
@@ -463,7 +463,7 @@ impl Sending {
     /// The network chunks of the next frame; `None` after the last.
     async fn send(&mut self) -> Option<Vec<io::Result<Bytes>>> {
         if self.next == 0 {
-            sleep(Duration::from_millis(self.reply.fault.first_byte_ms)).await;
+            pause(self.reply.fault.first_byte_ms).await;
             self.entry.charge(self.reply.answer.prompt_tokens, 0);
         }
         let Some(frame) = self.frames.get(self.next) else {
@@ -471,7 +471,7 @@ impl Sending {
             return None;
         };
         self.next += 1;
-        sleep(Duration::from_millis(self.reply.fault.chunk_ms)).await;
+        pause(self.reply.fault.chunk_ms).await;
         self.entry.charge(0, frame.tokens);
         if self.next == self.frames.len() && frame.broken.is_none() {
             self.entry.ends();
@@ -486,6 +486,13 @@ impl Sending {
         }
         let step = if self.reply.fault.split_utf8 { 3 } else { frame.bytes.len() };
         Some(frame.bytes.chunks(step).map(|piece| Ok(frame.bytes.slice_ref(piece))).collect())
+    }
+}
+
+/// Waits; for 0 not at all, which a timer would round up to a millisecond.
+async fn pause(ms: u64) {
+    if ms > 0 {
+        sleep(Duration::from_millis(ms)).await;
     }
 }
 

@@ -24,6 +24,7 @@ use bill::{Bill, Books, Call, Received};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -108,6 +109,12 @@ impl Standin {
     #[must_use]
     pub fn bill(&self) -> Bill {
         self.books.bill()
+    }
+
+    /// When it was started, from which the times of [`Standin::calls`] count.
+    #[must_use]
+    pub fn opened(&self) -> Instant {
+        self.books.opened()
     }
 
     /// Every call with what it was billed, oldest first.
