@@ -406,6 +406,9 @@ impl Reply {
         if let Some(broken) = self.break_at(self.answer.pieces.len()) {
             return frames.into_iter().chain([broken]).collect();
         }
+        if self.fault.endless {
+            return frames;
+        }
         let closing = self.shape.closing(&told);
         frames.extend(
             closing.iter().map(|(object, tells_usage)| Frame { tells_usage: *tells_usage, ..self.frame(object) }),
@@ -466,6 +469,10 @@ impl Sending {
             pause(self.reply.fault.first_byte_ms).await;
             self.entry.charge(self.reply.answer.prompt_tokens, 0);
         }
+        if self.reply.fault.endless && self.next == self.frames.len() {
+            // What opens it is said once.
+            self.next = self.frames.len().min(2) - 1;
+        }
         let Some(frame) = self.frames.get(self.next) else {
             self.entry.completed();
             return None;
@@ -473,7 +480,7 @@ impl Sending {
         self.next += 1;
         pause(self.reply.fault.chunk_ms).await;
         self.entry.charge(0, frame.tokens);
-        if self.next == self.frames.len() && frame.broken.is_none() {
+        if self.next == self.frames.len() && frame.broken.is_none() && !self.reply.fault.endless {
             self.entry.ends();
         }
         if frame.tells_usage {

@@ -12,6 +12,7 @@
 //! | `!slow-stream=MS` | waits before each chunk |
 //! | `!cut-after=N` | closes the connection after N chunks |
 //! | `!stall-after=N` | sends nothing more after N chunks, but keeps the connection |
+//! | `!endless` | a stream goes on with the pieces of its answer for as long as somebody reads |
 //! | `!error-after=N` | sends an error object after N chunks |
 //! | `!garbage` | truncated JSON in place of the (rest of the) answer |
 //! | `!html` | a web page with status 200 |
@@ -158,6 +159,8 @@ pub struct Fault {
     pub chunk_ms: u64,
     /// Where the stream goes wrong, and how.
     pub break_after: Option<(usize, Break)>,
+    /// A stream never ends.
+    pub endless: bool,
     /// Answer with a web page.
     pub html: bool,
     /// Small network chunks.
@@ -282,6 +285,7 @@ impl Script {
             "stall-after" => fault.break_after = Some((count(), Break::Stall)),
             "error-after" => fault.break_after = Some((count(), Break::Error)),
             "garbage" => fault.break_after = Some((count(), Break::Garbage)),
+            "endless" => fault.endless = true,
             "html" => fault.html = true,
             "split-utf8" => fault.split_utf8 = true,
             "comments" => fault.comments = true,
