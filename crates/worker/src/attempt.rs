@@ -11,7 +11,7 @@ use genmill_core::request::TEXT_BYTES_MAX;
 use genmill_daemon::random::random_u64;
 use genmill_queue::{Finish, Kept, Lease};
 use std::future::Future;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -65,7 +65,7 @@ impl<P> Clone for Bench<P> {
 /// Runs one attempt to its end, verdict included.
 pub(crate) async fn attempt<P: Perform>(
     bench: Bench<P>,
-    lease: Lease,
+    lease: Arc<Lease>,
     started: Started,
     told: watch::Receiver<Option<Stop>>,
 ) {
@@ -75,7 +75,8 @@ pub(crate) async fn attempt<P: Perform>(
     let answers = Answers::new(bench.gated.queue().clone());
     let progress = Progress::new(&task, started, bench.reported.clone()).with_queue(permits, answers);
     let performer = bench.performer.clone();
-    let work = performer.perform(task, progress, token.clone());
+    // In a box, it is there once: thousands of attempts wait for answers at the same time.
+    let work = Box::pin(performer.perform(task, progress, token.clone()));
     let (performed, stop) = until_stopped(work, &lease, told, &token).await;
     let performed = settle(performed, stop, &lease);
     finish(&bench, &lease, performed).await;
@@ -83,12 +84,11 @@ pub(crate) async fn attempt<P: Perform>(
 
 /// Drives the work until it ends or is told to stop.
 async fn until_stopped(
-    work: impl Future<Output = Performed>,
+    mut work: Pin<Box<impl Future<Output = Performed>>>,
     lease: &Lease,
     mut told: watch::Receiver<Option<Stop>>,
     token: &CancellationToken,
 ) -> (Option<Performed>, Option<Stop>) {
-    let mut work = pin!(work);
     let now = Instant::now();
     let timeout = lease.spec.timeout_ms.map(|ms| now + Duration::from_millis(ms));
     // By the clock of Redis, in which both are told.
@@ -173,7 +173,7 @@ pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Perfor
     if let Some(failure) = verdict.failure() {
         tracing::warn!(job = %lease.id, class = ?failure.class, message = failure.message, ?event, "attempt failed");
     }
-    let finish = Finish { verdict, cost: performed.cost, observation: performed.observation };
+    let finish = Arc::new(Finish { verdict, cost: performed.cost, observation: performed.observation });
     let mut wait = Duration::from_millis(50);
     loop {
         match bench.finisher.finish(lease, &finish).await {

@@ -1,7 +1,9 @@
 //! Finishes a lane's attempts, those that end together in one call: the queue's cost of a call is shared.
 
 use genmill_core::ids::{LaneNumber, WorkerId};
-use genmill_queue::{Ended, Finish, Kept, Lease, Queue, QueueError};
+use genmill_core::time::UnixMs;
+use genmill_queue::{Ended, Finish, Held, Kept, Lease, Queue, QueueError};
+use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 /// How many attempts one call ends at most: bounds the time one script takes.
@@ -25,14 +27,15 @@ impl From<&QueueError> for Unfinished {
 type Answer = Result<Kept, Unfinished>;
 
 struct Asked {
-    lease: Lease,
-    finish: Finish,
+    held: Held,
+    started_at: UnixMs,
+    finish: Arc<Finish>,
     answer: oneshot::Sender<Answer>,
 }
 
 impl Asked {
-    const fn ended(&self) -> Ended<'_> {
-        Ended { held: self.lease.held(), started_at: self.lease.started_at, finish: &self.finish }
+    fn ended(&self) -> Ended<'_> {
+        Ended { held: self.held, started_at: self.started_at, finish: &self.finish }
     }
 }
 
@@ -50,10 +53,11 @@ impl Finisher {
     }
 
     /// Finishes an attempt.
-    pub(crate) async fn finish(&self, lease: &Lease, finish: &Finish) -> Answer {
+    pub(crate) async fn finish(&self, lease: &Lease, finish: &Arc<Finish>) -> Answer {
         let gone = || Unfinished { message: "this worker has stopped".to_owned(), passing: false };
         let (answer, answered) = oneshot::channel();
-        let asked = Asked { lease: lease.clone(), finish: finish.clone(), answer };
+        let (held, started_at) = (lease.held(), lease.started_at);
+        let asked = Asked { held, started_at, finish: finish.clone(), answer };
         self.asked.send(asked).await.map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }

@@ -53,7 +53,7 @@ enum Mood {
 
 /// A job that runs.
 struct Running {
-    lease: Lease,
+    lease: Arc<Lease>,
     started: Started,
     tell: watch::Sender<Option<Stop>>,
 }
@@ -220,6 +220,7 @@ impl<P: Perform> LaneLoop<P> {
     fn start(&mut self, lease: Lease) {
         tracing::debug!(job = %lease.id, epoch = lease.epoch.0, "claimed");
         self.tokens += lease.spec.estimated_tokens();
+        let lease = Arc::new(lease);
         let (tell, told) = watch::channel(None);
         let started = Started::default();
         let task = self.attempts.spawn(attempt(self.bench.clone(), lease.clone(), started.clone(), told));

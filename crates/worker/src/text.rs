@@ -43,6 +43,8 @@ pub(crate) async fn pass_on(queue: Queue, lane: LaneNumber, worker: WorkerId, mu
             }
         }
         failed = false;
+        // The results of those have it, or nobody is to see it.
+        texts.forget_ended();
         for pieces in texts.unsent().chunks(BATCH) {
             match queue.append(lane, &worker, pieces).await {
                 Ok(stored) => pieces.iter().zip(stored).for_each(|(piece, stored)| texts.sent(piece.held, stored)),
@@ -52,7 +54,6 @@ pub(crate) async fn pass_on(queue: Queue, lane: LaneNumber, worker: WorkerId, mu
                 }
             }
         }
-        texts.forget_ended();
     }
 }
 
