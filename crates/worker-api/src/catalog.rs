@@ -49,6 +49,11 @@ impl Endpoint {
         self.provider.key_header.as_deref().map_or((at.name, at.scheme), |header| (header, ""))
     }
 
+    /// The provider whose prices hold.
+    pub(crate) fn priced_as(&self) -> &str {
+        self.provider.priced_as.as_deref().unwrap_or(&self.name)
+    }
+
     /// How a model is spoken to.
     #[must_use]
     pub fn dialect(&self, model: &str) -> &'static dyn Dialect {

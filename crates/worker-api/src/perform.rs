@@ -76,6 +76,8 @@ impl Performer {
     #[must_use]
     pub fn new(catalog: Catalog, prices: Prices, http: Http, limits: Limits) -> Self {
         let keys = Keys::new(&catalog);
+        // Those of other providers would take megabytes.
+        let prices = prices.only(|provider| catalog.endpoints.values().any(|known| known.priced_as() == provider));
         Self {
             catalog,
             prices,
@@ -347,7 +349,8 @@ impl Performer {
             Some(billed) => Some(billed),
             // An answer that told its tokens told all that its provider knows.
             None if whole => None,
-            None => settle(&self.http, endpoint, collected.id()).await,
+            // In a box, as it is rare.
+            None => Box::pin(settle(&self.http, endpoint, collected.id())).await,
         };
         if let Some(cost) = recorded {
             return Some(Cost::exact(cost));
@@ -367,9 +370,9 @@ impl Performer {
         collected: &Collected,
         usage: &Usage,
     ) -> Option<Picodollars> {
-        let priced_as = endpoint.provider.priced_as.as_deref().unwrap_or(&endpoint.name);
         let day = Day::of(UnixMs(now_unix_ms()));
-        let rates = self.prices.rates(priced_as, spec.model.backend_name(), class, &day, usage.prompt_tokens);
+        let rates =
+            self.prices.rates(endpoint.priced_as(), spec.model.backend_name(), class, &day, usage.prompt_tokens);
         collected.priced(usage, rates.as_ref())
     }
 }

@@ -120,7 +120,8 @@ impl Credentials {
                 aws::sign(credentials, request.method().as_str(), request.url(), body, UnixMs(now_unix_ms()))
             }
             Self::Google(_) | Self::Ibm { .. } => {
-                let token = http.tokens().get(provider, http, |now| self.token_request(now)).await?;
+                // In a box: it is rare, and every call that waits for its answer would keep room for it.
+                let token = Box::pin(http.tokens().get(provider, http, |now| self.token_request(now))).await?;
                 vec![("authorization", format!("Bearer {}", token.reveal()))]
             }
         };

@@ -153,6 +153,13 @@ impl Prices {
         self
     }
 
+    /// The table without the rows of providers that are not `wanted`.
+    #[must_use]
+    pub fn only(mut self, wanted: impl Fn(&str) -> bool) -> Self {
+        self.0.retain(|(provider, _), _| wanted(provider));
+        self
+    }
+
     /// What a token of a call costs that has `prompt_tokens` and is made on `day`; `None` when nobody published it.
     #[must_use]
     pub fn rates(&self, provider: &str, model: &str, class: Class, day: &Day, prompt_tokens: u64) -> Option<Rates> {
