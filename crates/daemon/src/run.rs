@@ -13,6 +13,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 /// The exit code of a daemon whose configuration is wrong: starting it again cannot help.
@@ -81,7 +82,7 @@ pub type Check = fn(&Loaded) -> anyhow::Result<Vec<String>>;
 pub fn daemon<F, Fut>(args: &CommonArgs, check: Check, main: F) -> ExitCode
 where
     F: FnOnce(Context) -> Fut,
-    Fut: Future<Output = anyhow::Result<()>>,
+    Fut: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
     if let Some(parent) = args.exit_with_parent
         && let Err(error) = parent::end_with(parent, Signal::KILL)
@@ -119,7 +120,7 @@ const BLOCKING_GRACE: Duration = Duration::from_secs(1);
 fn block_on<F, Fut>(loaded: Loaded, main: F) -> anyhow::Result<()>
 where
     F: FnOnce(Context) -> Fut,
-    Fut: Future<Output = anyhow::Result<()>>,
+    Fut: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
     let ended = runtime.block_on(async {
@@ -128,7 +129,7 @@ where
         let hurry = CancellationToken::new();
         listen_for_signals(&shutdown, hurry.clone());
         let running = async {
-            let ended = main(Context { config, models, environment, shutdown: shutdown.clone() }).await;
+            let ended = on_a_worker(main(Context { config, models, environment, shutdown: shutdown.clone() })).await;
             shutdown.finish().await;
             ended
         };
@@ -139,6 +140,18 @@ where
     });
     runtime.shutdown_timeout(BLOCKING_GRACE);
     ended
+}
+
+/// Runs on a thread of the runtime's own: whatever stays on the one that waits for the end wakes the others, and is woken
+/// by them, for everything that they tell each other.
+async fn on_a_worker<F: Future<Output = anyhow::Result<()>> + Send + 'static>(main: F) -> anyhow::Result<()> {
+    let mut running = JoinSet::new();
+    running.spawn(main);
+    match running.join_next().await {
+        Some(Ok(ended)) => ended,
+        Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Some(Err(_)) | None => Ok(()),
+    }
 }
 
 /// The first signal begins the shutdown, the second ends it.
