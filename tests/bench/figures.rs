@@ -58,3 +58,10 @@ impl Figures {
         Ok(writeln!(std::io::stdout(), "\nwritten to {}", file.display())?)
     }
 }
+
+/// The value below which `percent` of `values` lie.
+pub(crate) fn percentile(values: &mut [f64], percent: usize) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    let index = (values.len() * percent).div_ceil(100).saturating_sub(1);
+    values.get(index).copied().unwrap_or(f64::NAN)
+}

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: figures for docs/benchmarks.md, in release, on this machine.
 
+use crate::gateways;
 use crate::peers;
 use crate::redis;
 use crate::tool::{cargo, is_there, root, run, say};
@@ -14,6 +15,8 @@ const BULLMQ: [&str; 2] = ["bullmq@6.7.0", "ioredis@5"];
 pub(crate) enum What {
     /// Submission, claim to finish, latencies, a deep backlog, and what each costs Redis
     Queue,
+    /// The API worker's CPU, memory and what it adds to calls, against LiteLLM's proxy and Portkey's gateway
+    Api,
     /// Decoding, prefill and shared prefixes on the CPU, against llama.cpp and transformers on the same weights
     Engine,
 }
@@ -22,6 +25,7 @@ pub(crate) enum What {
 pub(crate) fn run_bench(what: What, rest: &[String]) -> anyhow::Result<()> {
     match what {
         What::Queue => queue(rest),
+        What::Api => api(rest),
         What::Engine => engine(rest),
     }
 }
@@ -35,6 +39,32 @@ fn engine(rest: &[String]) -> anyhow::Result<()> {
         bench.arg("--python").arg(peers::python());
     }
     run(bench.args(rest))
+}
+
+fn api(rest: &[String]) -> anyhow::Result<()> {
+    let mut bench = bench_api()?;
+    // Whoever asks for help has nothing to install.
+    if !rest.iter().any(|word| word == "--help" || word == "-h") {
+        for (option, folder) in gateways::folders() {
+            bench.arg(option).arg(folder);
+        }
+    }
+    run(bench.args(rest))
+}
+
+/// Builds and runs the soak test of the API worker.
+pub(crate) fn run_soak(minutes: u32) -> anyhow::Result<()> {
+    run(bench_api()?.args(["soak", "--minutes", &minutes.to_string()]))
+}
+
+/// The benchmark of the API worker, with the real daemons that it starts beside it.
+fn bench_api() -> anyhow::Result<Command> {
+    redis::install_if_missing()?;
+    let daemons = ["--package", "genmill-scheduler", "--package", "genmill-worker-api"];
+    run(cargo().args(["build", "--release", "--bins"]).args(daemons))?;
+    let mut bench = cargo();
+    bench.args(["run", "--release", "--package", "genmill-bench-api", "--bin", "bench-api", "--"]);
+    Ok(bench)
 }
 
 fn queue(rest: &[String]) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@ mod bench;
 mod chaos;
 mod cuda;
 mod demo;
+mod gateways;
 mod peers;
 mod redis;
 mod tests;
@@ -42,13 +43,19 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Measure the queue or the engine on this machine, with peers in the same run, and print a table
+    /// Measure the queue, the API worker or the engine on this machine, with peers in the same run, and print a table
     Bench {
         /// What is measured
         what: bench::What,
         /// Passed on to the benchmark, such as --help
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
+    },
+    /// Watch the API worker's memory while providers stall, drip, never end or send far too much; fail when it grows
+    Soak {
+        /// For how long
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=600))]
+        minutes: u32,
     },
     /// Fetch the pinned CUDA compiler into target/ and print the environment of a build, see docs/cuda.md
     CudaToolchain,
@@ -86,6 +93,7 @@ fn main() -> ExitCode {
         Command::Test { rest } => tests::test(&rest),
         Command::Chaos { minutes, seed } => chaos::run_chaos(minutes, seed),
         Command::Bench { what, rest } => bench::run_bench(what, &rest),
+        Command::Soak { minutes } => bench::run_soak(minutes),
         Command::CudaToolchain => cuda::print_toolchain(),
         Command::BuildCuda { capability } => cuda::build_worker(&capability),
         Command::GpuCheck { capability, pack } => cuda::gpu("gpu_check", &capability, pack.as_deref()),

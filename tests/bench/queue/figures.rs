@@ -1,9 +1,9 @@
-//! How Redis keeps what is measured, and sums over what was; the figures themselves are those of every benchmark.
+//! How Redis keeps what is measured, and rates; the figures themselves are those of every benchmark.
 
 #[path = "../figures.rs"]
 mod shared;
 
-pub(crate) use shared::{Figures, Goal};
+pub(crate) use shared::{Figures, Goal, percentile};
 
 /// How Redis keeps what it acknowledges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +36,4 @@ impl Fsync {
 #[expect(clippy::cast_precision_loss, reason = "figures for people")]
 pub(crate) fn rate(count: u64, took: std::time::Duration) -> f64 {
     count as f64 / took.as_secs_f64()
-}
-
-/// The value below which `percent` of `values` lie.
-pub(crate) fn percentile(values: &mut [f64], percent: usize) -> f64 {
-    values.sort_unstable_by(f64::total_cmp);
-    let index = (values.len() * percent).div_ceil(100).saturating_sub(1);
-    values.get(index).copied().unwrap_or(f64::NAN)
 }
