@@ -261,6 +261,13 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_other_providers_can_be_left_out() {
+        let prices = Prices::embedded().unwrap().only(|provider| provider == "openai");
+        assert!(prices.rows("openai", "gpt-4").is_some());
+        assert!(prices.models().all(|(provider, _, _)| provider == "openai"));
+    }
+
+    #[test]
     fn an_unknown_price_is_none() {
         check("openai", "no-such-model", None);
         check("groq", "gpt-4", None);
