@@ -8,6 +8,7 @@ use genmill_client::{Client, Outcome, Request, Until, v1};
 use genmill_standin::{Options, Standin};
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 use tempfile::TempDir;
 use tokio_stream::StreamExt as _;
 
@@ -94,6 +95,19 @@ pub async fn submit_all(client: &Client, requests: Vec<Request>) -> Vec<String> 
         }
     }
     ids
+}
+
+/// A job once it has finished, for which it gets a minute.
+pub async fn finished(client: &Client, id: &str) -> v1::Job {
+    let ending = async {
+        loop {
+            let job = client.get(id).await.unwrap();
+            if job.finished_at.is_some() {
+                return job;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), ending).await.expect("the job does not end")
 }
 
 /// All jobs of an experiment, as they finished.

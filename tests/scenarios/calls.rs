@@ -7,7 +7,7 @@ use genmill_core::attempt::{FinishReason, Generation};
 use genmill_core::names::Tenant;
 use genmill_queue::{Keep, Options, Queue};
 use genmill_tests::daemons::Daemon;
-use genmill_tests::place::{MODEL, Place, client};
+use genmill_tests::place::{self, MODEL, Place, client};
 use genmill_tests::redis_server::RedisServer;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -57,15 +57,7 @@ impl Mill {
 
 async fn finished(client: &Client, request: Request) -> v1::Job {
     let id = client.submit(request).await.unwrap().job.id;
-    let ending = async {
-        loop {
-            let job = client.get(&id).await.unwrap();
-            if job.finished_at.is_some() {
-                return job;
-            }
-        }
-    };
-    timeout(WITHIN, ending).await.expect("the job does not end")
+    place::finished(client, &id).await
 }
 
 /// Why a model is held back, once it is, as `genmill lanes` tells.
@@ -143,15 +135,7 @@ async fn a_broken_call_is_booked_as_estimated_and_so_is_its_job() {
     let written = async { while mill.place.provider.bill().completion_tokens < 7 {} };
     timeout(WITHIN, written).await.unwrap();
     client.cancel(&id).await.unwrap();
-    let ending = async {
-        loop {
-            let job = client.get(&id).await.unwrap();
-            if job.finished_at.is_some() {
-                return job;
-            }
-        }
-    };
-    let cancelled = timeout(WITHIN, ending).await.unwrap();
+    let cancelled = place::finished(&client, &id).await;
     assert!(
         cancelled.cost.is_some_and(|cost| cost.estimated && cost.nanodollars > 0),
         "{:?}",

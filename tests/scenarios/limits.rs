@@ -5,7 +5,7 @@
 use genmill_client::{Client, Request, v1};
 use genmill_standin::bill::{Call, CallEnd};
 use genmill_tests::daemons::Daemon;
-use genmill_tests::place::{MODEL, Place, check_all_succeeded_once, client, results, submit_all};
+use genmill_tests::place::{MODEL, Place, check_all_succeeded_once, client, finished, results, submit_all};
 use genmill_tests::redis_server::RedisServer;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -194,15 +194,7 @@ async fn a_job_that_is_larger_than_its_limit_ends_and_holds_up_nobody() {
         let small = (0..10).map(|n| Request::new(&model).prompt(format!("b{n}")).max_tokens(10).experiment("small"));
         let ids = submit_all(&client, small.collect()).await;
         check_all_succeeded_once(&all_of(&client, "small").await, &ids);
-        let ended = async {
-            loop {
-                let job = client.get(&large).await.unwrap();
-                if job.finished_at.is_some() {
-                    return job;
-                }
-            }
-        };
-        let job = timeout(WITHIN, ended).await.expect("it waits for ever");
+        let job = finished(&client, &large).await;
         let error = job.error.unwrap();
         assert_eq!((job.state, error.error_class()), (v1::JobState::Failed.into(), v1::ErrorClass::Invalid), "{style}");
         assert!(error.message.contains(says), "{style}: {}", error.message);

@@ -4,7 +4,7 @@
 
 use genmill_client::{Client, Request, v1};
 use genmill_tests::daemons::{Daemon, Start};
-use genmill_tests::place::{Place, client};
+use genmill_tests::place::{self, Place, client};
 use genmill_tests::redis_server::RedisServer;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -83,15 +83,7 @@ fn start(place: &Place, redis: &RedisServer, binary: &str) -> Start {
 
 async fn finished(client: &Client, model: &str, prompt: &str) -> v1::Job {
     let id = client.submit(Request::new(model).prompt(prompt)).await.unwrap().job.id;
-    let ending = async {
-        loop {
-            let job = client.get(&id).await.unwrap();
-            if job.finished_at.is_some() {
-                return job;
-            }
-        }
-    };
-    timeout(WITHIN, ending).await.expect("the job does not end")
+    place::finished(client, &id).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
