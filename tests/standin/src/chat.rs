@@ -478,7 +478,9 @@ impl Sending {
             return None;
         };
         self.next += 1;
-        pause(self.reply.fault.chunk_ms).await;
+        // What came before goes out before it breaks off.
+        let settles = if frame.broken.is_some() { 5 } else { 0 };
+        pause(self.reply.fault.chunk_ms.max(settles)).await;
         self.entry.charge(0, frame.tokens);
         if self.next == self.frames.len() && frame.broken.is_none() && !self.reply.fault.endless {
             self.entry.ends();
