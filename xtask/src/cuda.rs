@@ -56,25 +56,15 @@ pub(crate) fn build_worker(capability: &str) -> anyhow::Result<()> {
 /// Builds a check or benchmark of GPUs and runs it, or puts it into a folder to be carried to a machine that has one.
 pub(crate) fn gpu(name: &str, capability: &str, pack: Option<&Path>) -> anyhow::Result<()> {
     let (program, fixtures) = (build(capability, name)?.join(name), root().join("crates/engine/tests/fixtures"));
-    let needs_fixtures = name == "gpu_check";
     match pack {
-        None => {
-            let place = if needs_fixtures { fixtures } else { folder() };
-            run(Command::new(program).arg(place).env("LD_LIBRARY_PATH", libraries()))
-        }
+        None => run(Command::new(program).arg(fixtures).env("LD_LIBRARY_PATH", libraries())),
         Some(folder) => {
             fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
             fs::copy(&program, folder.join(name)).context("cannot copy the program")?;
             run(Command::new("strip").arg(folder.join(name)))?;
-            if needs_fixtures {
-                run(Command::new("cp").arg("-r").arg(&fixtures).arg(folder))?;
-            }
+            run(Command::new("cp").arg("-r").arg(&fixtures).arg(folder))?;
             let script = folder.join(format!("{name}.sh"));
-            fs::write(
-                &script,
-                SCRIPT.replace("PROGRAM", name).replace("PLACE", if needs_fixtures { "fixtures" } else { "." }),
-            )
-            .context("cannot write the script")?;
+            fs::write(&script, SCRIPT.replace("PROGRAM", name)).context("cannot write the script")?;
             say(&format!("on the machine with the GPU: bash {}", script.display()));
             Ok(())
         }
@@ -88,7 +78,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 purelib=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' || true)
 export LD_LIBRARY_PATH="$purelib/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-exec ./PROGRAM PLACE "$@"
+exec ./PROGRAM fixtures "$@"
 "#;
 
 /// Where the loader looks for cuBLAS: among PyTorch's wheels first.

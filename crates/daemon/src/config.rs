@@ -26,6 +26,7 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("MODEL_PRELOAD", "gpu.preload"),
     ("GPU_MAX_MEMORY", "gpu.memory"),
     ("GPU_TORCH_DTYPE", "gpu.dtype"),
+    ("GGML_CUDA_FORCE_CUBLAS", "gpu.force_cublas"),
     ("HF_ENDPOINT", "hub.endpoint"),
     ("HF_TOKEN", "hub.token"),
     ("HF_HOME", "hub.home"),
@@ -204,6 +205,11 @@ pub struct Gpu {
     /// `gpu_memory_utilization`). Without effect where `memory` is set.
     #[serde(alias = "gpu_memory_utilization")]
     pub memory_utilization: f64,
+    /// Whether a GPU's steps of decode are recorded as CUDA graphs and repeated, which saves the time of starting kernels one
+    /// by one and takes up to 256 MiB of its memory.
+    pub cuda_graphs: bool,
+    /// What llama.cpp's `GGML_CUDA_FORCE_CUBLAS` asks for. It has no effect: each product has the same kernel whatever its size.
+    pub force_cublas: Option<String>,
     /// The models to load before the worker is ready (also `MODEL_PRELOAD`): names with commas between, `none`, or
     /// `all`, which loads as many as fit. The others are loaded when jobs come for them.
     pub preload: String,
@@ -231,6 +237,8 @@ impl Default for Gpu {
             context_tokens: None,
             memory: None,
             memory_utilization: 0.9,
+            cuda_graphs: true,
+            force_cublas: None,
             preload: "all".to_owned(),
             gpu_layers: None,
             dtype: "auto".to_owned(),
@@ -609,6 +617,7 @@ mod tests {
             ("MODEL_PRELOAD", "vllm_a,hf_b"),
             ("GPU_MAX_MEMORY", "8GiB"),
             ("GPU_TORCH_DTYPE", "bfloat16"),
+            ("GGML_CUDA_FORCE_CUBLAS", "1"),
         ];
         let gpu = load_with("[gpu]\nmax_num_seqs = 5\ngpu_memory_utilization = 0.5", &variables).unwrap().gpu;
         assert_eq!((gpu.context_tokens, gpu.threads, gpu.gpu_layers, gpu.sequences_max), (Some(2048), 3, Some(-1), 5));
@@ -617,6 +626,7 @@ mod tests {
             (Some("8GiB"), "vllm_a,hf_b", "bfloat16")
         );
         assert!((gpu.memory_utilization - 0.5).abs() < 1e-9);
+        assert!(gpu.cuda_graphs && gpu.force_cublas.as_deref() == Some("1"));
         assert_eq!(load_with("[gpu]\nmax_model_len = 7", &[]).unwrap().gpu.context_tokens, Some(7));
         refused("[gpu]\nmemory_utilization = 1.5", &[], "gpu.memory_utilization");
         refused("", &[("MODEL_CONTEXT_SIZE", "0")], "MODEL_CONTEXT_SIZE");

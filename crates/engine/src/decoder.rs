@@ -15,11 +15,11 @@ use std::time::Duration;
 use rayon::ThreadPool;
 
 use crate::architectures::Position;
-use crate::backend::{Angles, Backend, Batch, Write};
+use crate::ask::{Ask, Chosen};
+use crate::backend::{Angles, Backend, Batch, Largest, Write};
 use crate::config::Config;
 use crate::decoder::layer::{Layer, NormWeights, heads};
 use crate::error::LoadError;
-use crate::kv::BLOCK_TOKENS;
 use crate::linear::Linear;
 use crate::measure::Cost;
 use crate::rope::Rope;
@@ -33,6 +33,32 @@ pub(crate) trait Forward: Send {
     /// Computes a step. Returns the logits of the rows in `batch.outputs`, in their order, each
     /// `vocabulary` values.
     fn forward(&mut self, batch: &Batch) -> &[f32];
+
+    /// Whether tokens are chosen where the logits are: then a step is [`Self::start`], [`Self::choose`] and, any time
+    /// later, [`Self::chosen`], and not [`Self::forward`].
+    fn chooses(&self) -> bool {
+        false
+    }
+
+    /// Begins a step up to its logits. It may be filled up with rows of no sequence.
+    fn start(&mut self, batch: &mut Batch) {
+        let _ = batch;
+    }
+
+    /// Begins to choose, with an ask for each of the step's outputs.
+    fn choose(&mut self, asks: &[Ask]) {
+        let _ = asks;
+    }
+
+    /// Waits for what the first of the steps chose whose tokens were not asked for yet. None when the device has failed.
+    fn chosen(&mut self) -> Option<Vec<Chosen>> {
+        None
+    }
+
+    /// Bytes that are free for a cache, where the device has a memory of its own.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
 
     /// What the model costs to run.
     fn cost(&self) -> Cost {
@@ -126,6 +152,8 @@ pub(crate) struct Room {
     pub(crate) outputs: usize,
     /// Blocks in the cache.
     pub(crate) blocks: usize,
+    /// Tokens of the longest sequence, unless the model can do fewer.
+    pub(crate) tokens: usize,
 }
 
 /// A lane of fewer multiply-adds costs more to hand over than it saves.
@@ -151,6 +179,9 @@ pub(crate) struct Decoder<B: Backend> {
     /// The angles of each of the model's rotations.
     angles: Vec<Angles<B::Buffer>>,
     lanes: Vec<Buffers<B>>,
+    /// A block behind those of sequences, and how many sequences may run.
+    spare_block: u32,
+    outputs: usize,
 }
 
 /// The weights and what is known of them.
@@ -190,11 +221,24 @@ impl<B: Backend> Decoder<B> {
             return Err(LoadError::Device { message });
         }
         let cost = Cost::of(&body.config, backend.widths(weights.bytes()));
-        Ok(Self { backend, body, cost, angles: Vec::new(), lanes: Vec::new() })
+        Ok(Self { backend, body, cost, angles: Vec::new(), lanes: Vec::new(), spare_block: 0, outputs: 0 })
     }
 
     pub(crate) fn backend(&self) -> &B {
         &self.backend
+    }
+
+    /// Adds rows of no sequence to a step of decode, which write to a block that nobody reads, up to a number of which there
+    /// are few.
+    fn fill_up(&self, batch: &mut Batch) {
+        let each_is_alone =
+            batch.outputs.len() == batch.rows() && batch.row_tables.iter().is_sorted_by(|a, b| a.end <= b.start);
+        let rows = if each_is_alone { self.backend.rows_of(batch.rows(), self.outputs) } else { None };
+        for _ in batch.rows()..rows.unwrap_or(0) {
+            batch.push(&[0], 0, 1, &[self.spare_block]);
+            batch.share(|_| false);
+            batch.want_logits();
+        }
     }
 
     /// Brings the blocks of a batch to its lane.
@@ -210,7 +254,13 @@ impl<B: Backend> Decoder<B> {
 impl<B: Backend> Forward for Decoder<B> {
     fn reserve(&mut self, room: Room) {
         let (backend, config) = (&self.backend, &self.body.config);
+        // What there was goes first, so that both need not fit at once.
+        self.lanes.clear();
         self.angles = angles(backend, config, room);
+        let Room { rows, outputs, tokens, .. } = room;
+        let context = config.context.min(tokens);
+        backend.reserve(&Largest { rows, outputs, context, vocabulary: config.vocabulary, heads: heads(config, 0) });
+        (self.spare_block, self.outputs) = (u32::try_from(room.blocks).unwrap_or(u32::MAX), outputs);
         let lanes = backend.lanes(self.body.weights()).min(room.outputs);
         self.lanes = (0..lanes).map(|_| Buffers::new(backend, config, room)).collect();
     }
@@ -233,6 +283,32 @@ impl<B: Backend> Forward for Decoder<B> {
         self.gather(0, batch);
         let Some(room) = self.lanes.first_mut() else { return &[] };
         self.body.step(&self.backend, (batch, &self.angles), room)
+    }
+
+    fn chooses(&self) -> bool {
+        self.backend.chooses()
+    }
+
+    fn start(&mut self, batch: &mut Batch) {
+        self.gather(0, batch);
+        self.fill_up(batch);
+        if let Some(room) = self.lanes.first_mut() {
+            self.body.compute(&self.backend, (batch, &self.angles), room);
+        }
+    }
+
+    fn choose(&mut self, asks: &[Ask]) {
+        if let Some(room) = self.lanes.first() {
+            self.backend.choose((&room.logits, self.body.config.vocabulary), asks);
+        }
+    }
+
+    fn chosen(&mut self) -> Option<Vec<Chosen>> {
+        self.backend.chosen()
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        self.backend.free_bytes()
     }
 
     fn vocabulary(&self) -> usize {
@@ -318,13 +394,19 @@ impl<B: Backend> Body<B> {
     }
 
     /// One step: from tokens to the logits of the chosen rows.
-    fn step<'a>(
-        &self,
-        backend: &'a B,
-        (batch, angles): (&Batch, &[Angles<B::Buffer>]),
-        room: &'a mut Buffers<B>,
-    ) -> &'a [f32] {
+    fn step<'a>(&self, backend: &'a B, rows: (&Batch, &[Angles<B::Buffer>]), room: &'a mut Buffers<B>) -> &'a [f32] {
+        let length = self.compute(backend, rows, room);
+        backend.read(&mut room.logits, length)
+    }
+
+    /// The same without reading them; how many there are.
+    fn compute(&self, backend: &B, (batch, angles): (&Batch, &[Angles<B::Buffer>]), room: &mut Buffers<B>) -> usize {
         backend.begin(batch);
+        backend.repeat(batch, &mut || self.kernels(backend, (batch, angles), room));
+        batch.outputs.len() * self.config.vocabulary
+    }
+
+    fn kernels(&self, backend: &B, (batch, angles): (&Batch, &[Angles<B::Buffer>]), room: &mut Buffers<B>) {
         self.embedding.embed(backend, &batch.ids, &mut room.hidden, Write::Set);
         if let Some(positions) = &self.positions {
             positions.embed(backend, &batch.positions, &mut room.hidden, Write::Add);
@@ -341,11 +423,9 @@ impl<B: Backend> Body<B> {
         self.final_norm.forward(backend, (&room.attended, count), &mut room.normed, Write::Set);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         head.forward(backend, (&room.normed, count), &mut room.logits, Write::Set);
-        let length = count * self.config.vocabulary;
         if let Some(cap) = self.config.logit_cap {
-            backend.cap(&mut room.logits, length, cap);
+            backend.cap(&mut room.logits, count * self.config.vocabulary, cap);
         }
-        backend.read(&mut room.logits, length)
     }
 }
 
@@ -353,11 +433,12 @@ impl<B: Backend> Buffers<B> {
     fn new(backend: &B, config: &Config, room: Room) -> Self {
         let heads = heads(config, 0);
         let rows = room.rows;
+        let spare = usize::from(backend.rows_of(1, 1).is_some());
         let experts = config.experts.as_ref();
         let inner = config.widest_inner();
         let zeros = |width: usize| backend.zeros(rows * width);
         Self {
-            cache: backend.cache(config.layers, room.blocks, &heads),
+            cache: backend.cache(config.layers, room.blocks + spare, &heads),
             hidden: zeros(config.hidden),
             normed: zeros(config.hidden),
             qkv: zeros(config.qkv_width()),
@@ -373,7 +454,7 @@ impl<B: Backend> Buffers<B> {
 }
 
 fn angles<B: Backend>(backend: &B, config: &Config, room: Room) -> Vec<Angles<B::Buffer>> {
-    let positions = config.context.min(room.blocks * BLOCK_TOKENS);
+    let positions = config.context.min(room.tokens);
     let angles = config.ropes.iter().map(|rope| Angles {
         table: backend.upload(rope.table(positions)),
         width: rope.width,

@@ -9,6 +9,7 @@ mod dry_run;
 mod gauge;
 mod group;
 mod guided;
+mod room;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 use genmill_grammar::Form;
 
 use crate::chat::ChatMessage;
-use crate::decoder::{Forward, Room};
+use crate::decoder::Forward;
 use crate::engine::gauge::Gauge;
 use crate::kv::BLOCK_TOKENS;
 use crate::measure::{Cost, Totals};
@@ -397,21 +398,22 @@ impl Engine {
     fn start_with(
         model: Model,
         options: EngineOptions,
-        rehearse: impl FnOnce(&mut dyn Forward, &Limits, u32, usize) -> Result<(), String>,
+        rehearse: impl Fn(&mut dyn Forward, &Limits, u32, usize) -> Result<(), String>,
     ) -> Result<Self, StartError> {
         let blocks = checked_blocks(&options)?;
         let (card, mut forward) = model.into_parts();
-        forward.reserve(Room { rows: options.step_tokens, outputs: options.max_sequences, blocks: blocks as usize });
-        if let Some(message) = forward.fault() {
-            return Err(StartError::Device { message });
-        }
+        let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
+        let context = card.context_tokens();
+        let blocks = room::make(forward.as_mut(), (&limits, blocks), |forward, blocks| {
+            rehearse(forward, &limits, blocks, context).map_err(|message| StartError::DryRun { message })
+        })?;
+        // A device may have room for fewer.
+        let kv_tokens = options.kv_tokens.min(blocks as usize * BLOCK_TOKENS);
+        let options = EngineOptions { kv_tokens, ..options };
         // Every accepted request has a place in the channel, so `submit` never blocks; the same
         // room again is for cancellations, which may wait for a step to end.
         let (commands, receiver) = sync_channel(2 * options.places());
         let load = Arc::new(Load::default());
-        let limits = Limits { step_tokens: options.step_tokens, max_sequences: options.max_sequences };
-        rehearse(forward.as_mut(), &limits, blocks, card.context_tokens())
-            .map_err(|message| StartError::DryRun { message })?;
         // Keys that depend on how long their sequence gets are no beginning for another.
         let keeps_prefixes = options.prefix_cache && forward.restarts_after().is_none();
         let schedule = Schedule::new(blocks, keeps_prefixes);

@@ -16,6 +16,10 @@ use crate::sim::Device;
 /// Bytes of a float32 value, which all that is computed is on the CPU.
 const FLOAT32: u64 = 4;
 
+/// Bytes of partial results of attention, of a step's arrays, of logits on their way to tokens, and of what cuBLAS keeps. An
+/// engine on a GPU finds out at its start what it really takes; this is for plans.
+const GPU_SCRATCH_BYTES: u64 = 256 << 20;
+
 /// The sizes that decide what a model takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
@@ -33,6 +37,8 @@ pub struct Footprint {
     position_bytes: u64,
     /// Parts of a step that run side by side, each with buffers of its own.
     lanes: u64,
+    /// What a device takes beside buffers.
+    scratch_bytes: u64,
 }
 
 impl Footprint {
@@ -48,14 +54,17 @@ impl Footprint {
         Ok(Self::of(&config, weights_bytes, lanes, FLOAT32))
     }
 
-    /// Reads the headers of a model that a GPU shall hold, in values of 16 bits.
+    /// Reads the headers of a model that a GPU shall hold, in values of 16 bits where they are not quantised.
     ///
     /// # Errors
     /// Whatever is missing, malformed or unsupported in them.
-    pub fn on_gpu(path: &Path) -> Result<Self, LoadError> {
-        let (config, weights) = open(path)?;
-        let (values, _) = weights.size();
-        Ok(Self::of(&config, values.saturating_mul(2), 1, 2))
+    pub fn on_gpu(path: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
+        let (config, mut weights) = open(path)?;
+        weights.quantise(options.quantize);
+        // As many as the processor needs at most, where they are quantised, since it has them in the same way.
+        let (values, bytes) = weights.size();
+        let weights_bytes = bytes.min(values.saturating_mul(2));
+        Ok(Self { scratch_bytes: GPU_SCRATCH_BYTES, ..Self::of(&config, weights_bytes, 1, 2) })
     }
 
     /// Reads the shape of a model that a simulated device shall hold.
@@ -95,6 +104,7 @@ impl Footprint {
             logits_bytes: bytes(config.vocabulary),
             position_bytes: bytes(rotated),
             lanes: lanes as u64,
+            scratch_bytes: 0,
         }
     }
 
@@ -104,7 +114,8 @@ impl Footprint {
         let (rows, outputs) = (options.step_tokens as u64, options.max_sequences as u64);
         let buffers = rows.saturating_mul(self.row_bytes) + outputs.saturating_mul(self.logits_bytes);
         let lanes = self.lanes.min(outputs.max(1));
-        buffers.saturating_mul(lanes) + self.position_bytes.saturating_mul(self.context_tokens as u64)
+        let tables = self.position_bytes.saturating_mul(self.context_tokens as u64);
+        buffers.saturating_mul(lanes).saturating_add(tables).saturating_add(self.scratch_bytes)
     }
 
     /// Bytes of the keys and values of so many tokens.
@@ -140,6 +151,17 @@ mod tests {
         let options = EngineOptions::default();
         let twice = EngineOptions { step_tokens: 2 * options.step_tokens, ..options };
         assert!(footprint.activation_bytes(&twice) > footprint.activation_bytes(&options));
+    }
+
+    #[test]
+    fn a_gpu_holds_half_of_what_the_processor_does() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2");
+        let options = LoadOptions { threads: 1, ..LoadOptions::default() };
+        let (cpu, gpu) = (Footprint::read(&folder, &options).unwrap(), Footprint::on_gpu(&folder, &options).unwrap());
+        assert_eq!((2 * gpu.weights_bytes, 2 * gpu.kv_block_bytes), (cpu.weights_bytes, cpu.kv_block_bytes));
+        assert!(gpu.activation_bytes(&EngineOptions::default()) >= GPU_SCRATCH_BYTES);
+        let quantised = LoadOptions { quantize: Some(crate::quantized::Format::Q8_0), ..options };
+        assert!(Footprint::on_gpu(&folder, &quantised).unwrap().weights_bytes < gpu.weights_bytes);
     }
 
     #[test]

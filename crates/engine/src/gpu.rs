@@ -2,11 +2,14 @@
 //!
 //! Never here: kernels, or a way to compute that the engine does not use.
 
+mod workload;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::ask::{Ask, CHOSEN_BEFORE};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::check::{self, Bench, Dice};
 use crate::backend::cuda::device::{Device as _, Dtype};
@@ -16,13 +19,36 @@ use crate::config::{Config, Fields};
 use crate::decoder::{Decoder, Forward as _, Room};
 use crate::error::LoadError;
 use crate::kv::BLOCK_TOKENS;
+use crate::sampler::Sampling;
 use crate::weights::Weights;
 
 /// Seeds of each case.
 const SEEDS: u32 = 60;
 
-/// Random schedules of each model.
-const SCHEDULES: usize = 500;
+/// Random schedules of each model: over 10,000 of all together.
+const SCHEDULES: usize = 700;
+
+/// Weights of models whose products are compared for rows alone and among others: outputs and inputs.
+const PRODUCTS: [[usize; 2]; 10] = [
+    [2304, 768],
+    [768, 3072],
+    [50_257, 768],
+    [1152, 896],
+    [9728, 896],
+    [896, 4864],
+    [151_936, 896],
+    [4608, 3584],
+    [37_888, 3584],
+    [3584, 18_944],
+];
+
+/// Bytes of a GPU's memory that nobody has.
+///
+/// # Errors
+/// When there is no such GPU.
+pub fn free_bytes(ordinal: usize) -> Result<u64, LoadError> {
+    Driver::free_bytes_of(ordinal).map_err(|error| LoadError::Device { message: error.to_string() })
+}
 
 /// Compares every kernel with its twin on the CPU, and every model below `fixtures` with what transformers makes of it.
 /// A line for each goes to `out`. How many went wrong.
@@ -45,6 +71,12 @@ pub fn check(ordinal: usize, fixtures: &Path, out: &mut dyn Write) -> Result<usi
             for failure in failures.iter().take(3) {
                 writeln!(out, "      {failure}")?;
             }
+        }
+        for size in PRODUCTS {
+            let compared = check::product::invariance_at_size(&bench, size);
+            let found = compared.as_ref().map_or_else(ToString::to_string, |()| "the same bits".to_owned());
+            wrong += usize::from(compared.is_err());
+            writeln!(out, "{:5} product {size:?} of 1 to many rows: {found}", dtype.suffix())?;
         }
         for folder in folders(fixtures)? {
             if dtype == Dtype::Bf16
@@ -135,52 +167,86 @@ const MEASURED: [Measured; 4] = [
     },
 ];
 
-/// Measures decode with made-up weights: a line for each model and batch to `out`, and all of it as JSON. Logits are
-/// computed; the first figure has their way to the host, the second stops before the last products.
+/// Measures models with made-up weights: decode at some batches, requests of mixed lengths, and requests that begin alike. A
+/// line for each to `out`, and all of it as JSON. `tokenizer` is the folder of a model whose tokenizer serves. Steps are those of an
+/// engine: tokens are chosen on the device, and a step is started before the tokens of the one before are known.
 ///
 /// # Errors
 /// When there is no such GPU, it fails, or `out` cannot be had.
-pub fn bench(ordinal: usize, out: &mut dyn Write) -> Result<serde_json::Value, CheckError> {
+pub fn bench(ordinal: usize, tokenizer: &Path, out: &mut dyn Write) -> Result<serde_json::Value, CheckError> {
     let driver = Arc::new(Driver::open(ordinal).map_err(|error| LoadError::Device { message: error.to_string() })?);
     writeln!(out, "{}, decode at {CONTEXT} tokens, tokens/s (share of an H200's limit)", driver.name())?;
     let mut rows = Vec::new();
     for model in MEASURED {
         for (batch, limit) in BATCHES.into_iter().zip(model.limits) {
-            let [with_logits, without] = [true, false].map(|logits| tokens_per_s(&driver, &model, batch, logits));
-            let (with_logits, without) = (with_logits?, without?);
+            let [recorded, eager] =
+                [Graphs::Yes, Graphs::No].map(|graphs| tokens_per_s(&driver, &model, batch, graphs));
+            let (recorded, eager) = (recorded?, eager?);
             writeln!(
                 out,
-                "{:14} {batch:4}: {with_logits:9.0} ({:4.1} %), without logits {without:9.0}",
+                "{:14} {batch:4}: {recorded:9.0} ({:4.1} %), without graphs {eager:9.0}",
                 model.name,
-                100.0 * with_logits / limit
+                100.0 * recorded / limit
             )?;
             rows.push(serde_json::json!({
-                "model": model.name, "batch": batch, "tokens_per_s": with_logits,
-                "tokens_per_s_without_logits": without, "h200_limit_tokens_per_s": limit,
+                "model": model.name, "batch": batch, "tokens_per_s": recorded,
+                "tokens_per_s_without_graphs": eager, "h200_limit_tokens_per_s": limit,
+                "share_of_limit": recorded / limit,
             }));
         }
     }
-    Ok(serde_json::json!({"device": driver.name(), "context_tokens": CONTEXT, "decode": rows}))
+    let mut workloads = serde_json::Map::new();
+    for model in &MEASURED {
+        // The requests are longer than what some models can do.
+        if config(model)?.context < workload::CONTEXT {
+            continue;
+        }
+        workloads.insert(model.name.to_owned(), workload::workloads(&driver, model, tokenizer, out)?);
+    }
+    let device = driver.name();
+    Ok(serde_json::json!({"device": device, "context_tokens": CONTEXT, "decode": rows, "workloads": workloads}))
 }
 
-fn tokens_per_s(driver: &Arc<Driver>, model: &Measured, count: usize, logits: bool) -> Result<f64, CheckError> {
+/// Whether steps are recorded and repeated.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Graphs {
+    Yes,
+    No,
+}
+
+fn config(model: &Measured) -> Result<Config, CheckError> {
     let value = serde_json::from_str(model.config).map_err(std::io::Error::from)?;
-    let config = Config::of(&Fields::of(Path::new(model.name), &value), None)?;
+    Ok(Config::of(&Fields::of(Path::new(model.name), &value), None)?)
+}
+
+fn tokens_per_s(driver: &Arc<Driver>, model: &Measured, count: usize, graphs: Graphs) -> Result<f64, CheckError> {
+    let config = config(model)?;
     let backend = Cuda::new(driver.clone(), Dtype::Bf16);
+    let backend = if graphs == Graphs::Yes { backend.with_graphs() } else { backend };
     let mut decoder = Decoder::load(backend, config, &mut Weights::made_up(model.without))?;
     let blocks = CONTEXT.div_ceil(BLOCK_TOKENS);
-    decoder.reserve(Room { rows: count, outputs: count, blocks: count * blocks });
-    let mut batch = Batch::default();
-    for table in (0..).take(count * blocks).collect::<Vec<u32>>().chunks(blocks) {
-        batch.push(&[17], CONTEXT - 1, CONTEXT, table);
-        if logits {
-            batch.want_logits();
-        }
-    }
+    decoder.reserve(Room { rows: count, outputs: count, blocks: count * blocks, tokens: CONTEXT });
+    let (tables, mut batch): (Vec<u32>, _) = ((0..).take(count * blocks).collect(), Batch::default());
+    let sampling = Sampling { temperature: 0.6, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1, sample: 0 };
+    let ask = Ask { sampling, known: None, ..Ask::nothing() };
+    let asks = vec![ask; count];
+    let mut underway = 0;
     let mut run = |steps: u32| -> Result<Duration, CheckError> {
         let begun = Instant::now();
         for _ in 0..steps {
-            decoder.forward(&batch);
+            batch.clear();
+            for (number, table) in (0..).zip(tables.chunks(blocks)) {
+                let id = if underway == 0 { 17 } else { CHOSEN_BEFORE | number };
+                batch.push(&[id], CONTEXT - 1, CONTEXT, table);
+                batch.want_logits();
+            }
+            decoder.start(&mut batch);
+            decoder.choose(&asks);
+            // As many answers are on their way as in an engine: one.
+            if underway > 0 {
+                decoder.chosen();
+            }
+            underway = 1;
         }
         driver.wait().map_err(|error| LoadError::Device { message: error.to_string() })?;
         Ok(begun.elapsed())

@@ -9,6 +9,7 @@
 //! same alone, in any batch, and under any chunking of its prompt. [`backend`] says how.
 
 pub mod architectures;
+pub mod ask;
 pub mod backend;
 pub mod bandwidth;
 pub mod chat;
@@ -31,6 +32,8 @@ pub mod sampler;
 pub mod schedule;
 pub mod shape;
 pub mod sim;
+#[cfg(any(test, feature = "cuda"))]
+mod small_engines;
 pub mod text;
 pub mod tools;
 mod weights;
@@ -43,6 +46,8 @@ pub use engine::{
 pub use error::LoadError;
 pub use footprint::Footprint;
 pub use genmill_grammar::Form;
+#[cfg(feature = "cuda")]
+pub use model::GpuOptions;
 pub use model::{Fingerprint, LoadOptions, Model, ModelCard, ModelPaths, PromptError};
 pub use sampler::Scored;
 pub use shape::Shaping;

@@ -112,12 +112,22 @@ pub enum PromptError {
     },
 }
 
+/// Where a model runs on a GPU, and how.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug)]
+pub struct GpuOptions {
+    /// The number of the GPU, as `CUDA_VISIBLE_DEVICES` counts them.
+    pub ordinal: usize,
+    /// Whether steps of decode are recorded and repeated.
+    pub graphs: bool,
+    /// What float projections and embeddings are brought to while they are loaded.
+    pub quantize: Option<Format>,
+}
+
 /// A loaded model, to be given to [`crate::Engine::start`].
 pub struct Model {
     card: Arc<ModelCard>,
     forward: Box<dyn Forward>,
-    /// Tokens whose keys and values fit on the device beside the weights, where that is known.
-    kv_tokens_max: Option<usize>,
 }
 
 impl std::fmt::Debug for Model {
@@ -153,15 +163,18 @@ impl Model {
         Self::on(paths, (dtype, options.quantize), || Cpu::new(options.threads))
     }
 
-    /// Loads a model onto the GPU of that number, in bfloat16.
+    /// Loads a model onto a GPU: float weights as bfloat16 unless told otherwise, quantised ones as they are.
     ///
     /// # Errors
     /// As [`Self::load`], and when there is no such GPU or it fails.
     #[cfg(feature = "cuda")]
-    pub fn on_gpu(paths: &ModelPaths, ordinal: usize) -> Result<Self, LoadError> {
-        Self::on(paths, ("bfloat16", None), || {
-            let driver = Driver::open(ordinal).map_err(|error| LoadError::Device { message: error.to_string() })?;
-            Ok(Cuda::new(driver, Dtype::Bf16))
+    pub fn on_gpu(paths: &ModelPaths, options: &GpuOptions) -> Result<Self, LoadError> {
+        let dtype = options.quantize.map_or("bfloat16", Format::name);
+        Self::on(paths, (dtype, options.quantize), || {
+            let driver = Driver::open(options.ordinal);
+            let driver = driver.map_err(|error| LoadError::Device { message: error.to_string() })?;
+            let cuda = Cuda::new(driver, Dtype::Bf16);
+            Ok(if options.graphs { cuda.with_graphs() } else { cuda })
         })
     }
 
@@ -184,13 +197,8 @@ impl Model {
             version: env!("CARGO_PKG_VERSION"),
         };
         let instructions = decoder.backend().instructions();
-        let kv_tokens_max = decoder.backend().free_bytes().map(|free| {
-            // A tenth is left for a step's buffers.
-            let tokens = free / 10 * 9 / decoder.cost().kv_bytes.max(1);
-            usize::try_from(tokens).unwrap_or(usize::MAX)
-        });
         let card = front.card(config, fingerprint, instructions);
-        Ok(Self { card: Arc::new(card), forward: Box::new(decoder), kv_tokens_max })
+        Ok(Self { card: Arc::new(card), forward: Box::new(decoder) })
     }
 
     /// The shape and the words of a model on a simulated device: its weights are neither needed nor read.
@@ -209,13 +217,7 @@ impl Model {
             version: env!("CARGO_PKG_VERSION"),
         };
         let card = front.card(config, fingerprint, format!("simulated {}", device.gpu.name));
-        Ok(Self { card: Arc::new(card), forward: Box::new(simulated), kv_tokens_max: None })
-    }
-
-    /// Tokens whose keys and values fit on the device beside the weights, where it tells.
-    #[must_use]
-    pub const fn kv_tokens_max(&self) -> Option<usize> {
-        self.kv_tokens_max
+        Ok(Self { card: Arc::new(card), forward: Box::new(simulated) })
     }
 
     /// What the model says of itself, and its words.
@@ -238,9 +240,18 @@ impl Model {
         (self.card, self.forward)
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "cuda"))]
     pub(crate) fn with_forward(self, forward: Box<dyn Forward>) -> Self {
         Self { forward, ..self }
+    }
+
+    /// The same model as one that can do so many tokens.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn with_context(mut self, tokens: usize) -> Self {
+        if let Some(card) = Arc::get_mut(&mut self.card) {
+            card.context_tokens = tokens;
+        }
+        self
     }
 }
 

@@ -35,6 +35,40 @@ impl Default for Shaping {
     }
 }
 
+/// What changes a row's logits, token by token, for whoever changes them elsewhere.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Changes {
+    /// As in [`Shaping`].
+    pub repetition_penalty: f32,
+    /// As in [`Shaping`].
+    pub frequency_penalty: f32,
+    /// As in [`Shaping`].
+    pub presence_penalty: f32,
+    /// Each token once.
+    pub tokens: Vec<Change>,
+}
+
+impl Default for Changes {
+    fn default() -> Self {
+        Self { repetition_penalty: 1.0, frequency_penalty: 0.0, presence_penalty: 0.0, tokens: Vec::new() }
+    }
+}
+
+/// A token whose logit changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Change {
+    /// The token.
+    pub token: u32,
+    /// What is added to its logit.
+    pub bias: f32,
+    /// How often it was generated, where that is penalised.
+    pub count: u32,
+    /// It stands in the prompt or was generated, where that is penalised.
+    pub repeats: bool,
+    /// It may not come.
+    pub forbidden: bool,
+}
+
 /// The shaping of one sequence on its way.
 #[derive(Debug)]
 pub(crate) struct Shaper {
@@ -73,6 +107,33 @@ impl Shaper {
     /// Whether the next token's logits stay as they are.
     pub(crate) fn is_off(&self) -> bool {
         !self.penalises() && self.shaping.logit_bias.is_empty() && !self.holds_off()
+    }
+
+    /// Whether the next tokens change nothing of how those after them are chosen.
+    pub(crate) fn is_settled(&self) -> bool {
+        !self.penalises() && !self.holds_off()
+    }
+
+    /// What [`Self::apply`] does, token by token.
+    pub(crate) fn changes(&self) -> Changes {
+        let Shaping { frequency_penalty, presence_penalty, repetition_penalty, .. } = self.shaping;
+        let mut tokens: BTreeMap<u32, Change> = BTreeMap::new();
+        let mut of = |token: &u32, change: &dyn Fn(&mut Change)| {
+            change(tokens.entry(*token).or_insert(Change { token: *token, ..Change::default() }));
+        };
+        self.shaping.logit_bias.iter().for_each(|(token, bias)| of(token, &|change| change.bias = *bias));
+        if repetition_penalty != 1.0 {
+            self.prompt
+                .iter()
+                .chain(self.generated.keys())
+                .for_each(|token| of(token, &|change| change.repeats = true));
+        }
+        self.generated.iter().for_each(|(token, count)| of(token, &|change| change.count = *count));
+        if self.holds_off() {
+            self.ends.iter().for_each(|token| of(token, &|change| change.forbidden = true));
+        }
+        let tokens = tokens.into_values().collect();
+        Changes { repetition_penalty, frequency_penalty, presence_penalty, tokens }
     }
 
     fn penalises(&self) -> bool {

@@ -3,6 +3,7 @@
 //! Never here: loading.
 
 use anyhow::Context as _;
+use genmill_daemon::memory::available_bytes;
 use genmill_engine::sim;
 
 /// A place with memory of its own.
@@ -25,6 +26,15 @@ impl Device {
         number.map(Self::Cuda).with_context(|| format!("device `{text}` is neither `cuda` nor `cuda:NUMBER`"))
     }
 
+    /// Bytes of its memory that can be had now, where it tells.
+    pub(crate) fn available_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Cpu => available_bytes(),
+            Self::Cuda(number) => free_bytes_of_gpu(*number),
+            Self::Simulated(_) => None,
+        }
+    }
+
     /// Whether models on both share memory.
     pub(crate) fn is_shared_with(&self, other: &Self) -> bool {
         match (self, other) {
@@ -32,6 +42,18 @@ impl Device {
             _ => self == other,
         }
     }
+}
+
+#[cfg(feature = "cuda")]
+fn free_bytes_of_gpu(number: usize) -> Option<u64> {
+    let free = genmill_engine::gpu::free_bytes(number);
+    // Whoever loads a model there is told the same, and tells it.
+    free.inspect_err(|error| tracing::warn!(number, %error, "cannot ask a GPU for its memory")).ok()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn free_bytes_of_gpu(_: usize) -> Option<u64> {
+    None
 }
 
 #[cfg(test)]

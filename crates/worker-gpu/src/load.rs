@@ -11,7 +11,6 @@ use genmill_core::controls::SAMPLES_MAX;
 use genmill_core::model::{ModelName, Prefix};
 use genmill_core::money::Picodollars;
 use genmill_daemon::config::Gpu;
-use genmill_daemon::memory::available_bytes;
 use genmill_daemon::models::{ListedModel, ModelPath};
 use genmill_engine::quantized::Format;
 use genmill_engine::{
@@ -37,8 +36,9 @@ pub struct Settings {
     memory_utilization: f64,
     preload: String,
     gpu_layers: Option<i64>,
-    /// A setting that has no effect here.
-    dtype_note: Option<String>,
+    cuda_graphs: bool,
+    /// Settings that have no effect here.
+    notes: Vec<String>,
 }
 
 impl Settings {
@@ -62,7 +62,8 @@ impl Settings {
             memory_utilization: gpu.memory_utilization,
             preload: gpu.preload.clone(),
             gpu_layers: gpu.gpu_layers,
-            dtype_note: dtype_note(&gpu.dtype)?,
+            cuda_graphs: gpu.cuda_graphs,
+            notes: dtype_note(&gpu.dtype)?.into_iter().chain(gpu.force_cublas.as_deref().map(cublas_note)).collect(),
         })
     }
 
@@ -104,6 +105,14 @@ fn dtype_note(dtype: &str) -> anyhow::Result<Option<String>> {
     }
 }
 
+/// What to say about a choice that llama.cpp leaves to its users.
+fn cublas_note(value: &str) -> String {
+    format!(
+        "gpu.force_cublas (GGML_CUDA_FORCE_CUBLAS) = {value} has no effect: cuBLASLt multiplies all but quantised weights, whose \
+         kernel is the same for any number of rows"
+    )
+}
+
 /// A local model of the configuration, with what holds for it.
 #[derive(Clone, Debug)]
 pub struct Entry {
@@ -122,6 +131,9 @@ pub struct Entry {
     pub(crate) engine: EngineOptions,
     pub(crate) context_tokens: Option<u64>,
     load: LoadOptions,
+    /// Whether steps on a GPU are recorded.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only a worker built with CUDA records steps"))]
+    cuda_graphs: bool,
     prefix: &'static str,
     path: Option<ModelPath>,
     tokenizer: Option<ModelPath>,
@@ -132,7 +144,7 @@ pub struct Entry {
 /// # Errors
 /// When the models to preload are not among them, or a device is none.
 pub fn entries(listed: &[ListedModel], settings: &Settings) -> anyhow::Result<(Vec<Entry>, Vec<String>)> {
-    let (mut entries, mut notes) = (Vec::new(), Vec::from_iter(settings.dtype_note.clone()));
+    let (mut entries, mut notes) = (Vec::new(), settings.notes.clone());
     for model in listed {
         let Some(prefix) = Prefix::find(model.prefix).filter(|prefix| !prefix.is_remote()) else { continue };
         match prefix.qualify(&model.name) {
@@ -170,6 +182,7 @@ fn entry(name: ModelName, model: &ListedModel, settings: &Settings) -> anyhow::R
         engine: sized(settings.engine, sequences.unwrap_or(settings.engine.max_sequences)),
         context_tokens: model.context_tokens.or(settings.context_tokens),
         load: LoadOptions { threads: model.threads.unwrap_or(settings.load.threads), quantize },
+        cuda_graphs: settings.cuda_graphs,
         prefix: model.prefix,
         path: model.path.clone(),
         tokenizer: model.tokenizer.clone(),
@@ -221,7 +234,7 @@ impl Entry {
         let paths = ModelPaths { model_path, tokenizer_path: tokenizer_path.transpose()? };
         let footprint = match &self.device {
             Device::Cpu => Footprint::read(&paths.model_path, &self.load),
-            Device::Cuda(_) => Footprint::on_gpu(&paths.model_path),
+            Device::Cuda(_) => Footprint::on_gpu(&paths.model_path, &self.load),
             Device::Simulated(device) => Footprint::simulated(&paths.model_path, device),
         };
         let footprint = footprint.with_context(|| format!("cannot load {}", paths.model_path.display()))?;
@@ -238,7 +251,7 @@ impl Entry {
         let paths = &measured.paths;
         let loaded = match &self.device {
             Device::Cpu => Model::load(paths, &self.load),
-            Device::Cuda(number) => on_gpu(paths, *number)?,
+            Device::Cuda(number) => on_gpu(paths, self, *number)?,
             Device::Simulated(device) => Model::simulated(paths, device),
         };
         let mut model = loaded.with_context(|| format!("cannot load {}", paths.model_path.display()))?;
@@ -246,10 +259,9 @@ impl Entry {
             model = model.with_context_limit(tokens);
         }
         // What is free now decides, not what was when the plan was made.
-        let left = if self.device == Device::Cpu { available_bytes() } else { None };
+        let left = self.device.available_bytes();
         let Some(plan) = measured.needs.after_load(*plan, left.unwrap_or(u64::MAX)) else { return Ok(None) };
-        let kv_tokens = plan.kv_tokens.min(model.kv_tokens_max().unwrap_or(usize::MAX));
-        let options = EngineOptions { kv_tokens, ..self.engine };
+        let options = EngineOptions { kv_tokens: plan.kv_tokens, ..self.engine };
         let engine = match &self.device {
             Device::Cpu | Device::Cuda(_) => {
                 let engine = Engine::start_after_dry_run(model, options)?;
@@ -264,6 +276,8 @@ impl Entry {
         let Plan { weights_bytes, activation_bytes, kv_bytes, short_of, .. } = plan;
         let (weights, activations, kv) = (shown(weights_bytes), shown(activation_bytes), shown(kv_bytes));
         let (model, fingerprint) = (&self.name, engine.card().fingerprint());
+        // A GPU's may be fewer than planned: its largest step has shown what is left.
+        let kv_tokens = engine.options().kv_tokens;
         tracing::info!(%model, %fingerprint, took = ?begun.elapsed(), weights, activations, kv, kv_tokens, "loaded");
         if let Some(wanted) = short_of {
             tracing::warn!(%model, kv_tokens, wanted, "memory is short: fewer sequences run at once");
@@ -301,12 +315,13 @@ fn pass(time: Duration) {
 /// Loads a model onto a GPU.
 #[cfg(feature = "cuda")]
 #[expect(clippy::unnecessary_wraps, reason = "without CUDA there is nothing to load it onto")]
-fn on_gpu(paths: &ModelPaths, number: usize) -> anyhow::Result<Result<Model, LoadError>> {
-    Ok(Model::on_gpu(paths, number))
+fn on_gpu(paths: &ModelPaths, entry: &Entry, ordinal: usize) -> anyhow::Result<Result<Model, LoadError>> {
+    let (graphs, quantize) = (entry.cuda_graphs, entry.load.quantize);
+    Ok(Model::on_gpu(paths, &genmill_engine::GpuOptions { ordinal, graphs, quantize }))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_gpu(_: &ModelPaths, number: usize) -> anyhow::Result<Result<Model, LoadError>> {
+fn on_gpu(_: &ModelPaths, _: &Entry, number: usize) -> anyhow::Result<Result<Model, LoadError>> {
     anyhow::bail!("device cuda:{number}: this worker was built without CUDA, see docs/cuda.md")
 }
 
@@ -404,12 +419,16 @@ mod tests {
 
     #[test]
     fn what_has_no_effect_on_this_backend_is_told_in_one_line() {
-        let settings = settings(|gpu| (gpu.dtype, gpu.gpu_layers) = ("torch.bfloat16".to_owned(), Some(-1)));
+        let settings = settings(|gpu| {
+            (gpu.dtype, gpu.gpu_layers) = ("torch.bfloat16".to_owned(), Some(-1));
+            gpu.force_cublas = Some("1".to_owned());
+        });
         let layers = LocalSettings { gpu_layers: Some(35), ..LocalSettings::default() };
         let (_, notes) = entries(&[listed("llamacpp", "q", layers)], &settings).unwrap();
-        assert_eq!(notes.len(), 2);
+        assert_eq!(notes.len(), 3);
         assert!(notes[0].contains("GPU_TORCH_DTYPE") && notes[0].contains("float32"), "{notes:?}");
-        assert!(notes[1].contains("MODEL_GPU_LAYERS") && notes[1].contains("q: 35"), "{notes:?}");
+        assert!(notes[1].contains("GGML_CUDA_FORCE_CUBLAS"), "{notes:?}");
+        assert!(notes[2].contains("MODEL_GPU_LAYERS") && notes[2].contains("q: 35"), "{notes:?}");
         assert!(Settings::new(&Gpu { dtype: "int7".to_owned(), ..Gpu::default() }).is_err());
         assert!(Settings::new(&Gpu { memory: Some("much".to_owned()), ..Gpu::default() }).is_err());
     }

@@ -2,7 +2,6 @@
 
 use clap::Parser;
 use genmill_core::model::PREFIXES;
-use genmill_daemon::memory::available_bytes;
 use genmill_daemon::run::{CommonArgs, Context, Loaded, daemon};
 use genmill_engine::bandwidth::read_bytes_per_s;
 use genmill_worker::{Kind, serve};
@@ -49,7 +48,7 @@ async fn run(context: Context) -> anyhow::Result<()> {
     notes.iter().for_each(|note| tracing::warn!("{note}"));
     let stop = context.shutdown.token();
     let hub = Hub::new(&context.config.hub, &context.environment, stop.clone())?;
-    let mut residents = Residents::of_devices(entries, &hub, settings.budget(available_bytes()));
+    let mut residents = Residents::of_devices(entries, &hub, |available| settings.budget(available));
     tokio::select! {
         () = prepare(&mut residents) => {}
         // Nothing is leased yet, so nothing is left behind.

@@ -12,7 +12,6 @@ use crate::load::{Entry, Files, Measured};
 use crate::swap::{self, Move, Standing};
 use futures_util::future::join_all;
 use genmill_core::registration::{Availability, ServedModel};
-use genmill_daemon::memory::available_bytes;
 use genmill_engine::Engine;
 use genmill_engine::measure::Totals;
 use genmill_worker::perform::Places;
@@ -41,8 +40,8 @@ const LOAD_BYTES_PER_MS: u64 = 200_000;
 pub struct Residents {
     models: Vec<Model>,
     budget: u64,
-    /// What can be had of it now, where the system tells.
-    available: fn() -> Option<u64>,
+    /// Whose memory it is.
+    device: Device,
     hub: Hub,
     bell: Arc<Notify>,
     /// Rung when other things are to be registered than before.
@@ -109,10 +108,10 @@ pub async fn run_all(all: Vec<Residents>) {
 }
 
 impl Residents {
-    /// An owner for the models of this machine's memory, of which they may take `budget` bytes, and one for those of each
-    /// other device. Of a GPU's memory each model takes what it finds free.
+    /// An owner for the models of this machine's memory, and one for those of each other device. `budget` tells how many
+    /// bytes they may take of so many that can be had.
     #[must_use]
-    pub fn of_devices(entries: Vec<Entry>, hub: &Hub, budget: u64) -> Vec<Self> {
+    pub fn of_devices(entries: Vec<Entry>, hub: &Hub, budget: impl Fn(Option<u64>) -> u64) -> Vec<Self> {
         let told = Arc::new(Notify::new());
         let (mut here, mut devices): (_, Vec<(Device, Vec<Entry>)>) = (Vec::new(), Vec::new());
         for entry in entries {
@@ -126,18 +125,18 @@ impl Residents {
                 None => devices.push((device, vec![entry])),
             }
         }
-        let here = Self::new(here, hub.clone(), (budget, available_bytes), told.clone());
-        let others = devices.into_iter().map(|(device, entries)| {
+        devices.insert(0, (Device::Cpu, here));
+        let owner = |(device, entries): (Device, Vec<Entry>)| {
             let budget = match device {
                 Device::Simulated(device) => device.gpu.memory_bytes,
-                Device::Cpu | Device::Cuda(_) => u64::MAX,
+                Device::Cpu | Device::Cuda(_) => budget(device.available_bytes()),
             };
-            Self::new(entries, hub.clone(), (budget, || None), told.clone())
-        });
-        std::iter::once(here).chain(others).collect()
+            Self::new(entries, hub.clone(), (device, budget), told.clone())
+        };
+        devices.into_iter().map(owner).collect()
     }
 
-    fn new(entries: Vec<Entry>, hub: Hub, (budget, available): (u64, fn() -> Option<u64>), told: Arc<Notify>) -> Self {
+    fn new(entries: Vec<Entry>, hub: Hub, (device, budget): (Device, u64), told: Arc<Notify>) -> Self {
         let bell = Arc::new(Notify::new());
         let model = |entry: Entry| Model {
             desk: Arc::new(Desk::new(&entry, described(&entry), bell.clone())),
@@ -152,7 +151,7 @@ impl Residents {
         Self {
             models: entries.into_iter().map(model).collect(),
             budget,
-            available,
+            device,
             hub,
             bell,
             told,
@@ -278,7 +277,7 @@ impl Residents {
     fn load(&mut self, index: usize, standings: &[Standing]) {
         let held: u64 = self.models.iter().map(Model::held_bytes).sum();
         let budget_left = self.budget.saturating_sub(held);
-        let available = (self.available)().unwrap_or(u64::MAX);
+        let available = self.device.available_bytes().unwrap_or(u64::MAX);
         let model = &mut self.models[index];
         let Some(measured) = model.measured.clone() else { return };
         let may_take = part(self.budget, model.entry.memory_part);

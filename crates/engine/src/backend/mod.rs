@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use rayon::ThreadPool;
 
+use crate::ask::{Ask, Chosen};
 use crate::config::Activation;
 use crate::measure::Widths;
 use crate::quantized::Quantized;
@@ -160,6 +161,21 @@ impl Batch {
     }
 }
 
+/// The largest step that will come.
+#[derive(Clone, Copy, Debug)]
+pub struct Largest {
+    /// Its rows.
+    pub rows: usize,
+    /// Rows whose logits are wanted, and as many sequences.
+    pub outputs: usize,
+    /// Tokens of the longest sequence.
+    pub context: usize,
+    /// Logits of a row.
+    pub vocabulary: usize,
+    /// Heads of any layer.
+    pub heads: Heads,
+}
+
 /// The kernels. An input `x` is a buffer and how many of its rows are in use; buffers may be
 /// longer.
 pub trait Backend: Send + Sync + Sized + 'static {
@@ -186,6 +202,27 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Bytes that are free for a cache, where the backend has a memory of its own.
     fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Takes the memory that steps up to this size need beside buffers.
+    fn reserve(&self, largest: &Largest) {
+        let _ = largest;
+    }
+
+    /// Whether tokens are chosen where the logits are, with [`Self::choose`].
+    fn chooses(&self) -> bool {
+        false
+    }
+
+    /// Begins to choose from rows of logits of `width`, one for each of `asks`. The tokens are known where they are when
+    /// the next step begins, see [`crate::ask::CHOSEN_BEFORE`].
+    fn choose(&self, logits: (&Self::Buffer, usize), asks: &[Ask]) {
+        let (_, _) = (logits, asks);
+    }
+
+    /// Waits for what was chosen first and not asked for yet. None when the device has failed, or nothing was.
+    fn chosen(&self) -> Option<Vec<Chosen>> {
         None
     }
 
@@ -222,6 +259,19 @@ pub trait Backend: Send + Sync + Sized + 'static {
         let _ = batch;
     }
 
+    /// How many rows a step of decode is filled up to that has so many sequences, of which `most` may run; None where it
+    /// stays as it is.
+    fn rows_of(&self, sequences: usize, most: usize) -> Option<usize> {
+        let (_, _) = (sequences, most);
+        None
+    }
+
+    /// Does the kernels of a step, or repeats them as they were recorded of a step of that shape.
+    fn repeat(&self, batch: &Batch, work: &mut dyn FnMut()) {
+        let _ = batch;
+        work();
+    }
+
     /// An empty cache of so many blocks.
     fn cache(&self, layers: usize, blocks: usize, heads: &Heads) -> Self::Cache;
 
@@ -250,7 +300,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         parts.into_iter().for_each(each);
     }
 
-    /// Rows `ids` of a table of `width` columns.
+    /// Rows `ids` of a table; an id may stand for a token that was chosen before, where the backend chooses.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], out: &mut Self::Buffer, write: Write);
 
     /// `out = x W^T + bias`.

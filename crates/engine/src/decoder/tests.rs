@@ -38,7 +38,7 @@ pub(crate) fn decoder(folder: &Path) -> Decoder<Cpu> {
     let config = Config::read(folder).unwrap();
     let mut weights = Weights::open(folder).unwrap();
     let mut decoder = Decoder::load(Cpu::new(2).unwrap(), config, &mut weights).unwrap();
-    decoder.reserve(Room { rows: 128, outputs: 8, blocks: 40 });
+    decoder.reserve(Room { rows: 128, outputs: 8, blocks: 40, tokens: 640 });
     decoder
 }
 
@@ -203,7 +203,7 @@ fn logits_do_not_depend_on_the_instruction_set() {
             let mut weights = Weights::open(&folder).unwrap();
             let config = Config::read(&folder).unwrap();
             let mut other = Decoder::load(Cpu::with_arch(*arch), config, &mut weights).unwrap();
-            other.reserve(Room { rows: 128, outputs: 8, blocks: 40 });
+            other.reserve(Room { rows: 128, outputs: 8, blocks: 40, tokens: 640 });
             assert!(same_bits(&expected, &logits(&mut other, &case.input_ids, 128)), "{arch:?}");
         }
     }

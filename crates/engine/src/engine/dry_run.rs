@@ -3,20 +3,32 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::ask::Ask;
 use crate::backend::Batch;
 use crate::decoder::Forward;
+use crate::engine::Request;
 use crate::kv::BLOCK_TOKENS;
+use crate::sampler::Sampling;
 use crate::schedule::Limits;
+use crate::shape::{Change, Changes};
 
 /// Runs it.
 ///
 /// # Errors
 /// With the words of a panic.
 pub(super) fn dry_run(forward: &mut dyn Forward, limits: &Limits, blocks: u32, context: usize) -> Result<(), String> {
-    let batch = worst(limits, blocks, context);
+    let mut batch = worst(limits, blocks, context);
     let pool = forward.pool();
+    let vocabulary = forward.vocabulary();
     let mut compute = || {
-        forward.forward(&batch);
+        if forward.chooses() {
+            let outputs = batch.outputs.len();
+            forward.start(&mut batch);
+            forward.choose(&vec![ask(vocabulary); outputs]);
+            forward.chosen();
+        } else {
+            forward.forward(&batch);
+        }
     };
     let computed = catch_unwind(AssertUnwindSafe(|| match &pool {
         Some(pool) => pool.install(compute),
@@ -29,6 +41,14 @@ pub(super) fn dry_run(forward: &mut dyn Forward, limits: &Limits, blocks: u32, c
             panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
         words.unwrap_or("a panic without words").to_owned()
     })
+}
+
+/// Whatever can be asked for a row.
+fn ask(vocabulary: usize) -> Ask {
+    let sampling = Sampling { temperature: 1.0, top_k: 2, top_p: 0.9, min_p: 0.1, seed: 0, sample: 0 };
+    let changes = Changes { tokens: vec![Change { bias: 1.0, ..Change::default() }], ..Changes::default() };
+    let allowed = Some(vec![u32::MAX; vocabulary.div_ceil(32)]);
+    Ask { sampling, position: 0, known: None, changes, allowed, logprobs: Some(Request::LOGPROBS_MAX) }
 }
 
 /// As many sequences as there may be, each with a token, and one with the longest chunk.

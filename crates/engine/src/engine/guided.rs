@@ -65,9 +65,7 @@ impl Guided {
 
     /// Forbids what may not come next. `ends` are the tokens that end the text: they may come where it may end.
     pub(super) fn apply(&mut self, logits: &mut [f32], ends: &[u32], end: u32) -> Result<(), String> {
-        let (guide, mask) = self.away.recv().map_err(|_| THREAD_LOST.to_owned())?;
-        self.here = Some(guide);
-        let mask = mask.map_err(|error| error.to_string())?;
+        let mask = self.mask()?;
         let may_end = mask.allows(end);
         for (token, logit) in (0..).zip(logits) {
             if !(mask.allows(token) || may_end && ends.contains(&token)) {
@@ -75,6 +73,28 @@ impl Guided {
             }
         }
         Ok(())
+    }
+
+    /// The same as a bit for each token of a vocabulary that may come, 32 to a word.
+    pub(super) fn allowed(&mut self, vocabulary: usize, ends: &[u32], end: u32) -> Result<Vec<u32>, String> {
+        let mask = self.mask()?;
+        let ends = if mask.allows(end) { ends } else { &[] };
+        let words = (0..)
+            .take(vocabulary.div_ceil(32))
+            .map(|word: u32| (0..32).fold(0, |bits, bit| bits | u32::from(mask.allows(32 * word + bit)) << bit));
+        let mut words: Vec<u32> = words.collect();
+        for end in ends {
+            if let Some(word) = words.get_mut(*end as usize / 32) {
+                *word |= 1 << (end % 32);
+            }
+        }
+        Ok(words)
+    }
+
+    fn mask(&mut self) -> Result<Mask, String> {
+        let (guide, mask) = self.away.recv().map_err(|_| THREAD_LOST.to_owned())?;
+        self.here = Some(guide);
+        mask.map_err(|error| error.to_string())
     }
 
     /// Takes the token that was chosen, and sends the guide away again unless the text is whole.

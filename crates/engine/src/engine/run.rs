@@ -4,6 +4,8 @@
 //!
 //! Never here: checks of requests (they were made before the request came in).
 
+mod ahead;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,14 +16,16 @@ use std::time::{Duration, Instant};
 
 use genmill_grammar::Guide;
 
+use crate::ask::Chosen;
 use crate::backend::Batch;
 use crate::decoder::{Encore, Forward, Lane, Next};
 use crate::engine::gauge::Gauge;
 use crate::engine::group::{self, Group, Whole};
 use crate::engine::guided::{After, Guided, Masker};
+use crate::engine::run::ahead::Flight;
 use crate::engine::{FinishReason, Load, Output, RequestError, RequestId, Sink};
 use crate::measure::{Cost, Measured, Part};
-use crate::sampler::{Sampling, Scored, Workspace, score};
+use crate::sampler::{NotFinite, Sampling, Scored, Workspace, score};
 use crate::schedule::{Admitted, Arrival, Limits, Schedule, Slice, Step};
 use crate::shape::{Shaper, Shaping};
 use crate::text::{Cut, StopStrings, TokenStream};
@@ -71,6 +75,8 @@ pub(super) struct Runner {
     commands: Receiver<Command>,
     sequences: BTreeMap<RequestId, Sequence>,
     lanes: Vec<LaneState>,
+    /// A step whose tokens are not known yet, of a device that chooses them.
+    flight: Option<Flight>,
     /// Started with the first request that wants a form.
     masker: Option<Masker>,
     stopping: bool,
@@ -163,6 +169,24 @@ struct Scores {
     prompt: Vec<Scored>,
 }
 
+/// What a step gives for an output.
+enum Given<'a> {
+    /// Logits, from which a token is chosen here.
+    Logits(&'a [f32]),
+    /// What the device chose or scored.
+    Chosen(Chosen),
+}
+
+impl Given<'_> {
+    /// The log probability of a token that is known.
+    fn score(&self, token: u32, top: usize, workspace: &mut Workspace) -> Result<Scored, NotFinite> {
+        match self {
+            Self::Logits(logits) => score(logits, token, top, workspace),
+            Self::Chosen(chosen) => chosen.clone(),
+        }
+    }
+}
+
 /// Whether what a sequence computed may serve others.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Went {
@@ -185,7 +209,8 @@ impl Runner {
         commands: Receiver<Command>,
     ) -> Self {
         let (sequences, lanes, cost) = (BTreeMap::new(), Vec::new(), forward.cost());
-        Self { forward, schedule, limits, load, gauge, cost, commands, sequences, lanes, masker: None, stopping: false }
+        let (flight, masker, stopping) = (None, None, false);
+        Self { forward, schedule, limits, load, gauge, cost, commands, sequences, lanes, flight, masker, stopping }
     }
 
     /// Runs until told to stop, or until nobody is left to tell it.
@@ -214,11 +239,15 @@ impl Runner {
     fn work(&mut self) {
         loop {
             self.take_commands();
-            if self.stopping || self.schedule.is_idle() {
+            if self.stopping || self.schedule.is_idle() && self.flight.is_none() {
                 break;
             }
             self.end_overdue();
-            self.step();
+            if self.forward.chooses() {
+                self.step_ahead();
+            } else {
+                self.step();
+            }
         }
     }
 
@@ -293,6 +322,14 @@ impl Runner {
 
     /// One step: decide, compute, sample, record.
     fn step(&mut self) {
+        let step = self.next();
+        if !step.slices.is_empty() {
+            self.run_step(&step);
+        }
+    }
+
+    /// The next step; those that begin with it are told.
+    fn next(&mut self) -> Step {
         let begun = Instant::now();
         let step = self.schedule.next(&self.limits);
         self.forward.forget(&step.stale);
@@ -304,10 +341,7 @@ impl Runner {
                 sequence.give(echo);
             }
         }
-        if step.slices.is_empty() {
-            return;
-        }
-        self.run_step(&step);
+        step
     }
 
     fn run_step(&mut self, step: &Step) {
@@ -316,16 +350,24 @@ impl Runner {
         let computed = catch_unwind(AssertUnwindSafe(|| self.compute(step)));
         let time = self.forward.device_time().unwrap_or_else(|| begun.elapsed());
         self.gauge.end();
-        if let Some(fault) = self.forward.fault() {
-            // Nobody's request is at fault. They end as when the engine is told to stop, so that others do them.
-            tracing::error!(fault, "the device failed, and this engine ends");
-            self.stopping = true;
+        if self.has_failed() {
             return;
         }
         match computed {
             Ok(()) => self.record(step, time),
             Err(panic) => self.recover(step, time, &words(panic.as_ref())),
         }
+    }
+
+    /// Whether the device has failed; then the engine ends.
+    fn has_failed(&mut self) -> bool {
+        let fault = self.forward.fault();
+        if let Some(fault) = &fault {
+            // Nobody's request is at fault. They end as when the engine is told to stop, so that others do them.
+            tracing::error!(fault, "the device failed, and this engine ends");
+            self.stopping = true;
+        }
+        fault.is_some()
     }
 
     /// Computes a step in lanes: rows, logits, samples, text.
@@ -353,6 +395,11 @@ impl Runner {
 
     fn record(&mut self, step: &Step, time: Duration) {
         self.schedule.commit(step);
+        self.settle(step, time);
+    }
+
+    /// What follows from a step that the schedule knows of.
+    fn settle(&mut self, step: &Step, time: Duration) {
         let mut shares = shares(step, &mut self.sequences);
         if let Some(longest) = self.forward.restarts_after() {
             // Computed with what holds for shorter texts, and now known to be longer.
@@ -510,7 +557,7 @@ impl<'a> Turns<'a> {
     /// Samples and takes the next token of each share, then chooses the next turn.
     fn take(&mut self, logits: &[f32], batch: &mut Batch) -> Next {
         let (workspace, ends) = (&mut *self.workspace, &mut *self.ends);
-        let mut rows = logits.chunks_exact(self.vocabulary);
+        let mut rows = logits.chunks_exact(self.vocabulary).map(Given::Logits);
         self.shares.retain_mut(|share| match share.turn(&mut rows, workspace) {
             None => true,
             Some(end) => {
@@ -558,29 +605,29 @@ fn groups(shares: Vec<Share<'_>>, most: usize) -> Vec<Vec<Share<'_>>> {
 
 impl Share<'_> {
     /// One turn of the sequence, see [`Self::advance`].
-    fn turn<'b>(&mut self, rows: &mut impl Iterator<Item = &'b [f32]>, workspace: &mut Workspace) -> Option<End> {
+    fn turn<'b>(&mut self, rows: &mut impl Iterator<Item = Given<'b>>, workspace: &mut Workspace) -> Option<End> {
         self.sequence.turn.taking = true;
         let end = self.advance(rows, workspace);
         self.sequence.turn = Turn { taken: self.sequence.turn.taken + 1, taking: false };
         end
     }
 
-    /// Takes the slice's rows of logits, and the next token where it samples; returns how the sequence ends, if it does.
-    fn advance<'b>(&mut self, rows: &mut impl Iterator<Item = &'b [f32]>, workspace: &mut Workspace) -> Option<End> {
+    /// Takes what is given for the slice's outputs, and the next token where it samples; returns how the sequence ends, if it does.
+    fn advance<'b>(&mut self, rows: &mut impl Iterator<Item = Given<'b>>, workspace: &mut Workspace) -> Option<End> {
         let end = self.slice.start + self.slice.tokens;
         let mut last = None;
         for next in end - self.slice.outputs + 1..=end {
             let row = rows.next()?;
-            if let Err(error) = self.sequence.score_known(row, next, workspace) {
+            if let Err(error) = self.sequence.score_known(&row, next, workspace) {
                 return Some(End::Failed(error));
             }
             last = Some(row);
         }
-        let logits = if self.slice.samples { last? } else { return None };
+        let given = if self.slice.samples { last? } else { return None };
         if let Some(reason) = self.sequence.ending {
             return Some(End::Finished(reason));
         }
-        match self.sequence.sample(logits, end, workspace) {
+        match self.sequence.sample(&given, end, workspace) {
             Ok(token) => self.sequence.take(token),
             Err(error) => Some(End::Failed(error)),
         }
@@ -637,25 +684,43 @@ impl Sequence {
 
     /// Scores the token at a position by the logits before it, when it is known already and that is wanted. A sequence that
     /// is computed again from its beginning keeps the scores that it has.
-    fn score_known(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<(), RequestError> {
+    fn score_known(
+        &mut self,
+        given: &Given<'_>,
+        position: usize,
+        workspace: &mut Workspace,
+    ) -> Result<(), RequestError> {
         let Some(token) = self.ids.get(position) else { return Ok(()) };
         // Nothing stands before the prompt's first token, so it has none.
-        let (wanted, scores, before) = if position < self.prompt_tokens {
-            (self.scores.wanted_of_prompt, &mut self.scores.prompt, position - 1)
+        let (scores, before) = if position < self.prompt_tokens {
+            (&mut self.scores.prompt, position - 1)
         } else {
-            (self.scores.wanted, &mut self.scores.generated, position - self.prompt_tokens)
+            (&mut self.scores.generated, position - self.prompt_tokens)
         };
+        let wanted = if position < self.prompt_tokens { self.scores.wanted_of_prompt } else { self.scores.wanted };
         if let Some(top) = wanted
             && scores.len() == before
         {
-            let scored = score(logits, *token, top, workspace);
+            let scored = given.score(*token, top, workspace);
             scores.push(scored.map_err(|source| RequestError::NotFinite { position, source })?);
         }
         Ok(())
     }
 
     /// The token at a position.
-    fn sample(&mut self, logits: &[f32], position: usize, workspace: &mut Workspace) -> Result<u32, RequestError> {
+    fn sample(&mut self, given: &Given<'_>, position: usize, workspace: &mut Workspace) -> Result<u32, RequestError> {
+        let wrong = |source| RequestError::NotFinite { position, source };
+        let logits = match given {
+            Given::Logits(logits) => *logits,
+            Given::Chosen(chosen) => {
+                let scored = chosen.clone().map_err(wrong)?;
+                let token = scored.token;
+                if self.scores.wanted.is_some() {
+                    self.scores.generated.push(scored);
+                }
+                return Ok(token);
+            }
+        };
         let counter = u32::try_from(position).unwrap_or(u32::MAX);
         let chosen = if self.shaper.is_off() && self.guided.is_none() {
             self.sampling.choose(logits, counter, workspace)
@@ -671,7 +736,6 @@ impl Sequence {
             workspace.shaped = shaped;
             chosen
         };
-        let wrong = |source| RequestError::NotFinite { position, source };
         let token = chosen.map_err(wrong)?;
         if let Some(top) = self.scores.wanted {
             self.scores.generated.push(score(logits, token, top, workspace).map_err(wrong)?);

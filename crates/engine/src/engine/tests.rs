@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::*;
 use crate::backend::Batch;
-use crate::decoder::Forward;
+use crate::decoder::{Forward, Room};
 use crate::model::{LoadOptions, ModelPaths};
 
 /// Prefers token 10, except after token 56 ("X"), where it is ill.

@@ -57,7 +57,7 @@ fn decoder(path: &Path) -> Decoder<Cpu> {
     let gguf = Gguf::open(path).unwrap();
     let config = Config::of(&Fields::of(path, gguf.config()), None).unwrap();
     let mut decoder = Decoder::load(Cpu::new(2).unwrap(), config, &mut Weights::of_gguf(gguf)).unwrap();
-    decoder.reserve(Room { rows: 128, outputs: 8, blocks: 40 });
+    decoder.reserve(Room { rows: 128, outputs: 8, blocks: 40, tokens: 640 });
     decoder
 }
 

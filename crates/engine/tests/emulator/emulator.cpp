@@ -19,6 +19,7 @@
 #include "decode.cu"
 #include "prefill.cu"
 #include "sampler.cu"
+#include "quantized.cu"
 
 uint3 threadIdx, blockIdx, gridDim;
 

@@ -1,5 +1,4 @@
-//! How fast a GPU decodes: `gpu_bench FOLDER [NUMBER OF THE GPU]`, where gpu_bench.json is written. Built by
-//! `cargo xtask gpu-bench`.
+//! How fast a GPU is: `gpu_bench FIXTURES [NUMBER OF THE GPU]`, which writes gpu_bench.json. Built by `cargo xtask gpu-bench`.
 //!
 //! Never here: what is measured (`genmill_engine::gpu`).
 
@@ -8,9 +7,9 @@ use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
-    let folder = PathBuf::from(args.next().ok_or("where shall gpu_bench.json be written?")?);
+    let fixtures = PathBuf::from(args.next().ok_or("where are the fixtures?")?);
     let ordinal = args.next().map_or(Ok(0), |text| text.parse())?;
-    let found = genmill_engine::gpu::bench(ordinal, &mut std::io::stdout())?;
-    std::fs::write(folder.join("gpu_bench.json"), serde_json::to_string_pretty(&found)?)?;
+    let found = genmill_engine::gpu::bench(ordinal, &fixtures.join("qwen2"), &mut std::io::stdout())?;
+    std::fs::write("gpu_bench.json", serde_json::to_string_pretty(&found)?)?;
     Ok(())
 }

@@ -13,6 +13,9 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync + 'static {
     /// Memory that is given back when it is dropped.
     type Memory: Send + Sync + std::fmt::Debug;
 
+    /// A copy to the host that is on its way.
+    type Fetched: Send + std::fmt::Debug;
+
     /// The type of the device, which decides the bits of a product.
     fn name(&self) -> String;
 
@@ -34,8 +37,23 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync + 'static {
     /// Copies from the device, when all before it is done.
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), DeviceError>;
 
+    /// Begins a copy from the device of what is there when all before it is done.
+    fn fetch(&self, from: Address, bytes: usize) -> Result<Self::Fetched, DeviceError>;
+
+    /// Waits for a copy.
+    fn fetched(&self, fetched: Self::Fetched) -> Result<Vec<u8>, DeviceError>;
+
     /// Starts a kernel.
     fn launch(&self, launch: &Launch) -> Result<(), DeviceError>;
+
+    /// Kernels and products that were recorded.
+    type Graph: Send + std::fmt::Debug;
+
+    /// Records what `work` starts, in place of doing it. It may start kernels and products, and nothing else.
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Self::Graph, DeviceError>;
+
+    /// Does what was recorded.
+    fn repeat(&self, graph: &Self::Graph) -> Result<(), DeviceError>;
 
     /// Starts a matrix product. What it makes of a row depends on that row alone.
     fn product(&self, product: &Product) -> Result<(), DeviceError>;
@@ -44,6 +62,8 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync + 'static {
 /// A device that several have.
 impl<D: Device> Device for Arc<D> {
     type Memory = D::Memory;
+    type Fetched = D::Fetched;
+    type Graph = D::Graph;
 
     fn name(&self) -> String {
         D::name(self)
@@ -73,8 +93,24 @@ impl<D: Device> Device for Arc<D> {
         D::read(self, from, bytes)
     }
 
+    fn fetch(&self, from: Address, bytes: usize) -> Result<D::Fetched, DeviceError> {
+        D::fetch(self, from, bytes)
+    }
+
+    fn fetched(&self, fetched: D::Fetched) -> Result<Vec<u8>, DeviceError> {
+        D::fetched(self, fetched)
+    }
+
     fn launch(&self, launch: &Launch) -> Result<(), DeviceError> {
         D::launch(self, launch)
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Result<D::Graph, DeviceError> {
+        D::record(self, work)
+    }
+
+    fn repeat(&self, graph: &D::Graph) -> Result<(), DeviceError> {
+        D::repeat(self, graph)
     }
 
     fn product(&self, product: &Product) -> Result<(), DeviceError> {

@@ -6,35 +6,54 @@
 //! cuBLASLt chooses an algorithm by the number of rows, and algorithms differ in the order of their sums. So one is
 //! chosen for each shape of weights, as if for a fixed number of rows, and used for every other: without a division of
 //! sums among blocks (split-K), a row's result then depends on that row alone. `gpu-check` compares the bits.
+//!
+//! All copies go by way of pinned host memory: those to the device through a ring, so that what is copied may change as
+//! soon as a call returns, and nothing waits for the device but a ring that is full.
 
 #![expect(unsafe_code, reason = "the driver's interface is C; addresses come from Memory and are used in order")]
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::cuda_backend::cudarc;
 use cudarc::cublaslt::result as lt;
 use cudarc::cublaslt::sys::{self as lt_sys, cublasLtMatmulDescAttributes_t as Desc};
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg as _, result, sys,
+    CudaContext, CudaFunction, CudaGraph, CudaModule, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg as _, result,
+    sys,
 };
 use cudarc::nvrtc::Ptx;
 
 use crate::backend::cuda::device::{Address, Adds, Device, DeviceError, Dtype, Launch, Product, Written};
+use crate::backend::cuda::ring::Ring;
 
 /// The kernels, compiled by build.rs.
-const MODULES: [&[u8]; 6] = [
+const MODULES: [&[u8]; 7] = [
     include_bytes!(concat!(env!("OUT_DIR"), "/norm.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/elementwise.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/prefill.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/sampler.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/quantized.fatbin")),
 ];
 
 /// The number of rows for which algorithms are chosen: a full batch of decode, which is what has to be fast.
 const ROWS_CHOSEN_FOR: u64 = 256;
+
+/// Numbers of rows that an algorithm must take to be chosen: below, at and above what blocks of the usual kernels have.
+const ROWS_TRIED: [u64; 8] = [1, 2, 17, 64, 129, 256, 1000, 8192];
+
+/// How many algorithms are looked at for a shape.
+const ALGORITHMS_TRIED: usize = 32;
+
+/// Bytes of the ring through which copies to the device go.
+const RING_BYTES: usize = 64 << 20;
+
+/// Copies to the host have memory of so many bytes or more.
+const LANDING_BYTES_MIN: usize = 1 << 16;
 
 /// Shared memory that a kernel may be started with: heads of 256 values with 16 to a group take 64 KiB.
 const SHARED_BYTES_MAX: i32 = 72 * 1024;
@@ -47,7 +66,134 @@ pub(crate) struct Driver {
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
     products: Mutex<Products>,
+    staging: Mutex<Staging>,
+    /// Host memory that no copy has now.
+    landings: Mutex<Vec<Pinned>>,
     name: String,
+}
+
+/// Pinned host memory.
+#[derive(Debug)]
+struct Pinned {
+    context: Arc<CudaContext>,
+    start: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: it is memory, and whoever has it may use it from any thread.
+unsafe impl Send for Pinned {}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: made by `malloc_host`, and given back once; whoever had it has waited for its copies.
+            unsafe { result::free_host(self.start.cast()) }.unwrap_or_default();
+        }
+    }
+}
+
+impl Pinned {
+    fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, DeviceError> {
+        let doing = format!("allocating {bytes} bytes of pinned memory");
+        context.bind_to_thread().map_err(|error| failed(&doing, error))?;
+        // SAFETY: written before it is read, as `slice` says.
+        let start = unsafe { result::malloc_host(bytes, 0) }.map_err(|error| failed(&doing, error))?;
+        // SAFETY: it is ours, and has so many bytes.
+        unsafe { std::ptr::write_bytes(start.cast::<u8>(), 0, bytes) };
+        Ok(Self { context: context.clone(), start: start.cast(), bytes })
+    }
+
+    /// A part of it, which no copy must be using.
+    fn slice(&mut self, part: std::ops::Range<usize>) -> &mut [u8] {
+        let part = part.start.min(self.bytes)..part.end.min(self.bytes);
+        // SAFETY: within what was allocated and filled, and borrowed as a whole for as long.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(part.start), part.len()) }
+    }
+}
+
+/// When something on the stream is done.
+#[derive(Debug)]
+struct Fence {
+    context: Arc<CudaContext>,
+    event: sys::CUevent,
+}
+
+// SAFETY: an event may be used by any thread.
+unsafe impl Send for Fence {}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: made by `create`, and given back once.
+            unsafe { result::event::destroy(self.event) }.unwrap_or_default();
+        }
+    }
+}
+
+impl Fence {
+    /// Reached when all that the stream has now is done.
+    fn after(stream: &CudaStream) -> Result<Self, DeviceError> {
+        let context = stream.context();
+        context.bind_to_thread().map_err(|error| failed("marking a place", error))?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map_err(|error| failed("marking a place", error))?;
+        let fence = Self { context: context.clone(), event };
+        // SAFETY: both live until the call returns.
+        unsafe { result::event::record(event, stream.cu_stream()) }
+            .map_err(|error| failed("marking a place", error))?;
+        Ok(fence)
+    }
+
+    fn wait(&self) -> Result<(), DeviceError> {
+        // SAFETY: the event lives.
+        unsafe { result::event::synchronize(self.event) }.map_err(|error| failed("waiting for a copy", error))
+    }
+}
+
+/// The ring through which copies to the device go.
+#[derive(Debug)]
+struct Staging {
+    ring: Ring<Fence>,
+    memory: Pinned,
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // The last is reached last; a device that fails reaches none and copies nothing.
+        if let Some(last) = self.ring.drain().last() {
+            last.wait().unwrap_or_default();
+        }
+    }
+}
+
+/// What was recorded.
+pub(crate) struct Graph(CudaGraph);
+
+// SAFETY: it may be used by any thread, one at a time; it is never shared.
+unsafe impl Send for Graph {}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graph").finish_non_exhaustive()
+    }
+}
+
+/// A copy to the host on its way.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    /// None once it was taken.
+    landing: Option<Pinned>,
+    bytes: usize,
+    fence: Fence,
+}
+
+impl Drop for Fetched {
+    fn drop(&mut self) {
+        if self.landing.is_some() {
+            // The device may be writing there.
+            self.fence.wait().unwrap_or_default();
+        }
+    }
 }
 
 /// cuBLASLt, with the algorithm of each shape.
@@ -115,9 +261,26 @@ impl Driver {
         let modules = MODULES.iter().map(module).collect::<Result<_, _>>();
         let modules = modules.map_err(|error| failed("loading the kernels", error))?;
         let handle = lt::create_handle().map_err(|error| failed("opening cuBLASLt", error))?;
-        let name = context.name().map_err(|error| failed("asking for the device's name", error))?;
         let products = Mutex::new(Products { handle, algorithms: HashMap::new() });
-        Ok(Self { context, stream, modules, functions: Mutex::new(HashMap::new()), products, name })
+        let name = context.name().map_err(|error| failed("asking for the device's name", error))?;
+        // SAFETY: it asks for a number.
+        let version = unsafe { lt_sys::cublasLtGetVersion() };
+        // Another version may choose other algorithms, whose sums have another order.
+        let name = format!("{name}, cuBLASLt {version}");
+        let staging = Mutex::new(Staging { ring: Ring::new(RING_BYTES), memory: Pinned::new(&context, RING_BYTES)? });
+        let (functions, landings) = (Mutex::new(HashMap::new()), Mutex::new(Vec::new()));
+        Ok(Self { context, stream, modules, functions, products, staging, landings, name })
+    }
+
+    /// Bytes of a device's memory that nobody has.
+    pub(crate) fn free_bytes_of(ordinal: usize) -> Result<u64, DeviceError> {
+        let context = CudaContext::new(ordinal).map_err(|error| failed("opening the device", error))?;
+        let (free, _) = context.mem_get_info().map_err(|error| failed("asking for free memory", error))?;
+        Ok(free as u64)
+    }
+
+    fn landings(&self) -> MutexGuard<'_, Vec<Pinned>> {
+        self.landings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until everything is done.
@@ -148,6 +311,8 @@ impl Driver {
 
 impl Device for Driver {
     type Memory = Memory;
+    type Fetched = Fetched;
+    type Graph = Graph;
 
     fn name(&self) -> String {
         self.name.clone()
@@ -179,17 +344,54 @@ impl Device for Driver {
 
     fn write(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError> {
         self.bind("writing")?;
-        // SAFETY: the caller has this memory, and pageable bytes are taken before the call returns.
-        unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) }
-            .map_err(|error| failed("writing", error))
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut done = 0;
+        while done < bytes.len() {
+            let (part, reached) = staging.ring.take(bytes.len() - done);
+            if let Some(last) = reached.last() {
+                last.wait()?;
+            }
+            let room = staging.memory.slice(part.clone());
+            room.copy_from_slice(&bytes[done..done + part.len()]);
+            // SAFETY: the caller has the device's memory, and the ring keeps the host's until the fence is reached.
+            unsafe { result::memcpy_htod_async(to + done as Address, room, self.stream.cu_stream()) }
+                .map_err(|error| failed("writing", error))?;
+            done += part.len();
+            staging.ring.close(part, Fence::after(&self.stream)?);
+        }
+        Ok(())
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        let fetched = self.fetch(from, bytes.len())?;
+        bytes.copy_from_slice(&self.fetched(fetched)?);
+        Ok(())
+    }
+
+    fn fetch(&self, from: Address, bytes: usize) -> Result<Fetched, DeviceError> {
         self.bind("reading")?;
-        // SAFETY: the caller has this memory, and the bytes outlive the wait.
-        unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) }
+        let spare = {
+            let mut landings = self.landings();
+            let fits = landings.iter().position(|landing| landing.bytes >= bytes);
+            fits.map(|index| landings.swap_remove(index))
+        };
+        let mut landing = match spare {
+            Some(landing) => landing,
+            None => Pinned::new(&self.context, bytes.max(LANDING_BYTES_MIN).next_power_of_two())?,
+        };
+        // SAFETY: the caller has the device's memory, and the host's is kept until the fence is reached.
+        unsafe { result::memcpy_dtoh_async(landing.slice(0..bytes), from, self.stream.cu_stream()) }
             .map_err(|error| failed("reading", error))?;
-        self.wait()
+        Ok(Fetched { landing: Some(landing), bytes, fence: Fence::after(&self.stream)? })
+    }
+
+    fn fetched(&self, mut fetched: Fetched) -> Result<Vec<u8>, DeviceError> {
+        self.bind("reading")?;
+        fetched.fence.wait()?;
+        let Some(mut landing) = fetched.landing.take() else { return Ok(Vec::new()) };
+        let bytes = landing.slice(0..fetched.bytes).to_vec();
+        self.landings().push(landing);
+        Ok(bytes)
     }
 
     fn launch(&self, launch: &Launch) -> Result<(), DeviceError> {
@@ -215,6 +417,22 @@ impl Device for Driver {
         // SAFETY: the parameters are those of the kernel (the emulator checks their size for each), and hold addresses
         // of memory that outlives the step.
         unsafe { builder.launch(config) }.map(drop).map_err(|error| failed(&doing, error))
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Graph, DeviceError> {
+        // Of this thread only: what others do with other streams is theirs.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(|error| failed("beginning to record", error))?;
+        work();
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        let graph = graph.map_err(|error| failed("recording", error))?;
+        let graph = graph.ok_or_else(|| failed("recording", "nothing was started"))?;
+        graph.upload().map_err(|error| failed("recording", error))?;
+        Ok(Graph(graph))
+    }
+
+    fn repeat(&self, graph: &Graph) -> Result<(), DeviceError> {
+        graph.0.launch().map_err(|error| failed("repeating what was recorded", error))
     }
 
     fn product(&self, product: &Product) -> Result<(), DeviceError> {
@@ -358,14 +576,69 @@ impl Products {
         if let Some(algorithm) = self.algorithms.get(&shape) {
             return Ok(*algorithm);
         }
+        let algorithm = self.choose(product, operation)?;
+        self.algorithms.insert(shape, algorithm);
+        Ok(algorithm)
+    }
+
+    /// The best algorithm for a full batch of decode that takes any number of rows.
+    fn choose(
+        &self,
+        product: &Product,
+        operation: &Operation,
+    ) -> Result<lt_sys::cublasLtMatmulAlgo_t, lt::CublasError> {
         let [weights, x, out] = layouts(product, ROWS_CHOSEN_FOR)?;
         let preference = Preference::new()?;
+        let mut found = [const { MaybeUninit::<lt_sys::cublasLtMatmulHeuristicResult_t>::uninit() }; ALGORITHMS_TRIED];
+        let mut count = 0;
+        // SAFETY: all descriptors live until the call returns, and there is room for so many results.
+        unsafe {
+            lt_sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                operation.0,
+                weights.0,
+                x.0,
+                out.0,
+                out.0,
+                preference.0,
+                i32::try_from(ALGORITHMS_TRIED).unwrap_or(1),
+                found.as_mut_ptr().cast(),
+                &raw mut count,
+            )
+        }
+        .result()?;
+        // SAFETY: so many were written.
+        let found = found.iter().take(usize::try_from(count).unwrap_or(0)).map(|found| unsafe { found.assume_init() });
+        let chosen = found
+            .filter(|found| found.state.result().is_ok())
+            .find(|found| ROWS_TRIED.iter().all(|rows| self.takes(&found.algo, (product, *rows), operation)));
+        chosen.map(|found| found.algo).ok_or(lt::CublasError(lt_sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))
+    }
+
+    /// Whether an algorithm takes a product with so many rows, and no workspace.
+    fn takes(
+        &self,
+        algorithm: &lt_sys::cublasLtMatmulAlgo_t,
+        (product, rows): (&Product, u64),
+        operation: &Operation,
+    ) -> bool {
+        let Ok([weights, x, out]) = layouts(product, rows) else { return false };
+        let mut found = MaybeUninit::<lt_sys::cublasLtMatmulHeuristicResult_t>::uninit();
         // SAFETY: all descriptors live until the call returns.
-        let found = unsafe {
-            lt::get_matmul_algo_heuristic(self.handle, operation.0, weights.0, x.0, out.0, out.0, preference.0)
-        }?;
-        self.algorithms.insert(shape, found.algo);
-        Ok(found.algo)
+        let checked = unsafe {
+            lt_sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                operation.0,
+                weights.0,
+                x.0,
+                out.0,
+                out.0,
+                algorithm,
+                found.as_mut_ptr(),
+            )
+        };
+        // SAFETY: it was written, unless there was an error.
+        checked.result().is_ok() && unsafe { found.assume_init() }.workspaceSize == 0
     }
 }
 

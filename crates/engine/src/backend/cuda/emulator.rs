@@ -6,7 +6,8 @@
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest as _, Sha256};
 
@@ -23,6 +24,16 @@ const PRODUCT: u32 = 5;
 #[derive(Clone, Debug)]
 pub(crate) struct Emulator {
     pipe: Arc<Mutex<Pipe>>,
+    memory: Arc<Usage>,
+    /// What is asked for is kept here while a step is recorded.
+    recording: Arc<Mutex<Option<Vec<Vec<u8>>>>>,
+}
+
+/// The memory that the device is said to have.
+#[derive(Debug)]
+struct Usage {
+    capacity: u64,
+    used: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -36,18 +47,19 @@ struct Pipe {
 #[derive(Debug)]
 pub(crate) struct EmulatorMemory {
     pipe: Arc<Mutex<Pipe>>,
+    memory: Arc<Usage>,
     address: Address,
+    bytes: u64,
 }
 
 impl Drop for EmulatorMemory {
     fn drop(&mut self) {
+        self.memory.used.fetch_sub(self.bytes, Ordering::Relaxed);
         // A process that is gone has no memory to give back.
-        drop(request(
-            &self.pipe,
-            "giving memory back",
-            &[&RELEASE.to_le_bytes(), &self.address.to_le_bytes()],
-            &mut [],
-        ));
+        let parts: [&[u8]; 2] = [&RELEASE.to_le_bytes(), &self.address.to_le_bytes()];
+        if self.address != 0 {
+            drop(request(&self.pipe, "giving memory back", &parts, &mut []));
+        }
     }
 }
 
@@ -62,6 +74,11 @@ impl Emulator {
     /// Compiles the kernels unless they are compiled, and starts the process. None, with the reason printed, where
     /// there is no C++ compiler.
     pub(crate) fn start() -> Option<Self> {
+        Self::with_memory(1 << 30)
+    }
+
+    /// The same with so many bytes of memory.
+    pub(crate) fn with_memory(capacity: u64) -> Option<Self> {
         if !Command::new("c++").arg("--version").output().is_ok_and(|output| output.status.success()) {
             println!("skipped: there is no C++ compiler (c++) to compile the kernels for the host");
             return None;
@@ -69,11 +86,36 @@ impl Emulator {
         let mut process =
             Command::new(compile()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it was just built");
         let (to, from) = (process.stdin.take().expect("it is piped"), process.stdout.take().expect("it is piped"));
-        Some(Self { pipe: Arc::new(Mutex::new(Pipe { process, to, from })) })
+        let memory = Arc::new(Usage { capacity, used: AtomicU64::new(0) });
+        Some(Self { pipe: Arc::new(Mutex::new(Pipe { process, to, from })), memory, recording: Arc::default() })
+    }
+
+    /// Bytes that were asked for and not given back.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        self.memory.used.load(Ordering::Relaxed)
     }
 
     fn request(&self, doing: &str, parts: &[&[u8]], answer: &mut [u8]) -> Result<(), DeviceError> {
+        if self.recording().is_some() {
+            let message = "nothing but kernels may be recorded".to_owned();
+            return Err(DeviceError { doing: doing.to_owned(), message });
+        }
         request(&self.pipe, doing, parts, answer)
+    }
+}
+
+impl Emulator {
+    fn recording(&self) -> MutexGuard<'_, Option<Vec<Vec<u8>>>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for what may be recorded.
+    fn start_work(&self, doing: &str, parts: &[&[u8]]) -> Result<(), DeviceError> {
+        if let Some(recorded) = self.recording().as_mut() {
+            recorded.push(parts.concat());
+            return Ok(());
+        }
+        request(&self.pipe, doing, parts, &mut [])
     }
 }
 
@@ -118,19 +160,30 @@ fn compile() -> PathBuf {
 
 impl Device for Emulator {
     type Memory = EmulatorMemory;
+    type Fetched = Vec<u8>;
+    type Graph = Vec<Vec<u8>>;
 
     fn name(&self) -> String {
         "emulator".to_owned()
     }
 
     fn free_bytes(&self) -> Result<u64, DeviceError> {
-        Ok(1 << 30)
+        Ok(self.memory.capacity.saturating_sub(self.used_bytes()))
     }
 
     fn allocate(&self, bytes: usize) -> Result<EmulatorMemory, DeviceError> {
+        let used = self.memory.used.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        // Given back with what was asked for, where there is not so much.
+        let mut held =
+            EmulatorMemory { pipe: self.pipe.clone(), memory: self.memory.clone(), address: 0, bytes: bytes as u64 };
+        if used > self.memory.capacity {
+            let message = format!("out of memory: {used} of {} bytes", self.memory.capacity);
+            return Err(DeviceError { doing: format!("allocating {bytes} bytes"), message });
+        }
         let mut address = [0; 8];
         self.request("allocating", &[&ALLOCATE.to_le_bytes(), &(bytes as u64).to_le_bytes()], &mut address)?;
-        Ok(EmulatorMemory { pipe: self.pipe.clone(), address: Address::from_le_bytes(address) })
+        held.address = Address::from_le_bytes(address);
+        Ok(held)
     }
 
     fn address(memory: &EmulatorMemory) -> Address {
@@ -152,6 +205,17 @@ impl Device for Emulator {
         self.request("reading", &[&READ.to_le_bytes(), &from.to_le_bytes(), &count], bytes)
     }
 
+    fn fetch(&self, from: Address, bytes: usize) -> Result<Vec<u8>, DeviceError> {
+        // Everything before it is done, and what comes after it must not show.
+        let mut fetched = vec![0; bytes];
+        self.read(from, &mut fetched)?;
+        Ok(fetched)
+    }
+
+    fn fetched(&self, fetched: Vec<u8>) -> Result<Vec<u8>, DeviceError> {
+        Ok(fetched)
+    }
+
     fn launch(&self, launch: &Launch) -> Result<(), DeviceError> {
         let name = launch.kernel.as_bytes();
         let [x, y, z] = launch.grid;
@@ -159,7 +223,17 @@ impl Device for Emulator {
         let shape = [LAUNCH, length(name)].map(u32::to_le_bytes).concat();
         let params = launch.params.bytes();
         let rest = [x, y, z, launch.threads, launch.shared_bytes, length(params)].map(u32::to_le_bytes).concat();
-        self.request(&format!("running {}", launch.kernel), &[&shape, name, &rest, params], &mut [])
+        self.start_work(&format!("running {}", launch.kernel), &[&shape, name, &rest, params])
+    }
+
+    fn record(&self, work: &mut dyn FnMut()) -> Result<Vec<Vec<u8>>, DeviceError> {
+        *self.recording() = Some(Vec::new());
+        work();
+        Ok(self.recording().take().unwrap_or_default())
+    }
+
+    fn repeat(&self, graph: &Vec<Vec<u8>>) -> Result<(), DeviceError> {
+        graph.iter().try_for_each(|recorded| self.start_work("repeating", &[recorded]))
     }
 
     fn product(&self, product: &Product) -> Result<(), DeviceError> {
@@ -171,6 +245,6 @@ impl Device for Emulator {
         // The struct ends on a multiple of 8, then comes the type.
         let numbers = [size(product.rows), size(product.outputs), size(product.inputs), single, adds, 0, dtype];
         let numbers = numbers.map(u32::to_le_bytes).concat();
-        self.request("multiplying", &[&PRODUCT.to_le_bytes(), &pointers, &numbers], &mut [])
+        self.start_work("multiplying", &[&PRODUCT.to_le_bytes(), &pointers, &numbers])
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Never here: what a model is made of (the decoder), or which rows a step has (`work.rs`).
 
-use crate::backend::cuda::device::{Address, Device, DeviceError, Dtype, Launch, Params};
+use crate::backend::cuda::device::{Address, Adds, Device, DeviceError, Dtype, Launch, Params, Product, Written};
 use crate::backend::{Heads, Write};
 use crate::config::Activation;
 use crate::kv::BLOCK_TOKENS;
@@ -25,6 +25,14 @@ const ELEMENT_THREADS: u32 = 256;
 const ROPE_THREADS: u32 = 128;
 const DECODE_THREADS: u32 = 128;
 const SAMPLER_THREADS: u32 = 512;
+const QUANTIZED_THREADS: u32 = 128;
+
+/// Outputs and rows that a block of a product with quantised weights makes.
+const QUANTIZED_TILE: [usize; 2] = [16, 64];
+
+/// Values of a quantised row that a thread or a step takes at once.
+pub(crate) const QUANTIZED_STEP: usize = 32;
+const QUANTIZED_VALUES: usize = 8;
 
 /// A device with the element type of a model.
 #[derive(Debug)]
@@ -98,6 +106,19 @@ pub(crate) struct DecodeWork {
     pub(crate) at_once: usize,
     pub(crate) partials: Address,
     pub(crate) stats: Address,
+}
+
+/// Quantised weights on a device, see quantized.cu.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Quants {
+    pub(crate) quants: Address,
+    pub(crate) scales: Address,
+    /// Or nothing.
+    pub(crate) minimums: Address,
+    pub(crate) block: usize,
+    pub(crate) lowest: i8,
+    /// Quants in a byte: 1 or 2.
+    pub(crate) in_byte: usize,
 }
 
 /// What a sampler reads and writes; see sampler.cu.
@@ -235,7 +256,52 @@ impl<D: Device> Kernels<D> {
         self.start("sample_f32".to_owned(), [sample.count, 1, 1], (SAMPLER_THREADS, 0), params)
     }
 
+    /// A product whose weights are quantised; those of `product` are not looked at.
+    pub(crate) fn quantized_product(&self, quants: &Quants, product: &Product) -> Result<(), DeviceError> {
+        let Product { x, bias, out, rows, outputs, inputs, written, adds, .. } = *product;
+        let flags = [usize::from(written == Written::Single), usize::from(adds == Adds::Yes)];
+        let params = Params::default()
+            .pointers(&[quants.quants, quants.scales, quants.minimums, x, bias, out])
+            .numbers(&[rows, outputs, inputs, quants.block, quants.lowest_word(), quants.in_byte - 1])
+            .numbers(&flags);
+        let grid = [outputs.div_ceil(QUANTIZED_TILE[0]), rows.div_ceil(QUANTIZED_TILE[1]), 1];
+        self.launch("quantized", grid, (QUANTIZED_THREADS, 0), params)
+    }
+
+    /// Rows of a quantised table, as `gather_rows`.
+    pub(crate) fn quantized_rows(
+        &self,
+        quants: &Quants,
+        [rows, out]: [Address; 2],
+        (count, width): (usize, usize),
+        write: Write,
+    ) -> Result<(), DeviceError> {
+        let params = Params::default()
+            .pointers(&[quants.quants, quants.scales, quants.minimums, rows, out])
+            .numbers(&[count * width, width, quants.block, quants.lowest_word(), quants.in_byte - 1, adds(write)]);
+        let threads = (count * width).div_ceil(QUANTIZED_VALUES);
+        let grid = [threads.div_ceil(QUANTIZED_THREADS as usize), 1, 1];
+        self.launch("quantized_rows", grid, (QUANTIZED_THREADS, 0), params)
+    }
+
+    /// Puts tokens that were chosen before in place of ids that stand for them.
+    pub(crate) fn resolve(
+        &self,
+        [ids, chosen]: [Address; 2],
+        count: usize,
+        vocabulary: usize,
+    ) -> Result<(), DeviceError> {
+        let params = Params::default().pointers(&[ids, chosen]).numbers(&[count, vocabulary]);
+        let grid = [count.div_ceil(ELEMENT_THREADS as usize), 1, 1];
+        self.start("resolve_u32".to_owned(), grid, (ELEMENT_THREADS, 0), params)
+    }
+
     fn elementwise(&self, kernel: &str, count: usize, params: Params) -> Result<(), DeviceError> {
+        if u32::try_from(count).is_err() {
+            // The kernels count in 32 bits, and would leave out the rest.
+            let (doing, message) = (format!("starting {kernel}"), format!("{count} values are too many"));
+            return Err(DeviceError { doing, message });
+        }
         let grid = [count.div_ceil(ELEMENT_THREADS as usize), 1, 1];
         self.launch(kernel, grid, (ELEMENT_THREADS, 0), params)
     }
@@ -266,6 +332,13 @@ impl<D: Device> Kernels<D> {
         let grid = [x.map_err(limit)?, y.map_err(limit)?, z.map_err(limit)?];
         let shared_bytes = u32::try_from(shared).unwrap_or(u32::MAX);
         self.device.launch(&Launch { kernel, grid, threads, shared_bytes, params })
+    }
+}
+
+impl Quants {
+    /// The bits of the smallest quant as a number of 32.
+    fn lowest_word(&self) -> usize {
+        i32::from(self.lowest).cast_unsigned() as usize
     }
 }
 

@@ -8,12 +8,15 @@
 //! request ends with an error and none with a wrong token.
 
 pub(crate) mod check;
+mod choices;
 pub(crate) mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod driver;
 #[cfg(test)]
 pub(crate) mod emulator;
+mod graphs;
 pub(crate) mod launch;
+pub(crate) mod ring;
 pub(crate) mod sampling;
 mod step;
 #[cfg(test)]
@@ -25,18 +28,27 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 
+use crate::ask::{Ask, Chosen};
+use crate::backend::cuda::choices::Choices;
 use crate::backend::cuda::device::{Address, Adds, Device, DeviceError, Dtype, Product, Written};
-use crate::backend::cuda::launch::{Attention, HEAD_WIDTHS, Kernels, Norm, Rope, RowArrays, block_values};
+use crate::backend::cuda::graphs::Graphs;
+use crate::backend::cuda::launch::{
+    Attention, HEAD_WIDTHS, Kernels, Norm, QUANTIZED_STEP, Quants, Rope, RowArrays, block_values,
+};
 use crate::backend::cuda::step::StepArrays;
-use crate::backend::{Angles, Backend, Batch, Dense, Heads, Write};
+use crate::backend::{Angles, Backend, Batch, Dense, Heads, Largest, Write};
 use crate::config::Activation;
 use crate::measure::Widths;
+use crate::quantized::Quantized;
 
 /// A CUDA device as a backend.
 #[derive(Debug)]
 pub(crate) struct Cuda<D: Device> {
     kernels: Kernels<D>,
     step: Mutex<StepArrays<D>>,
+    choices: Mutex<Choices<D>>,
+    /// Recorded steps, where steps are recorded.
+    graphs: Option<Mutex<Graphs<D>>>,
     fault: OnceLock<DeviceError>,
 }
 
@@ -59,6 +71,18 @@ pub(crate) struct Matrix<D: Device> {
     memory: Option<D::Memory>,
     outputs: usize,
     inputs: usize,
+    /// Where the weights are quantised.
+    quantized: Option<Blocks<D>>,
+}
+
+/// What belongs to quants, by blocks.
+#[derive(Debug)]
+struct Blocks<D: Device> {
+    scales: Option<D::Memory>,
+    minimums: Option<D::Memory>,
+    block: usize,
+    lowest: i8,
+    in_byte: usize,
 }
 
 /// The keys of all layers, each `[block][key head][16 tokens][width]`, then their values,
@@ -75,7 +99,13 @@ impl<D: Device> Cuda<D> {
     /// A backend on a device, for weights of this type.
     pub(crate) fn new(device: D, dtype: Dtype) -> Self {
         let kernels = Kernels { device, dtype };
-        Self { kernels, step: Mutex::new(StepArrays::default()), fault: OnceLock::new() }
+        let (step, choices) = (Mutex::new(StepArrays::default()), Mutex::new(Choices::default()));
+        Self { kernels, step, choices, graphs: None, fault: OnceLock::new() }
+    }
+
+    /// The same with steps of decode that are recorded and repeated.
+    pub(crate) fn with_graphs(self) -> Self {
+        Self { graphs: Some(Mutex::default()), ..self }
     }
 
     /// Does something, unless the device has failed, and keeps what goes wrong.
@@ -101,6 +131,10 @@ impl<D: Device> Cuda<D> {
     fn step(&self) -> MutexGuard<'_, StepArrays<D>> {
         // What a panic left behind is written anew at the next step's beginning.
         self.step.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn choices(&self) -> MutexGuard<'_, Choices<D>> {
+        self.choices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hold(&self, bytes: &[u8]) -> Option<D::Memory> {
@@ -177,6 +211,24 @@ impl<D: Device> Matrix<D> {
     fn at(&self) -> Address {
         self.memory.as_ref().map_or(0, D::address)
     }
+
+    /// Where the weights are quantised: where they are.
+    fn quants(&self) -> Option<Quants> {
+        let Blocks { scales, minimums, block, lowest, in_byte } = self.quantized.as_ref()?;
+        let [scales, minimums] = [scales, minimums].map(|memory| memory.as_ref().map_or(0, D::address));
+        Some(Quants { quants: self.at(), scales, minimums, block: *block, lowest: *lowest, in_byte: *in_byte })
+    }
+}
+
+/// Quants less the smallest that may be, one or two to a byte.
+pub(crate) fn packed(quants: &[i8], lowest: i8, in_byte: usize) -> Vec<u8> {
+    let above = |quant: i8| quant.wrapping_sub(lowest).cast_unsigned();
+    let mut bytes = vec![0; quants.len() / in_byte];
+    let parts = bytes.par_iter_mut().zip(quants.par_chunks_exact(in_byte)).with_min_len(1 << 14);
+    parts.for_each(|(byte, quants)| {
+        *byte = quants.iter().rev().fold(0, |byte, quant| byte << 4 | above(*quant));
+    });
+    bytes
 }
 
 impl<D: Device> Cache<D> {
@@ -221,6 +273,29 @@ impl<D: Device> Backend for Cuda<D> {
         self.heed(|| self.device().free_bytes())
     }
 
+    fn reserve(&self, largest: &Largest) {
+        if let Some(graphs) = &self.graphs {
+            // They have the addresses of buffers that go now.
+            *graphs.lock().unwrap_or_else(PoisonError::into_inner) = Graphs::default();
+        }
+        self.heed(|| {
+            self.step().reserve(self.device(), largest)?;
+            self.choices().reserve(self.device(), largest)
+        });
+    }
+
+    fn chooses(&self) -> bool {
+        true
+    }
+
+    fn choose(&self, (logits, width): (&Buffer<D>, usize), asks: &[Ask]) {
+        self.heed(|| self.choices().choose(&self.kernels, (logits.at(), width), asks));
+    }
+
+    fn chosen(&self) -> Option<Vec<Chosen>> {
+        self.heed(|| self.choices().take(self.device()))
+    }
+
     fn fault(&self) -> Option<String> {
         self.fault.get().map(ToString::to_string)
     }
@@ -230,7 +305,22 @@ impl<D: Device> Backend for Cuda<D> {
         let mut bytes = vec![0; 2 * dense.values.len()];
         let pairs = bytes.as_chunks_mut().0.par_iter_mut().zip(&dense.values);
         pairs.with_min_len(1 << 14).for_each(|(bytes, value)| *bytes = dtype.round(*value).to_le_bytes());
-        Matrix { memory: self.hold(&bytes), outputs: dense.outputs, inputs: dense.inputs }
+        Matrix { memory: self.hold(&bytes), outputs: dense.outputs, inputs: dense.inputs, quantized: None }
+    }
+
+    fn quantized(&self, quantized: Quantized) -> Matrix<D> {
+        let Quantized { outputs, inputs, block, lowest, bits, quants, scales, minimums } = quantized;
+        if !inputs.is_multiple_of(QUANTIZED_STEP) || !block.is_multiple_of(8) {
+            let quantized = Quantized { outputs, inputs, block, lowest, bits, quants, scales, minimums };
+            let values = quantized.values();
+            return self.matrix(Dense { outputs, inputs, values });
+        }
+        let in_byte = if bits == 4 { 2 } else { 1 };
+        let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
+        let minimums = minimums.and_then(|minimums| self.hold(&floats(&minimums)));
+        let blocks = Blocks { scales: self.hold(&floats(&scales)), minimums, block, lowest, in_byte };
+        let memory = self.hold(&packed(&quants, lowest, in_byte));
+        Matrix { memory, outputs, inputs, quantized: Some(blocks) }
     }
 
     fn upload(&self, values: Vec<f32>) -> Buffer<D> {
@@ -257,7 +347,25 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn begin(&self, batch: &Batch) {
-        self.heed(|| self.step().begin(&self.kernels, batch));
+        self.heed(|| {
+            let chosen = self.choices().ids();
+            self.step().begin(&self.kernels, batch, chosen)
+        });
+    }
+
+    fn rows_of(&self, sequences: usize, most: usize) -> Option<usize> {
+        self.graphs.as_ref().and_then(|_| graphs::rows_of(sequences, most))
+    }
+
+    fn repeat(&self, batch: &Batch, work: &mut dyn FnMut()) {
+        let shape = self.graphs.as_ref().and_then(|_| self.heed(|| self.step().shape(&self.kernels, batch))?);
+        match (&self.graphs, shape) {
+            (Some(graphs), Some(shape)) => {
+                let mut graphs = graphs.lock().unwrap_or_else(PoisonError::into_inner);
+                self.heed(|| graphs.run(self.device(), shape, work));
+            }
+            _ => work(),
+        }
     }
 
     fn cache(&self, layers: usize, blocks: usize, heads: &Heads) -> Cache<D> {
@@ -285,7 +393,11 @@ impl<D: Device> Backend for Cuda<D> {
     fn embed(&self, table: &Matrix<D>, ids: &[u32], out: &mut Buffer<D>, write: Write) {
         self.heed(|| {
             let rows = self.step().stage(self.device(), ids)?;
-            self.kernels.gather_rows([table.at(), rows, out.at()], (ids.len(), table.inputs), write)
+            let size = (ids.len(), table.inputs);
+            match table.quants() {
+                Some(quants) => self.kernels.quantized_rows(&quants, [rows, out.at()], size, write),
+                None => self.kernels.gather_rows([table.at(), rows, out.at()], size, write),
+            }
         });
     }
 
@@ -298,7 +410,7 @@ impl<D: Device> Backend for Cuda<D> {
         write: Write,
     ) {
         self.heed(|| {
-            self.device().product(&Product {
+            let product = Product {
                 dtype: self.kernels.dtype,
                 weights: matrix.at(),
                 x: x.at(),
@@ -309,7 +421,11 @@ impl<D: Device> Backend for Cuda<D> {
                 inputs: matrix.inputs,
                 written: out.written,
                 adds: if write == Write::Add { Adds::Yes } else { Adds::No },
-            })
+            };
+            match matrix.quants() {
+                Some(quants) => self.kernels.quantized_product(&quants, &product),
+                None => self.device().product(&product),
+            }
         });
     }
 

@@ -1,10 +1,18 @@
 //! The whole backend on the kernels compiled for the host: every fixture's logits, and the promise that they do not
 //! depend on chunks or neighbours.
 
+use std::path::PathBuf;
+use std::sync::mpsc::channel;
+
 use super::*;
 use crate::backend::cuda::check::Dice;
+use crate::backend::cuda::check::schedules::{REQUESTS, request};
 use crate::backend::cuda::emulator::Emulator;
 use crate::decoder::tests::fixtures;
+use crate::decoder::{Decoder, Forward as _, Room};
+use crate::shape::Shaper;
+use crate::weights::Weights;
+use crate::{Completion, Engine, EngineOptions, Event, FinishReason, Model, ModelPaths, Request, StartError};
 
 /// Every fixture on a device of this type.
 fn check_fixtures(dtype: Dtype) {
@@ -42,6 +50,144 @@ fn random_schedules_with_cancellations_change_no_text() {
         if let Err(wrong) = check::schedules::schedules(&device, &folder, 6, &mut dice) {
             panic!("{name}: {wrong}");
         }
+    }
+}
+
+fn fixture(name: &str) -> PathBuf {
+    fixtures().into_iter().find(|folder| folder.ends_with(name)).unwrap()
+}
+
+fn start(device: &Emulator, name: &str, options: EngineOptions) -> Result<Engine, StartError> {
+    let paths = ModelPaths { model_path: fixture(name), tokenizer_path: None };
+    let model = Model::on(&paths, ("bfloat16", None), || Ok(Cuda::new(device.clone(), Dtype::Bf16))).unwrap();
+    Engine::start_after_dry_run(model, options)
+}
+
+fn run(engine: &Engine, request: Request) -> Completion {
+    let (sender, events) = channel();
+    engine.submit(request, Box::new(move |event| drop(sender.send(event)))).unwrap();
+    match events.iter().last() {
+        Some(Event::Finished(done)) => done,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The tokens that follow a prompt, each computed and drawn by itself: logits on the host, shaped as for the CPU, and the
+/// sampler's twin.
+fn one_by_one(decoder: &mut Decoder<Cuda<Emulator>>, (prompt, ends): (&[u32], &[u32]), request: &Request) -> Vec<u32> {
+    let mut shaper = Shaper::new(request.shaping.clone(), ends.to_vec(), prompt);
+    let (mut ids, table, mut start) = (prompt.to_vec(), (0..20).collect::<Vec<u32>>(), 0);
+    while ids.len() < prompt.len() + request.max_tokens
+        && !(ids.len() > prompt.len() && ends.contains(&ids[ids.len() - 1]))
+    {
+        let mut batch = Batch::default();
+        batch.push(&ids[start..], start, ids.len(), &table);
+        batch.want_logits();
+        start = ids.len();
+        let mut logits = decoder.forward(&batch).to_vec();
+        shaper.apply(&mut logits);
+        let sampling = crate::sampler::Sampling {
+            temperature: request.temperature,
+            top_k: request.top_k,
+            top_p: request.top_p,
+            min_p: request.min_p,
+            seed: request.seed,
+            sample: 0,
+        };
+        let position = u32::try_from(ids.len()).unwrap();
+        let ask = Ask { sampling, position, known: None, ..Ask::nothing() };
+        let token = twin::choose(&sampling::sampled(&[ask], 1, 1)[0].rows[0], &logits);
+        ids.push(token);
+        shaper.count(token);
+    }
+    ids.split_off(prompt.len())
+}
+
+#[test]
+fn an_engines_tokens_are_those_of_each_step_by_itself() {
+    let Some(device) = Emulator::start() else { return };
+    let engine = start(&device, "gpt2", EngineOptions { kv_tokens: 4096, ..EngineOptions::default() }).unwrap();
+    let folder = fixture("gpt2");
+    let config = crate::config::Config::read(&folder).unwrap();
+    let mut weights = Weights::open(&folder).unwrap();
+    let mut decoder = Decoder::load(Cuda::new(device, Dtype::Bf16), config, &mut weights).unwrap();
+    decoder.reserve(Room { rows: 256, outputs: 1, blocks: 40, tokens: 640 });
+    let mut ended_early = 0;
+    for index in 0..REQUESTS {
+        // What the grammar allows and what a text stops at is not known here.
+        let request = Request { form: None, stop: Vec::new(), logprobs: Some(2), max_tokens: 24, ..request(index) };
+        let prompt = engine.card().prompt_tokens(&request.prompt, &[], 0).unwrap();
+        let ends = engine.card().end_tokens(&request.prompt);
+        let expected = one_by_one(&mut decoder, (&prompt, &ends), &request);
+        let done = run(&engine, request);
+        let tokens: Vec<u32> = done.logprobs.iter().map(|scored| scored.token).collect();
+        assert_eq!(tokens, expected, "request {index}");
+        assert_eq!(done.reason == FinishReason::Stop, tokens.last().is_some_and(|token| ends.contains(token)));
+        ended_early += usize::from(tokens.len() < 24);
+    }
+    println!("{ended_early} of {REQUESTS} came to an end token");
+}
+
+#[test]
+fn a_recorded_step_is_the_step() {
+    let Some(device) = Emulator::start() else { return };
+    let load = |backend| {
+        let folder = fixture("qwen2");
+        let config = crate::config::Config::read(&folder).unwrap();
+        let mut decoder = Decoder::load(backend, config, &mut Weights::open(&folder).unwrap()).unwrap();
+        decoder.reserve(Room { rows: 64, outputs: 4, blocks: 100, tokens: 600 });
+        decoder
+    };
+    let mut plain = load(Cuda::new(device.clone(), Dtype::Bf16));
+    let mut recorded = load(Cuda::new(device, Dtype::Bf16).with_graphs());
+    let tables: Vec<Vec<u32>> = (0..3).map(|sequence| (0..33).map(|block| 33 * sequence + block).collect()).collect();
+    let (mut batch, mut dice) = (Batch::default(), Dice::new(3));
+    for decoder in [&mut plain, &mut recorded] {
+        for table in &tables {
+            let ids: Vec<u32> = (0..262).collect();
+            for (number, part) in ids.chunks(50).enumerate() {
+                let mut batch = Batch::default();
+                batch.push(part, 50 * number, ids.len(), table);
+                decoder.forward(&batch);
+            }
+        }
+    }
+    // From one chunk of attention to two, with other tokens in each step.
+    for step in 250..262 {
+        batch.clear();
+        for (sequence, table) in tables.iter().take(1 + step % 3).enumerate() {
+            let position = step - 3 * sequence;
+            batch.push(&[u32::try_from(dice.of(0..600)).unwrap()], position, position + 1, table);
+            batch.want_logits();
+        }
+        let expected = plain.forward(&batch);
+        assert!(expected.iter().all(|logit| logit.is_finite()) && recorded.forward(&batch) == expected, "step {step}");
+    }
+    assert_eq!(recorded.backend().fault(), None);
+    let graphs = recorded.backend().graphs.as_ref().unwrap().lock().unwrap();
+    assert_eq!(graphs.count(), 6, "three numbers of sequences, with one chunk and with two");
+}
+
+#[test]
+fn the_cache_takes_what_the_largest_step_leaves_and_nothing_is_taken_later() {
+    let capacity = 24 << 20;
+    let Some(device) = Emulator::with_memory(capacity) else { return };
+    let wanted = EngineOptions { kv_tokens: 1 << 24, max_sequences: 4, step_tokens: 64, ..EngineOptions::default() };
+    let engine = start(&device, "mistral", wanted).unwrap();
+    let (got, used) = (engine.options().kv_tokens, device.used_bytes());
+    assert!(got > 1024 && got < wanted.kv_tokens, "{got}");
+    assert!(used > capacity / 10 * 9 && used <= capacity, "{used}");
+    for index in 0..REQUESTS {
+        run(&engine, request(index));
+    }
+    assert_eq!(device.used_bytes(), used, "steps take no memory");
+    drop(engine);
+    assert_eq!(device.used_bytes(), 0);
+
+    let Some(device) = Emulator::with_memory(1 << 20) else { return };
+    match start(&device, "mistral", wanted) {
+        Err(StartError::Device { message }) => assert!(message.contains("out of memory"), "{message}"),
+        other => panic!("{other:?}"),
     }
 }
 

@@ -5,7 +5,7 @@
 
 mod attention;
 pub(crate) mod model;
-mod product;
+pub(crate) mod product;
 mod rows;
 mod sampler;
 pub(crate) mod schedules;
@@ -34,10 +34,13 @@ pub(crate) type Case<D> = (&'static str, fn(&Bench<D>, &mut Dice) -> Result<(), 
 pub(crate) fn cases<D: Device>() -> Vec<Case<D>> {
     vec![
         ("product", product::product),
+        ("rows of a product", product::invariance),
+        ("quantised product", product::quantized),
         ("norm", rows::norm),
         ("fused norm", rows::fused_norm),
         ("activation", rows::activation),
         ("gather", rows::gather),
+        ("chosen before", rows::resolve),
         ("add rows", rows::add_rows),
         ("scale and cap", rows::scale_and_cap),
         ("rope and write", rows::rope_store),
@@ -46,6 +49,7 @@ pub(crate) fn cases<D: Device>() -> Vec<Case<D>> {
         ("sampling", sampler::drawn),
         ("shaping", sampler::shaped),
         ("log probabilities", sampler::scored),
+        ("known tokens", sampler::known),
         ("broken logits", sampler::broken),
     ]
 }
@@ -169,7 +173,7 @@ impl Dice {
     }
 
     /// A number of a range.
-    fn of(&mut self, range: Range<usize>) -> usize {
+    pub(crate) fn of(&mut self, range: Range<usize>) -> usize {
         range.start + self.word() as usize % (range.end - range.start)
     }
 
@@ -230,11 +234,14 @@ mod tests {
     }
 
     rehearse! {
-        products_do_not_depend_on_other_rows: "product",
+        products_are_near_the_definition: "product",
+        products_do_not_depend_on_other_rows: "rows of a product",
+        quantised_products_are_those_of_the_values: "quantised product",
         norms_are_those_of_the_cpu: "norm",
         a_fused_norm_is_an_addition_and_a_norm: "fused norm",
         activations_are_those_of_the_cpu: "activation",
         rows_are_gathered: "gather",
+        tokens_chosen_before_stand_for_themselves: "chosen before",
         rows_are_added: "add rows",
         values_are_scaled_and_capped: "scale and cap",
         keys_are_normed_rotated_and_written: "rope and write",
@@ -243,6 +250,7 @@ mod tests {
         tokens_are_drawn_as_by_the_twin: "sampling",
         logits_are_shaped_as_on_the_cpu: "shaping",
         log_probabilities_are_those_of_the_cpu: "log probabilities",
+        tokens_that_are_known_are_scored: "known tokens",
         logits_that_are_no_numbers_give_no_token: "broken logits",
     }
 }

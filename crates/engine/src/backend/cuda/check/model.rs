@@ -87,7 +87,7 @@ pub(crate) fn fixture<D: Device + Clone>(device: &D, folder: &Path, dtype: Dtype
     let mut weights = Weights::open(folder).map_err(|error| wrong(folder, error))?;
     let decoder = Decoder::load(Cuda::new(device.clone(), dtype), config, &mut weights);
     let mut decoder = decoder.map_err(|error| wrong(folder, error))?;
-    decoder.reserve(Room { rows: 256, outputs: 8, blocks: 40 });
+    decoder.reserve(Room { rows: 256, outputs: 8, blocks: 40, tokens: 640 });
     let each: Vec<Vec<f32>> = cases.iter().map(|case| logits(&mut decoder, &case.ids, 128)).collect();
     let worst = each.iter().zip(&cases).map(|(found, case)| apart(found, &case.logits)).fold(0.0, f32::max);
     // A NaN is not within.

@@ -1,5 +1,6 @@
 //! Kernels that work on rows: norms, activations, tables, rotation.
 
+use crate::ask::CHOSEN_BEFORE;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::check::{Bench, Dice, Wrong, same};
 use crate::backend::cuda::device::Device;
@@ -105,6 +106,27 @@ pub(super) fn gather<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
     bench.kernels.gather_rows([held.at(), held_ids.at(), out.at()], (rows, width), Write::Add)?;
     let twice: Vec<f32> = expected.iter().map(|x| x + x).collect();
     same("added rows", &bench.read_halves(&out)?, &twice, (0.0, 0.0))
+}
+
+/// Ids that stand for tokens chosen before become these; what is no token becomes one.
+pub(super) fn resolve<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(), Wrong> {
+    let (count, chosen_count, vocabulary) = (dice.of(1..700), dice.of(1..9), 50);
+    let mut chosen: Vec<u32> = (0..chosen_count).map(|_| dice.word() % vocabulary).collect();
+    chosen[0] = u32::MAX;
+    let before = |dice: &mut Dice| CHOSEN_BEFORE | (dice.word() % u32::try_from(chosen_count).unwrap_or(1));
+    let ids: Vec<u32> =
+        (0..count).map(|_| if dice.chance() { before(dice) } else { dice.word() % vocabulary }).collect();
+    let expected = ids.iter().map(|id| match id & CHOSEN_BEFORE {
+        0 => *id,
+        _ => Some(chosen[(id & !CHOSEN_BEFORE) as usize]).filter(|token| *token < vocabulary).unwrap_or(0),
+    });
+    let [held, held_chosen] = [bench.words(&ids)?, bench.words(&chosen)?];
+    bench.kernels.resolve([held.at(), held_chosen.at()], count, vocabulary as usize)?;
+    let found = bench.read_words(&held)?;
+    match found.iter().copied().zip(expected).position(|(found, expected)| found != expected) {
+        None => Ok(()),
+        Some(index) => Err(Wrong::Differs(format!("id {index} became {}, of {ids:?} and {chosen:?}", found[index]))),
+    }
 }
 
 pub(super) fn add_rows<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(), Wrong> {

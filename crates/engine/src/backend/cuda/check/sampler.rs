@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use crate::backend::cuda::check::{Bench, Dice, Wrong, same};
 use crate::backend::cuda::device::Device;
 use crate::backend::cuda::launch::Sample;
-use crate::backend::cuda::sampling::{NONE, SamplerEntry, SamplerRow};
+use crate::backend::cuda::sampling::{NONE, SamplerRow, entry_bytes};
 use crate::backend::cuda::twin;
 use crate::sampler::{FORBIDDEN, Workspace, score};
-use crate::shape::{Shaper, Shaping};
+use crate::shape::{Change, Shaper, Shaping};
 
 /// Best tokens that are told at most.
 const TOP: usize = 5;
@@ -37,27 +37,30 @@ fn row(dice: &mut Dice) -> SamplerRow {
         entries: [0, 0],
         mask: NONE,
         logprobs: NONE,
+        known: NONE,
+        shaped: NONE,
     }
 }
 
-/// Logits with ties: halves of whole numbers now and then.
+/// Logits with ties: halves of whole numbers now and then. None is a negative zero, which is not another number and has
+/// other bits.
 fn logits(dice: &mut Dice, count: usize) -> Vec<f32> {
     let coarse = dice.chance();
     let logit = |x: f32| if coarse { (x * 2.0).round() / 2.0 } else { x };
-    (0..count).map(|_| logit(dice.float() * 16.0 - 8.0)).collect()
+    (0..count).map(|_| logit(dice.float() * 16.0 - 8.0) + 0.0).collect()
 }
 
 fn sample<D: Device>(
     bench: &Bench<D>,
     logits: &[f32],
     rows: &[SamplerRow],
-    (entries, masks): (&[SamplerEntry], &[u32]),
+    (entries, masks): (&[Change], &[u32]),
 ) -> Result<Found, Wrong> {
     let (count, bytes) = (rows.len(), |rows: usize| 4 * rows);
     let held_logits = bench.floats(logits)?;
     let shaped = bench.poisoned(bytes(logits.len()))?;
     let held_rows = bench.hold(&rows.iter().flat_map(SamplerRow::bytes).collect::<Vec<_>>())?;
-    let held_entries = bench.hold(&entries.iter().flat_map(SamplerEntry::bytes).collect::<Vec<_>>())?;
+    let held_entries = bench.hold(&entries.iter().flat_map(entry_bytes).collect::<Vec<_>>())?;
     let held_masks = bench.words(masks)?;
     let [ids, logprobs] = [bench.poisoned(bytes(count))?, bench.poisoned(bytes(count))?];
     let [top_ids, top_logprobs] = [bench.poisoned(bytes(count * TOP))?, bench.poisoned(bytes(count * TOP))?];
@@ -121,15 +124,17 @@ pub(super) fn shaped<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
     let token = |dice: &mut Dice| u32::try_from(dice.of(0..vocabulary)).unwrap_or(0);
     let tokens = |dice: &mut Dice, count: usize| (0..count).map(|_| token(dice)).collect::<Vec<u32>>();
     let (prompt, generated, ends) = (tokens(dice, 9), tokens(dice, 12), tokens(dice, 2));
-    let logit_bias: BTreeMap<u32, f32> = (0..5).map(|_| (token(dice), dice.one(&[-100.0, -1.5, 0.25, 3.0]))).collect();
+    let logit_bias: BTreeMap<u32, f32> =
+        (0..5).map(|_| (token(dice), dice.one(&[-100.0, -1.5, 0.25, 3.0, 3e38]))).collect();
+    let usual = dice.float() * 2.0 - 0.5;
     let shaping = Shaping {
         logit_bias,
-        frequency_penalty: dice.float() * 2.0 - 0.5,
+        frequency_penalty: dice.one(&[usual, 3e38]),
         presence_penalty: dice.float() * 2.0 - 0.5,
-        repetition_penalty: dice.one(&[1.0, 1.3, 0.7]),
+        repetition_penalty: dice.one(&[1.0, 1.3, 0.7, 1e-38]),
         min_tokens: dice.one(&[0, 100]),
     };
-    let mut shaper = Shaper::new(shaping.clone(), ends.clone(), &prompt);
+    let mut shaper = Shaper::new(shaping.clone(), ends, &prompt);
     generated.iter().for_each(|token| shaper.count(*token));
     let mut expected = logits.clone();
     shaper.apply(&mut expected);
@@ -139,24 +144,7 @@ pub(super) fn shaped<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
             *logit = FORBIDDEN;
         }
     }
-    let mut entries: BTreeMap<u32, SamplerEntry> = BTreeMap::new();
-    let repeats = shaping.repetition_penalty != 1.0;
-    let blank = |token| SamplerEntry { token, bias: 0.0, count: 0, repeats: false, forbidden: false };
-    for (token, bias) in &shaping.logit_bias {
-        entries.entry(*token).or_insert(blank(*token)).bias = *bias;
-    }
-    for token in prompt.iter().chain(&generated) {
-        entries.entry(*token).or_insert(blank(*token)).repeats = repeats;
-    }
-    for token in &generated {
-        entries.entry(*token).or_insert(blank(*token)).count += 1;
-    }
-    if shaping.min_tokens > 0 {
-        for token in &ends {
-            entries.entry(*token).or_insert(blank(*token)).forbidden = true;
-        }
-    }
-    let entries: Vec<SamplerEntry> = entries.into_values().collect();
+    let entries = shaper.changes().tokens;
     let row = SamplerRow {
         repetition: shaping.repetition_penalty,
         frequency: shaping.frequency_penalty,
@@ -164,12 +152,27 @@ pub(super) fn shaped<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
         // A mask of something else stands before.
         mask: 1,
         entries: [0, u32::try_from(entries.len()).unwrap_or(0)],
+        shaped: 0,
         ..row(dice)
     };
     let masks = [vec![0], mask].concat();
     let found = sample(bench, &logits, &[row], (&entries, &masks))?;
     same("shaped logits", &found.shaped, &expected, (0.0, 0.0))?;
     same_token(found.ids[0], twin::choose(&row, &expected), &row)
+}
+
+/// A token that is known is scored, whatever else the row says.
+pub(super) fn known<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(), Wrong> {
+    let vocabulary = dice.of(1..900);
+    let logits = logits(dice, 2 * vocabulary);
+    let known = u32::try_from(dice.of(0..vocabulary)).unwrap_or(0);
+    let asked = SamplerRow { logprobs: 1, known, ..row(dice) };
+    let found = sample(bench, &logits, &[asked, SamplerRow { logprobs: NONE, ..asked }], (&[], &[]))?;
+    same_token(found.ids[0], known, &asked)?;
+    same_token(found.ids[1], known, &asked)?;
+    let wanted = score(&logits[..vocabulary], known, 1, &mut Workspace::default());
+    let wanted = wanted.map_err(|error| Wrong::Differs(error.to_string()))?;
+    same("log probability", &[found.logprobs[0]], &[wanted.logprob], (1e-5, 1e-5))
 }
 
 pub(super) fn scored<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(), Wrong> {
@@ -195,9 +198,13 @@ pub(super) fn broken<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
     let (count, vocabulary) = (3, dice.of(2..900));
     let mut logits = logits(dice, count * vocabulary);
     let rows: Vec<_> = (0..count).map(|_| row(dice)).collect();
-    logits[vocabulary + dice.of(0..vocabulary)] = dice.one(&[f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+    let broken = [dice.of(0..vocabulary), dice.of(0..vocabulary)];
+    for at in broken {
+        logits[vocabulary + at] = dice.one(&[f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+    }
     let found = sample(bench, &logits, &rows, (&[], &[]))?;
     same_token(found.ids[1], NONE, &rows[1])?;
+    same_token(found.logprobs[1].to_bits(), u32::try_from(broken[0].min(broken[1])).unwrap_or(0), &rows[1])?;
     for index in [0, 2] {
         same_token(
             found.ids[index],

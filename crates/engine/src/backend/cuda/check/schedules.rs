@@ -1,6 +1,7 @@
 //! Random schedules of a whole engine: requests come in bursts, some are cancelled, and every text that is finished is
 //! the one that the request has alone.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
@@ -10,16 +11,17 @@ use crate::backend::cuda::check::{Dice, Wrong};
 use crate::backend::cuda::device::{Device, Dtype};
 use crate::backend::cuda::launch::HEAD_WIDTHS;
 use crate::config::Config;
-use crate::{Engine, EngineOptions, Event, FinishReason, Model, ModelPaths, Prompt, Request, RequestId};
+use crate::{Engine, EngineOptions, Event, FinishReason, Form, Model, ModelPaths, Prompt, Request, RequestId, Shaping};
 
 /// Requests of a model.
-const REQUESTS: usize = 8;
+pub(crate) const REQUESTS: usize = 8;
 
 /// How long a request may take.
 const WITHIN: Duration = Duration::from_secs(120);
 
-/// Some share beginnings, so that blocks are shared; temperatures and lengths differ.
-fn request(index: usize) -> Request {
+/// Some share beginnings, so that blocks are shared; temperatures and lengths differ. Some need the host between two
+/// steps: penalties, ends held off, a form. Some end by a stop string, which the host finds when another step has begun.
+pub(crate) fn request(index: usize) -> Request {
     let beginning = ["Money: $0.16 per hour, 75% of the budget is spent.", "def add(a, b): return a + b"][index % 2];
     let text = beginning.chars().cycle().take(9 + index * 23 % 90).collect();
     Request {
@@ -27,6 +29,16 @@ fn request(index: usize) -> Request {
         top_p: [1.0, 0.9][index % 2],
         top_k: [0, 20][index / 2 % 2],
         seed: index as u64,
+        shaping: Shaping {
+            frequency_penalty: if index == 2 { 0.5 } else { 0.0 },
+            min_tokens: if index == 3 { 4 } else { 0 },
+            logit_bias: if index == 4 { (5..90).map(|token| (token, 3.0)).collect() } else { BTreeMap::new() },
+            ..Shaping::default()
+        },
+        form: (index == 5).then(|| Form::Regex("[a-z ]{2,12}".to_owned())),
+        stop: if index.is_multiple_of(2) { ["e", "0", " "].map(str::to_owned).to_vec() } else { Vec::new() },
+        logprobs: (index == 6).then_some(2),
+        prompt_logprobs: (index == 7).then_some(1),
         ..Request::greedy(Prompt::Text(text), 3 + index * 5 % 14)
     }
 }
@@ -64,19 +76,20 @@ pub(crate) fn schedules<D: Device + Clone>(
         return Ok(());
     }
     let paths = ModelPaths { model_path: folder.to_owned(), tokenizer_path: None };
-    let start = |step_tokens| {
-        let model =
-            Model::on(&paths, ("bfloat16", None), || Ok(Cuda::new(device.clone(), Dtype::Bf16))).map_err(wrong)?;
+    let backend = || Cuda::new(device.clone(), Dtype::Bf16);
+    let start = |step_tokens, backend: Cuda<D>| {
+        let model = Model::on(&paths, ("bfloat16", None), || Ok(backend)).map_err(wrong)?;
         // So few blocks that those that are kept have to go now and then.
         let options = EngineOptions { kv_tokens: 768, max_sequences: 5, step_tokens, ..EngineOptions::default() };
         Engine::start(model, options).map_err(wrong)
     };
-    let engine = start(256)?;
+    let engine = start(256, backend())?;
     let mut alone = Vec::new();
     for index in 0..REQUESTS {
         alone.push(end(&submit(&engine, index)?.1)?);
     }
-    let engine = start(dice.one(&[16, 23, 48, 100]))?;
+    // Among others steps are filled up, recorded and repeated; alone they are not.
+    let engine = start(dice.one(&[16, 23, 48, 100]), backend().with_graphs())?;
     for schedule in 0..count {
         let burst: Vec<usize> = (0..dice.of(2..9)).map(|_| dice.of(0..REQUESTS)).collect();
         let mut open = Vec::new();

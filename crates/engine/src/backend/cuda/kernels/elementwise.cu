@@ -65,6 +65,23 @@ template <class T> __device__ void gather_rows(const RowsParams& p) {
   p.out[i] = p.add ? T::store(T::load(p.out[i]) + T::load(value)) : value;
 }
 
+struct ResolveParams {
+  u32* ids;           // [count]
+  const u32* chosen;  // what the step before chose, by the numbers of its outputs
+  u32 count;
+  u32 vocabulary;
+};
+
+// Puts tokens that the step before chose in place of ids with the highest bit (`CHOSEN_BEFORE` in ask.rs). A row that has
+// failed chose none; what comes of it is not used, so any token will do.
+__device__ inline void resolve(const ResolveParams& p) {
+  u64 i = element();
+  if (i >= p.count) return;
+  u32 id = p.ids[i];
+  if (id >> 31) id = p.chosen[id & 0x7fffffffu];
+  p.ids[i] = id < p.vocabulary ? id : 0;
+}
+
 struct AddRowsParams {
   const u16* x;          // [count / width, width]
   const u32* rows;       // [count / width], distinct rows of out
@@ -117,6 +134,7 @@ __device__ inline void cap_logits(const CapParams& p) {
   if (i < p.count) p.x[i] = cap_of(p.x[i], p.cap);
 }
 
+KERNEL(resolve_u32, ELEMENT_THREADS, ResolveParams, resolve)
 KERNEL(cap_logits_f32, ELEMENT_THREADS, CapParams, cap_logits)
 #define ELEMENTWISE(name, T)                                                                                           \
   KERNEL(activate_##name, ELEMENT_THREADS, ActivateParams, activate<T>)                                                \

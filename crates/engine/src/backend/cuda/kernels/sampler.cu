@@ -14,8 +14,9 @@ constexpr int SAMPLER_THREADS = 512;
 constexpr int DIGITS = 256;
 constexpr u32 NO_TOKEN = 0xffffffffu;
 constexpr float FORBIDDEN = -3.40282347e38f;
+constexpr float LARGEST = 3.40282347e38f;
 
-// What is known of a row, 16 words; as `SamplerRow` in sampling.rs.
+// What is known of a row, 18 words; as `SamplerRow` in sampling.rs.
 struct SamplerRow {
   u64 seed;
   u32 sample;
@@ -31,6 +32,8 @@ struct SamplerRow {
   u32 entries_end;
   u32 mask;         // the first word of its mask, or NO_TOKEN
   u32 logprobs;     // how many best tokens are told with theirs, or NO_TOKEN: none, and not the token's either
+  u32 known;        // a token that is scored and not chosen, or NO_TOKEN
+  u32 shaped;       // its number among the rows that are changed, or NO_TOKEN
   u32 unused;
 };
 
@@ -44,12 +47,12 @@ struct SamplerEntry {
 
 struct SamplerParams {
   const float* logits;          // [rows, vocabulary]
-  float* shaped;                // [rows, vocabulary], memory to work in
+  float* shaped;                // [rows that are changed, vocabulary], memory to work in
   const SamplerRow* rows;       // [rows]
   const SamplerEntry* entries;
   const u32* masks;             // a bit for each token that may come
   u32* ids;                     // [rows], or NO_TOKEN where a logit is no finite number
-  float* logprobs;              // [rows]
+  float* logprobs;              // [rows]; the bits are such a logit's token then
   u32* top_ids;                 // [rows, top]
   float* top_logprobs;          // [rows, top]
   u32 vocabulary;
@@ -118,16 +121,24 @@ __device__ inline float weight_of(const SamplerRow& row, float logit, float larg
 
 __device__ inline u64 whole_of(float weight) { return static_cast<u64>(weight * 4294967296.0f); }
 
+// As `change` in shape.rs: a finite logit stays one, however large what is asked for is.
+__device__ inline float clamped(float logit) {
+  logit = logit < FORBIDDEN ? FORBIDDEN : logit;
+  return logit > LARGEST ? LARGEST : logit;
+}
+
+__device__ inline bool is_finite(float x) { return x * 0.0f == 0.0f; }
+
 // Writes the row's logits as they are changed before a token is chosen.
 __device__ void shape(const SamplerParams& p, const SamplerRow& row, const float* logits, float* shaped) {
   for (u32 token = threadIdx.x; token < p.vocabulary; token += SAMPLER_THREADS) shaped[token] = logits[token];
   __syncthreads();
   for (u32 i = row.entries + threadIdx.x; i < row.entries_end; i += SAMPLER_THREADS) {
     SamplerEntry entry = p.entries[i];
-    if (entry.token >= p.vocabulary) continue;
-    float logit = shaped[entry.token] + entry.bias;
-    if (entry.flags & 1) logit = logit > 0.0f ? logit / row.repetition : logit * row.repetition;
-    if (entry.count > 0) logit = logit - row.frequency * static_cast<float>(entry.count) - row.presence;
+    if (entry.token >= p.vocabulary || !is_finite(shaped[entry.token])) continue;
+    float logit = clamped(shaped[entry.token] + entry.bias);
+    if (entry.flags & 1) logit = clamped(logit > 0.0f ? logit / row.repetition : logit * row.repetition);
+    if (entry.count > 0) logit = clamped(logit - row.frequency * static_cast<float>(entry.count) - row.presence);
     shaped[entry.token] = entry.flags & 2 ? FORBIDDEN : logit;
   }
   __syncthreads();
@@ -138,17 +149,19 @@ __device__ void shape(const SamplerParams& p, const SamplerRow& row, const float
   __syncthreads();
 }
 
-// The key of the best token, or 0 where a logit is no finite number.
-__device__ u64 best_key(const float* logits, u32 vocabulary, u64* room) {
-  u64 best = 0, broken = 0;
+// The key of the best token, and the first token whose logit is no finite number, or NO_TOKEN.
+__device__ u64 best_key(const float* logits, u32 vocabulary, u64* room, u32& broken) {
+  u64 best = 0, first = 0;
   for (u32 token = threadIdx.x; token < vocabulary; token += SAMPLER_THREADS) {
     u64 key = key_of(logits[token], token);
     best = key > best ? key : best;
-    // Zero times a finite number is zero, and only then.
-    broken |= logits[token] * 0.0f == 0.0f ? 0 : 1;
+    // Larger for a lower token.
+    if (!is_finite(logits[token]) && first == 0) first = u64(1) << 32 | static_cast<u32>(~token);
   }
   best = block_max(best, room);
-  return block_max(broken, room) ? 0 : best;
+  first = block_max(first, room);
+  broken = first == 0 ? NO_TOKEN : token_of(first);
+  return best;
 }
 
 // Of the tokens with keys of `least` and above the smallest key for which the amounts of those that reach it come to
@@ -223,14 +236,19 @@ __device__ u32 choose(const SamplerParams& p, const SamplerRow& row, const float
   return token_of(block_max(drawn, room));
 }
 
-// Log probabilities from the model's own logits: of the token, and of the best ones by turns.
-__device__ void score(const SamplerParams& p, const SamplerRow& row, const float* logits, u32 token, u64* room) {
-  u64 best = best_key(logits, p.vocabulary, room);
+// Log probabilities from the model's own logits: of the token, and of the best ones by turns. The first token whose logit
+// is no finite number, or NO_TOKEN.
+__device__ u32 score(const SamplerParams& p, const SamplerRow& row, const float* logits, u32 token, u64* room) {
+  u32 broken;
+  u64 best = best_key(logits, p.vocabulary, room, broken);
+  if (broken != NO_TOKEN) return broken;
   float largest = logits[token_of(best)], sum = 0.0f;
   for (u32 i = threadIdx.x; i < p.vocabulary; i += SAMPLER_THREADS) sum += exp_of(logits[i] - largest);
   __syncthreads();
   float spread = log_of(block_sum<SAMPLER_THREADS>(sum, reinterpret_cast<float*>(room)));
-  if (threadIdx.x == 0) p.logprobs[blockIdx.x] = (logits[token] - largest) - spread;
+  if (threadIdx.x == 0) {
+    p.logprobs[blockIdx.x] = token < p.vocabulary ? (logits[token] - largest) - spread : FORBIDDEN;
+  }
   u32 top = row.logprobs < p.top ? row.logprobs : p.top;
   for (u32 rank = 0; rank < top && best > 0; rank++) {
     u64 at = static_cast<u64>(blockIdx.x) * p.top + rank;
@@ -245,6 +263,7 @@ __device__ void score(const SamplerParams& p, const SamplerRow& row, const float
     }
     best = block_max(next, room);
   }
+  return NO_TOKEN;
 }
 
 // grid: rows
@@ -252,17 +271,21 @@ __device__ inline void sample(const SamplerParams& p) {
   __shared__ u64 room[SAMPLER_THREADS / WARP];
   SamplerRow row = p.rows[blockIdx.x];
   const float* logits = p.logits + static_cast<u64>(blockIdx.x) * p.vocabulary;
-  const float* chosen_from = logits;
-  if (row.entries < row.entries_end || row.mask != NO_TOKEN) {
-    float* shaped = p.shaped + static_cast<u64>(blockIdx.x) * p.vocabulary;
-    shape(p, row, logits, shaped);
-    chosen_from = shaped;
+  u32 token = row.known, broken = NO_TOKEN;
+  if (token == NO_TOKEN) {
+    const float* chosen_from = logits;
+    if (row.shaped != NO_TOKEN) {
+      float* shaped = p.shaped + static_cast<u64>(row.shaped) * p.vocabulary;
+      shape(p, row, logits, shaped);
+      chosen_from = shaped;
+    }
+    u64 best = best_key(chosen_from, p.vocabulary, room, broken);
+    if (broken == NO_TOKEN) token = choose(p, row, chosen_from, best, room);
   }
-  u64 best = best_key(chosen_from, p.vocabulary, room);
-  bool broken = best == 0 || (row.logprobs != NO_TOKEN && best_key(logits, p.vocabulary, room) == 0);
-  u32 token = broken ? NO_TOKEN : choose(p, row, chosen_from, best, room);
-  if (threadIdx.x == 0) p.ids[blockIdx.x] = token;
-  if (!broken && row.logprobs != NO_TOKEN) score(p, row, logits, token, room);
+  if (broken == NO_TOKEN && row.logprobs != NO_TOKEN) broken = score(p, row, logits, token, room);
+  if (threadIdx.x > 0) return;
+  p.ids[blockIdx.x] = broken == NO_TOKEN ? token : NO_TOKEN;
+  if (broken != NO_TOKEN) p.logprobs[blockIdx.x] = from_bits(broken);
 }
 
 KERNEL(sample_f32, SAMPLER_THREADS, SamplerParams, sample)
