@@ -12,7 +12,7 @@
 
 #![expect(unsafe_code, reason = "the driver's interface is C; addresses come from Memory and are used in order")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -250,10 +250,23 @@ fn failed(doing: &str, error: impl std::fmt::Display) -> DeviceError {
     DeviceError { doing: doing.to_owned(), message: error.to_string() }
 }
 
+/// The context of a device, which stays for as long as the process does: it takes a while to make, and whoever asks how much
+/// memory is free does so between two models.
+fn context(ordinal: usize) -> Result<Arc<CudaContext>, DeviceError> {
+    static CONTEXTS: Mutex<BTreeMap<usize, Arc<CudaContext>>> = Mutex::new(BTreeMap::new());
+    let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(context) = contexts.get(&ordinal) {
+        return Ok(context.clone());
+    }
+    let context = CudaContext::new(ordinal).map_err(|error| failed("opening the device", error))?;
+    contexts.insert(ordinal, context.clone());
+    Ok(context)
+}
+
 impl Driver {
     /// The device of that number, in the order of `CUDA_VISIBLE_DEVICES`.
     pub(crate) fn open(ordinal: usize) -> Result<Self, DeviceError> {
-        let context = CudaContext::new(ordinal).map_err(|error| failed("opening the device", error))?;
+        let context = context(ordinal)?;
         // SAFETY: everything runs on one stream, so there is nothing to be tracked.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(|error| failed("making a stream", error))?;
@@ -274,8 +287,7 @@ impl Driver {
 
     /// Bytes of a device's memory that nobody has.
     pub(crate) fn free_bytes_of(ordinal: usize) -> Result<u64, DeviceError> {
-        let context = CudaContext::new(ordinal).map_err(|error| failed("opening the device", error))?;
-        let (free, _) = context.mem_get_info().map_err(|error| failed("asking for free memory", error))?;
+        let (free, _) = context(ordinal)?.mem_get_info().map_err(|error| failed("asking for free memory", error))?;
         Ok(free as u64)
     }
 
@@ -379,9 +391,11 @@ impl Device for Driver {
             Some(landing) => landing,
             None => Pinned::new(&self.context, bytes.max(LANDING_BYTES_MIN).next_power_of_two())?,
         };
-        // SAFETY: the caller has the device's memory, and the host's is kept until the fence is reached.
-        unsafe { result::memcpy_dtoh_async(landing.slice(0..bytes), from, self.stream.cu_stream()) }
-            .map_err(|error| failed("reading", error))?;
+        if bytes > 0 {
+            // SAFETY: the caller has the device's memory, and the host's is kept until the fence is reached.
+            unsafe { result::memcpy_dtoh_async(landing.slice(0..bytes), from, self.stream.cu_stream()) }
+                .map_err(|error| failed("reading", error))?;
+        }
         Ok(Fetched { landing: Some(landing), bytes, fence: Fence::after(&self.stream)? })
     }
 

@@ -90,6 +90,12 @@ impl Emulator {
         Some(Self { pipe: Arc::new(Mutex::new(Pipe { process, to, from })), memory, recording: Arc::default() })
     }
 
+    /// Fails, as a device does that falls off the bus.
+    pub(crate) fn fail(&self) {
+        let mut pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
+        pipe.process.kill().expect("it runs");
+    }
+
     /// Bytes that were asked for and not given back.
     pub(crate) fn used_bytes(&self) -> u64 {
         self.memory.used.load(Ordering::Relaxed)

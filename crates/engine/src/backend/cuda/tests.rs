@@ -191,6 +191,35 @@ fn the_cache_takes_what_the_largest_step_leaves_and_nothing_is_taken_later() {
     }
 }
 
+/// Steps are on their way when it fails, and none of their tokens is taken.
+#[test]
+fn a_device_that_fails_while_steps_are_on_their_way_hands_all_back() {
+    let Some(device) = Emulator::start() else { return };
+    let engine = start(&device, "gpt2", EngineOptions { kv_tokens: 4096, ..EngineOptions::default() }).unwrap();
+    let long = |seed| Request { seed, temperature: 1.0, ignore_end: true, ..Request::greedy(request(0).prompt, 200) };
+    let open: Vec<_> = (0..3)
+        .map(|seed| {
+            let (sender, events) = channel();
+            engine.submit(long(seed), Box::new(move |event| drop(sender.send(event)))).unwrap();
+            events
+        })
+        .collect();
+    let begun = open[0].iter().find(|event| matches!(event, Event::Text { .. }));
+    assert!(begun.is_some());
+    device.fail();
+    for events in open {
+        match events.iter().last() {
+            Some(Event::Finished(done)) => assert_eq!(done.reason, FinishReason::Cancelled),
+            other => panic!("{other:?}"),
+        }
+    }
+    let ended = (0..1000).any(|_| {
+        std::thread::park_timeout(std::time::Duration::from_millis(5));
+        engine.has_ended()
+    });
+    assert!(ended);
+}
+
 #[test]
 fn a_device_that_fails_gives_no_numbers() {
     let Some(device) = Emulator::start() else { return };

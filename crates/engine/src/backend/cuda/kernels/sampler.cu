@@ -86,9 +86,9 @@ __device__ inline u64 block_total(u64 x, u64* room) {
   return block_join(x, room, [](u64 a, u64 b) { return a + b; });
 }
 
-// Salmon et al. 2011, as `philox` in sampler.rs; which of the four words of a counter a token has is its number.
-__device__ inline u32 random_word(const SamplerRow& row, u32 token) {
-  u32 a = row.position, b = 1 + token / 4, c = row.sample, d = 0;
+// Salmon et al. 2011, as `philox` in sampler.rs: the words of tokens 4 * four .. 4 * four + 3.
+__device__ inline uint4 random_words(const SamplerRow& row, u32 four) {
+  u32 a = row.position, b = 1 + four, c = row.sample, d = 0;
   u32 k0 = static_cast<u32>(row.seed), k1 = static_cast<u32>(row.seed >> 32);
   for (int round = 0; round < 10; round++) {
     u32 low0 = a * 0xD2511F53u, high0 = high_product(a, 0xD2511F53u);
@@ -100,9 +100,16 @@ __device__ inline u32 random_word(const SamplerRow& row, u32 token) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  u32 which = token % 4;
-  return which == 0 ? a : which == 1 ? b : which == 2 ? c : d;
+  return make_uint4(a, b, c, d);
 }
+
+__device__ inline u32 word_of(const uint4& words, u32 token) {
+  u32 which = token % 4;
+  return which == 0 ? words.x : which == 1 ? words.y : which == 2 ? words.z : words.w;
+}
+
+// No word gives more noise than this.
+constexpr float GUMBEL_MOST = 23.0f;
 
 // -ln(-ln(u)) for u = (word + 1/2) / 2^32, exact where u is near 1 too: that is where the winners come from.
 __device__ inline float gumbel(u32 word) {
@@ -117,6 +124,11 @@ __device__ inline float gumbel(u32 word) {
 __device__ inline float weight_of(const SamplerRow& row, float logit, float largest) {
   float weight = exp_of((logit - largest) / row.temperature);
   return logit > FORBIDDEN && weight >= row.min_p ? weight : 0.0f;
+}
+
+// Whether min_p and a mask leave the token, which they do whenever its weight is not 0: no weight is too small for a number.
+__device__ inline bool is_left(const SamplerRow& row, float logit, float largest) {
+  return row.min_p > 0.0f ? weight_of(row, logit, largest) > 0.0f : logit > FORBIDDEN;
 }
 
 __device__ inline u64 whole_of(float weight) { return static_cast<u64>(weight * 4294967296.0f); }
@@ -164,6 +176,31 @@ __device__ u64 best_key(const float* logits, u32 vocabulary, u64* room, u32& bro
   return best;
 }
 
+// Adds an amount to the sum of a digit, for all lanes of a warp. Logits are alike, so lanes mostly have the same few digits:
+// those that have the same one are added up first, as one after the other they would wait for each other.
+__device__ inline void add_to_digits(bool takes_part, u32 digit, u64 amount, u64* sums, u32* counts) {
+  u32 left = takes_part ? digit + 1 : 0;
+  for (;;) {
+    u32 most = left;
+    for (int mask = WARP / 2; mask > 0; mask /= 2) {
+      u32 other = shuffle_xor(most, mask);
+      most = other > most ? other : most;
+    }
+    if (most == 0) return;
+    u64 sum = left == most ? amount : 0;
+    u32 count = left == most ? 1 : 0;
+    for (int mask = WARP / 2; mask > 0; mask /= 2) {
+      sum += shuffle_xor(sum, mask);
+      count += shuffle_xor(count, mask);
+    }
+    if (lane_of() == 0) {
+      atomicAdd(&sums[most - 1], sum);
+      atomicAdd(&counts[most - 1], count);
+    }
+    if (left == most) left = 0;
+  }
+}
+
 // Of the tokens with keys of `least` and above the smallest key for which the amounts of those that reach it come to
 // `wanted`; what an amount is, a count or a probability, `amount` tells.
 template <class Amount> __device__ u64 border(const float* logits, u32 vocabulary, u64 least, u64 wanted, Amount amount) {
@@ -178,12 +215,13 @@ template <class Amount> __device__ u64 border(const float* logits, u32 vocabular
       counts[digit] = 0;
     }
     __syncthreads();
-    for (u32 token = threadIdx.x; token < vocabulary; token += SAMPLER_THREADS) {
-      u64 key = key_of(logits[token], token);
-      if (key < least || (shift < 56 && key >> (shift + 8) != prefix >> (shift + 8))) continue;
-      u32 digit = static_cast<u32>(key >> shift) % DIGITS;
-      atomicAdd(&sums[digit], amount(logits[token]));
-      atomicAdd(&counts[digit], 1u);
+    // The lanes of a warp go together to the end.
+    for (u32 first = 0; first < vocabulary; first += SAMPLER_THREADS) {
+      u32 token = first + threadIdx.x;
+      u64 key = token < vocabulary ? key_of(logits[token], token) : 0;
+      bool takes_part = token < vocabulary && key >= least;
+      takes_part = takes_part && (shift == 56 || key >> (shift + 8) == prefix >> (shift + 8));
+      add_to_digits(takes_part, static_cast<u32>(key >> shift) % DIGITS, takes_part ? amount(logits[token]) : 0, sums, counts);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -225,13 +263,25 @@ __device__ u64 least_key(const SamplerParams& p, const SamplerRow& row, const fl
 // The token of a row whose best token is known.
 __device__ u32 choose(const SamplerParams& p, const SamplerRow& row, const float* logits, u64 best, u64* room) {
   if (row.temperature == 0.0f || row.top_k == 1) return token_of(best);
-  float largest = logits[token_of(best)];
-  u64 least = least_key(p, row, logits, largest, room), drawn = 0;
-  for (u32 token = threadIdx.x; token < p.vocabulary; token += SAMPLER_THREADS) {
-    float logit = logits[token];
-    if (key_of(logit, token) < least || weight_of(row, logit, largest) <= 0.0f) continue;
-    u64 key = key_of((logit - largest) / row.temperature + gumbel(random_word(row, token)), token);
-    drawn = key > drawn ? key : drawn;
+  u32 best_token = token_of(best);
+  float largest = logits[best_token];
+  u64 least = least_key(p, row, logits, largest, room);
+  // The best token is always left. What could not come before it with the most of noise needs no random word.
+  float bar = gumbel(word_of(random_words(row, best_token / 4), best_token));
+  u64 drawn = key_of(bar, best_token);
+  for (u32 four = threadIdx.x; four < (p.vocabulary + 3) / 4; four += SAMPLER_THREADS) {
+    uint4 words = make_uint4(0, 0, 0, 0);
+    bool has_words = false;
+    for (u32 token = 4 * four; token < 4 * four + 4 && token < p.vocabulary; token++) {
+      float logit = logits[token], scaled = (logit - largest) / row.temperature;
+      if (scaled + GUMBEL_MOST < bar || key_of(logit, token) < least || !is_left(row, logit, largest)) continue;
+      if (!has_words) words = random_words(row, four);
+      has_words = true;
+      float score = scaled + gumbel(word_of(words, token));
+      bar = score > bar ? score : bar;
+      u64 key = key_of(score, token);
+      drawn = key > drawn ? key : drawn;
+    }
   }
   return token_of(block_max(drawn, room));
 }
