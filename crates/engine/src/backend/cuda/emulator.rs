@@ -27,6 +27,8 @@ pub(crate) struct Emulator {
     memory: Arc<Usage>,
     /// What is asked for is kept here while a step is recorded.
     recording: Arc<Mutex<Option<Vec<Vec<u8>>>>>,
+    /// Whether steps can be recorded.
+    records: bool,
 }
 
 /// The memory that the device is said to have.
@@ -87,7 +89,17 @@ impl Emulator {
             Command::new(compile()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it was just built");
         let (to, from) = (process.stdin.take().expect("it is piped"), process.stdout.take().expect("it is piped"));
         let memory = Arc::new(Usage { capacity, used: AtomicU64::new(0) });
-        Some(Self { pipe: Arc::new(Mutex::new(Pipe { process, to, from })), memory, recording: Arc::default() })
+        Some(Self {
+            pipe: Arc::new(Mutex::new(Pipe { process, to, from })),
+            memory,
+            recording: Arc::default(),
+            records: true,
+        })
+    }
+
+    /// The same, which cannot record steps.
+    pub(crate) fn that_does_not_record(self) -> Self {
+        Self { records: false, ..self }
     }
 
     /// Fails, as a device does that falls off the bus.
@@ -235,7 +247,9 @@ impl Device for Emulator {
     fn record(&self, work: &mut dyn FnMut()) -> Result<Vec<Vec<u8>>, DeviceError> {
         *self.recording() = Some(Vec::new());
         work();
-        Ok(self.recording().take().unwrap_or_default())
+        let recorded = self.recording().take().unwrap_or_default();
+        let error = || DeviceError { doing: "recording".to_owned(), message: "this one cannot".to_owned() };
+        self.records.then_some(recorded).ok_or_else(error)
     }
 
     fn repeat(&self, graph: &Vec<Vec<u8>>) -> Result<(), DeviceError> {

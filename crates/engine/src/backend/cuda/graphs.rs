@@ -44,11 +44,13 @@ pub(crate) struct Graphs<D: Device> {
     seen: HashSet<Shape>,
     recorded: HashMap<Shape, D::Graph>,
     bytes: u64,
+    /// The device could not record a step.
+    has_given_up: bool,
 }
 
 impl<D: Device> Default for Graphs<D> {
     fn default() -> Self {
-        Self { seen: HashSet::new(), recorded: HashMap::new(), bytes: 0 }
+        Self { seen: HashSet::new(), recorded: HashMap::new(), bytes: 0, has_given_up: false }
     }
 }
 
@@ -56,12 +58,22 @@ impl<D: Device> Graphs<D> {
     /// Computes a step of that shape: by `work` at first, then by what was recorded of it.
     pub(crate) fn run(&mut self, device: &D, shape: Shape, work: &mut dyn FnMut()) -> Result<(), DeviceError> {
         if !self.recorded.contains_key(&shape) {
-            if self.seen.insert(shape) || self.bytes >= BYTES_MAX || device.free_bytes()? < BYTES_FREE_MIN {
+            let is_new = self.seen.insert(shape);
+            let before = if is_new || self.has_given_up { 0 } else { device.free_bytes()? };
+            if before < BYTES_FREE_MIN || self.bytes >= BYTES_MAX {
                 work();
                 return Ok(());
             }
-            let before = device.free_bytes()?;
-            let graph = device.record(work)?;
+            let graph = match device.record(work) {
+                Ok(graph) => graph,
+                Err(error) => {
+                    // Nothing was done yet. A device that has failed as a whole says so again.
+                    tracing::warn!(%error, "steps are not recorded, and so take longer");
+                    self.has_given_up = true;
+                    work();
+                    return Ok(());
+                }
+            };
             self.bytes += before.saturating_sub(device.free_bytes()?);
             self.recorded.insert(shape, graph);
         }

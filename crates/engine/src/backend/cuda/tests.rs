@@ -128,9 +128,8 @@ fn an_engines_tokens_are_those_of_each_step_by_itself() {
     println!("{ended_early} of {REQUESTS} came to an end token");
 }
 
-#[test]
-fn a_recorded_step_is_the_step() {
-    let Some(device) = Emulator::start() else { return };
+/// Steps of a device, with what it records, are those without; it records so many.
+fn check_recorded(device: Emulator, expected_graphs: usize) {
     let load = |backend| {
         let folder = fixture("qwen2");
         let config = crate::config::Config::read(&folder).unwrap();
@@ -165,7 +164,20 @@ fn a_recorded_step_is_the_step() {
     }
     assert_eq!(recorded.backend().fault(), None);
     let graphs = recorded.backend().graphs.as_ref().unwrap().lock().unwrap();
-    assert_eq!(graphs.count(), 6, "three numbers of sequences, with one chunk and with two");
+    assert_eq!(graphs.count(), expected_graphs);
+}
+
+#[test]
+fn a_recorded_step_is_the_step() {
+    let Some(device) = Emulator::start() else { return };
+    // Three numbers of sequences, with one chunk and with two.
+    check_recorded(device, 6);
+}
+
+#[test]
+fn what_cannot_be_recorded_is_computed() {
+    let Some(device) = Emulator::start() else { return };
+    check_recorded(device.that_does_not_record(), 0);
 }
 
 #[test]

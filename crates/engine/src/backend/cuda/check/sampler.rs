@@ -130,7 +130,7 @@ pub(super) fn shaped<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
     let shaping = Shaping {
         logit_bias,
         frequency_penalty: dice.one(&[usual, 3e38]),
-        presence_penalty: dice.float() * 2.0 - 0.5,
+        presence_penalty: dice.one(&[usual, 3e38]),
         repetition_penalty: dice.one(&[1.0, 1.3, 0.7, 1e-38]),
         min_tokens: dice.one(&[0, 100]),
     };
