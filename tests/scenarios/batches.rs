@@ -155,9 +155,9 @@ async fn what_an_expired_batch_did_not_do_goes_into_the_next_one() {
     let jobs = all(&client).await;
     check_all_succeeded_once(&jobs, &ids);
     let made: Vec<usize> = mill.place.provider.batches().iter().map(|batch| batch.items.len()).collect();
-    assert_eq!(made, [10, 7]);
-    let attempts: Vec<u32> = jobs.iter().map(|job| job.attempts).collect();
-    assert_eq!((attempts.iter().filter(|n| **n == 1).count(), attempts.iter().filter(|n| **n == 2).count()), (3, 7));
+    // For as long as the odd one is not among the first three of a batch, that expires too.
+    assert!(made.len() >= 2 && made.windows(2).all(|pair| pair[1] == pair[0] - 3) && made[0] == 10, "{made:?}");
+    assert_eq!(jobs.iter().filter(|job| job.attempts == 1).count(), 3);
     assert!(jobs.iter().all(|job| job.failures == 0 && job.losses == 0));
 }
 

@@ -107,7 +107,7 @@ async fn a_server_without_keys_has_gates_as_well() {
     assert_eq!(held_back(&client, dead).await, v1::HeldBackReason::Failing);
     assert_eq!(mill.called().len(), 5);
     let job = finished(&client, Request::new(asks).prompt("hi")).await;
-    assert_eq!(job.error.unwrap().error_class(), v1::ErrorClass::Auth, "its fallback is not asked while it is spared");
+    assert_eq!(job.error.unwrap().error_class(), v1::ErrorClass::Quota, "its fallback is not asked while it is spared");
     let called = mill.called();
     assert!(
         called.len() <= 7 && called.iter().filter(|content| content.starts_with("asks")).count() == 1,

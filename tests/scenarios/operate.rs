@@ -660,7 +660,7 @@ u       -           1   300 %
     mill.command("limit tenant u", 0, "tenant u: no limit, weight 100 %\n");
     assert_eq!(mill.client.list_settings().await.unwrap(), v1::ListSettingsResponse::default());
 
-    mill.command("pause lane nowhere", 1, "no lane is called `nowhere`; lanes: litellm:groq, litellm:openai");
+    mill.command("pause lane nowhere", 1, "no lane is called `nowhere`; lanes: litellm:");
     mill.command("limit lane nowhere --max-running 1", 1, "no lane is called `nowhere`");
     mill.command("limit lane litellm:groq --max-running 0", 2, "--max-running");
     mill.command("limit tenant u --weight-percent 0", 2, "--weight-percent");

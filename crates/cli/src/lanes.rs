@@ -21,7 +21,8 @@ that run there at once: `genmill limit` sets it, without one the workers' capaci
 
 pub(crate) async fn run(args: Args, server: &str) -> anyhow::Result<Ending> {
     let client = Client::connect(server).await?;
-    let lanes = client.list_lanes().await?;
+    let mut lanes = client.list_lanes().await?;
+    lanes.retain(is_told);
     let settings = client.list_settings().await?;
     if args.json {
         for lane in &lanes {
@@ -68,6 +69,13 @@ const COLUMNS: [Column; 8] = [
     Column::Number("limit"),
     Column::Number("failed"),
 ];
+
+/// Whether there is anything to be said of a lane: most that are for batches stay empty.
+fn is_told(lane: &v1::Lane) -> bool {
+    let is_empty = lane.queued + lane.delayed + lane.running + lane.failed == 0;
+    let is_plain = !lane.paused && !lane.away && lane.max_running.is_none();
+    !(lane.name.ends_with("+batch") && is_empty && is_plain)
+}
 
 fn row(lane: &v1::Lane) -> [String; 8] {
     let count = |number: u64| if lane.away { show::NOTHING.to_owned() } else { number.to_string() };
