@@ -99,7 +99,7 @@ struct BatchLane<P> {
     /// By tag.
     holds: BTreeMap<String, Holds>,
     filled: HashMap<ModelName, Filled>,
-    tasks: JoinSet<String>,
+    tasks: JoinSet<()>,
     /// Claimed, but Redis did not take them into a batch yet.
     unparked: Vec<Lease>,
 }
@@ -117,9 +117,11 @@ impl<P: PerformBatches> BatchLane<P> {
                 _ = beats.tick() => self.beat().await,
                 _ = claims.tick() => self.claim().await,
                 Some(ended) = self.tasks.join_next() => {
-                    if let Ok(tag) = ended {
-                        self.holds.remove(&tag);
+                    if let Err(error) = ended && error.is_panic() {
+                        tracing::error!(lane = %self.offer.lane, %error, "a batch's task panicked; it is taken up again");
                     }
+                    // One that ended before it was done is not renewed, and so taken over after its lease.
+                    self.holds.retain(|_, holds| !holds.task.is_finished());
                     Ok(())
                 }
             };
@@ -172,11 +174,7 @@ impl<P: PerformBatches> BatchLane<P> {
             record,
             told: told.clone(),
         };
-        let name = tag.clone();
-        let task = self.tasks.spawn(async move {
-            driver.run(filled_until).await;
-            name
-        });
+        let task = self.tasks.spawn(driver.run(filled_until));
         self.holds.insert(tag, Holds { epoch, told, task });
     }
 
@@ -237,6 +235,10 @@ impl<P: PerformBatches> BatchLane<P> {
                 let held: Vec<Held> = now.iter().map(Lease::held).collect();
                 let Some(parked) = self.queue.park(self.number, &self.options.worker, parking, &held).await? else {
                     self.filled.remove(model);
+                    if fresh {
+                        // These leases began this very batch before, and it has gone on since: somebody else has it.
+                        return Ok(());
+                    }
                     continue;
                 };
                 filled.jobs += parked.len();
