@@ -191,9 +191,12 @@ pub(crate) enum Priority {
 }
 
 /// How a job gets to its provider.
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum Mode {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Mode {
+    /// By a call of its own
     Direct,
+    /// In a batch of its provider
     Batch,
 }
 

@@ -2,7 +2,7 @@
 
 use crate::documents;
 use crate::messages::{Message, input as messages_input};
-use crate::submit::Priority;
+use crate::submit::{Mode, Priority};
 use anyhow::{Context as _, bail, ensure};
 use genmill_client::v1;
 use genmill_core::model::ModelName;
@@ -55,6 +55,7 @@ struct Common {
     stop: Vec<String>,
     timeout_ms: Option<u64>,
     priority: Option<Priority>,
+    mode: Option<Mode>,
     tenant: String,
     labels: BTreeMap<String, Scalar>,
 }
@@ -169,6 +170,7 @@ fn common(written: Common, experiment: &str) -> v1::GenerationRequest {
         tenant: written.tenant,
         experiment: experiment.to_owned(),
         priority: written.priority.map_or(v1::Priority::Unspecified, v1::Priority::from).into(),
+        mode: written.mode.map_or(v1::Mode::Unspecified, v1::Mode::from).into(),
         timeout_ms: written.timeout_ms,
         ..v1::GenerationRequest::default()
     }
@@ -183,7 +185,7 @@ pub(crate) mod tests {
         let text = "
 name: sums
 models: [vllm_a, hf_b]
-request: {max_tokens: 5, temperature: 0, priority: bulk, labels: {set: 1}}
+request: {max_tokens: 5, temperature: 0, priority: bulk, mode: batch, labels: {set: 1}}
 prompts:
   - {id: two, prompt: '2 + 2 =', expect: [4, ' four '], choices: [3, 4, 5, four]}
   - {prompt: '3 + 3 =', expect: [6], choices: [6, 7]}
@@ -203,6 +205,7 @@ prompts:
         assert_eq!(experiment.request.max_tokens, Some(5));
         assert_eq!(experiment.request.temperature, Some(0.0));
         assert_eq!(experiment.request.priority(), v1::Priority::Bulk);
+        assert_eq!(experiment.request.mode(), v1::Mode::Batch);
         assert_eq!(experiment.request.experiment, "sums");
         assert_eq!(experiment.request.labels["set"], "1");
         assert_eq!(experiment.prompts[0].expect, Some(vec!["4".to_owned(), "four".to_owned()]));
