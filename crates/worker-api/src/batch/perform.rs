@@ -189,7 +189,6 @@ impl Desk<'_> {
         let answer = self.calls.json(request, &said).await.map_err(unsubmitted)?;
         let nameless = || self.calls.fault(Kind::Transient, "made a batch and did not tell its name").into_failure();
         let remote = self.api.name(&answer).ok_or_else(|| Unsubmitted::Unclear(nameless()))?;
-        tracing::info!(provider = self.calls.endpoint.name, tag = batch.tag, remote, count, "submitted a batch");
         Ok(remote)
     }
 
