@@ -1,11 +1,16 @@
-//! Jobs that scenarios start from.
+//! What scenarios of the queue start from: jobs, workers, the time.
+
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_core::controls::Controls;
+use genmill_core::ids::WorkerId;
 use genmill_core::job::JobSpec;
 use genmill_core::model::ModelName;
 use genmill_core::names::Tenant;
 use genmill_core::request::{Input, Priority, Sampling};
+use genmill_core::time::UnixMs;
 use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A job of `model` with a short prompt and nothing special.
 #[must_use]
@@ -36,4 +41,18 @@ pub fn plain(model: ModelName) -> JobSpec {
         redriven_from: None,
         batch: false,
     }
+}
+
+/// The time by this machine's clock.
+#[must_use]
+pub fn now() -> UnixMs {
+    #[expect(clippy::disallowed_methods, reason = "a test has no daemon")]
+    let now = SystemTime::now();
+    UnixMs(u64::try_from(now.duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap())
+}
+
+/// The worker of a name.
+#[must_use]
+pub fn worker(name: &str) -> WorkerId {
+    WorkerId::from_stored(name.to_owned())
 }

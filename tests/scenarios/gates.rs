@@ -4,13 +4,12 @@
 
 use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation};
 use genmill_core::gate::{Bucket, Declaration, KeyId, Limit, Observation, Signal};
-use genmill_core::ids::{JobId, LaneNumber, WorkerId};
+use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
 use genmill_core::names::Experiment;
 use genmill_core::state::State;
-use genmill_core::time::UnixMs;
 use genmill_queue::{
     Ended, Finish, GateState, HeldBack, HeldBy, Holding, Kept, Lease, NewJob, Opens, Options, Passage, Queue, Room,
     SideCall, Slots,
@@ -18,9 +17,9 @@ use genmill_queue::{
 use genmill_tests::dice::Dice;
 use genmill_tests::redis_cluster::ask;
 use genmill_tests::redis_server::RedisServer;
-use genmill_tests::specs::plain;
+use genmill_tests::specs::{now, plain, worker};
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 const LEASE_MS: u64 = 60_000;
@@ -35,16 +34,6 @@ struct Bench {
     queue: Queue,
     lane: LaneNumber,
     next: u64,
-}
-
-fn now() -> UnixMs {
-    #[expect(clippy::disallowed_methods, reason = "a test has no daemon")]
-    let now = SystemTime::now();
-    UnixMs(u64::try_from(now.duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap())
-}
-
-fn worker(name: &str) -> WorkerId {
-    WorkerId::from_stored(name.to_owned())
 }
 
 fn spec(model: &str) -> JobSpec {

@@ -14,8 +14,8 @@ use genmill_queue::{
     BatchRecord, BatchState, Ended, Finish, Held, Kept, Lease, Member, Moved, NewJob, Options, Parking, Queue, Room,
 };
 use genmill_tests::redis_server::RedisServer;
-use genmill_tests::specs::plain;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use genmill_tests::specs::{now, plain, worker};
+use std::time::Duration;
 
 const LEASE_MS: u64 = 60_000;
 const TAG: &str = "tag";
@@ -25,16 +25,6 @@ struct Bench {
     queue: Queue,
     lane: LaneNumber,
     next: u64,
-}
-
-fn now() -> UnixMs {
-    #[expect(clippy::disallowed_methods, reason = "a test has no daemon")]
-    let now = SystemTime::now();
-    UnixMs(u64::try_from(now.duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap())
-}
-
-fn worker(name: &str) -> WorkerId {
-    WorkerId::from_stored(name.to_owned())
 }
 
 fn spec() -> JobSpec {

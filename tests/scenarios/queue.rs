@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_core::attempt::{AttemptEnd, Failure, FailureClass, FinishReason, Generation};
-use genmill_core::ids::{JobId, LaneNumber, WorkerId};
+use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
 use genmill_core::model::ModelName;
@@ -21,8 +21,8 @@ use genmill_queue::{
 };
 use genmill_tests::redis_cluster::{Redis, ask};
 use genmill_tests::redis_server::RedisServer;
-use genmill_tests::specs::plain;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use genmill_tests::specs::{now, plain, worker};
+use std::time::Duration;
 use tokio::time::timeout;
 
 const LEASE_MS: u64 = 60_000;
@@ -32,16 +32,6 @@ struct Bench {
     queue: Queue,
     lane: LaneNumber,
     next: u64,
-}
-
-fn now() -> UnixMs {
-    #[expect(clippy::disallowed_methods, reason = "a test has no daemon")]
-    let now = SystemTime::now();
-    UnixMs(u64::try_from(now.duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap())
-}
-
-fn worker(name: &str) -> WorkerId {
-    WorkerId::from_stored(name.to_owned())
 }
 
 fn spec() -> JobSpec {
