@@ -181,7 +181,7 @@ async fn a_job_lives_from_submission_to_result() {
     let id = bench.submit(|_| ()).await;
     assert_eq!(bench.state(id).await, State::Queued);
     let lease = bench.claim_one("w").await;
-    assert_eq!((lease.id, lease.epoch.0, &lease.spec), (id, 1, &spec()));
+    assert_eq!((lease.id, lease.epoch.0, &*lease.spec), (id, 1, &spec()));
     assert_eq!(bench.state(id).await, State::Running);
     assert_eq!(bench.finish(&lease, "w", done("hi")).await, Kept::Kept);
     let job = bench.queue.get(id).await.unwrap();

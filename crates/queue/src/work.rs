@@ -13,6 +13,7 @@ use genmill_core::judge::Verdict;
 use genmill_core::money::Cost;
 use genmill_core::state::{State, transition};
 use genmill_core::time::UnixMs;
+use std::sync::Arc;
 
 /// A job in a worker's hands, until its lease ends.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,8 +22,8 @@ pub struct Lease {
     pub id: JobId,
     /// The lease's epoch.
     pub epoch: Epoch,
-    /// What is to be done.
-    pub spec: JobSpec,
+    /// What is to be done: once, whoever looks at it.
+    pub spec: Arc<JobSpec>,
     /// How many of its attempts failed before.
     pub failures: u32,
     /// When this attempt started, by the clock of Redis.
@@ -212,7 +213,7 @@ impl Queue {
             let (epoch, started_at) = (Epoch(epoch), UnixMs(started));
             let key = (!key.is_empty()).then(|| KeyId::from_stored(key));
             match decode("spec", &spec) {
-                Ok(spec) => leases.push(Lease { id, epoch, spec, failures, started_at, key }),
+                Ok(spec) => leases.push(Lease { id, epoch, spec: Arc::new(spec), failures, started_at, key }),
                 Err(error) => damaged.push((Held { id, epoch }, started_at, error)),
             }
         }

@@ -70,7 +70,7 @@ pub(crate) async fn attempt<P: Perform>(
     told: watch::Receiver<Option<Stop>>,
 ) {
     let token = CancellationToken::new();
-    let task = Task { id: lease.id, epoch: lease.epoch, spec: lease.spec.clone(), key: lease.key.clone() };
+    let task = Task { id: lease.id, epoch: lease.epoch, spec: Arc::clone(&lease.spec), key: lease.key.clone() };
     let permits = Permits::new(bench.gated.clone(), lease.held());
     let answers = Answers::new(bench.gated.queue().clone());
     let progress = Progress::new(&task, started, bench.reported.clone()).with_queue(permits, answers);

@@ -24,7 +24,7 @@ pub struct Task {
     /// The lease under which it runs.
     pub epoch: Epoch,
     /// What is to be done.
-    pub spec: JobSpec,
+    pub spec: Arc<JobSpec>,
     /// The key with which its model is to be called, where the job passed a gate of it.
     pub key: Option<KeyId>,
 }
