@@ -6,7 +6,7 @@ use crate::collect::Collected;
 use crate::dialect::{Dialect, Encoded, FILLED_IN, NEVER_LEFT_OUT, ProviderError, StreamEvent, Streaming};
 use crate::failure::{Fault, Kind, classify, redact};
 use crate::hedge::{Race, Runner};
-use crate::http::{Http, Trouble, Unsent};
+use crate::http::{Http, Lost, Request, Response, Stage, Trouble, Unsent};
 use crate::limits;
 use crate::perform::{Limits, Unsupported};
 use crate::wait::{asked_ms, time_ms};
@@ -17,7 +17,7 @@ use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
 use genmill_worker::perform::Progress;
 use http::HeaderMap;
-use reqwest::{Response, StatusCode};
+use http::StatusCode;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -102,22 +102,24 @@ impl Call<'_> {
         let kind = response.headers().get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
         let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
         let mut body = Body { response, first_byte, limits: self.limits, read: 0 };
-        match kind.as_str() {
+        let ended = match kind.as_str() {
             "text/html" => Ended::Broken(self.fault(Kind::Transient, "answered with a web page")),
             "application/json" => self.read_whole(&mut body, collected).await,
             // A server that does not say what it sends sends what was asked for.
             _ if streaming == Streaming::On => self.read_stream(&mut body, collected).await,
             _ => self.read_whole(&mut body, collected).await,
+        };
+        if matches!(ended, Ended::Answered) {
+            body.response.drain();
         }
+        ended
     }
 
     async fn send(&self, encoded: Encoded) -> Result<Response, Unsent> {
         let endpoint = self.endpoint;
         let url = format!("{}{}", endpoint.base_url.as_str().trim_end_matches('/'), encoded.path);
-        let mut request = self.http.client(&endpoint.base_url).post(url).body(encoded.body);
-        for (name, value) in encoded.headers {
-            request = request.header(name, value);
-        }
+        let request = Request::post(&url, encoded.body)?;
+        let request = encoded.headers.iter().try_fold(request, |request, (name, value)| request.with(name, value))?;
         self.http.send(endpoint, request).await
     }
 
@@ -131,7 +133,7 @@ impl Call<'_> {
         Ended::Broken(self.fault(Kind::Timeout, &format!("sent nothing for {limit_s} s (api.first_byte_timeout_ms)")))
     }
 
-    fn unreachable(&self, error: &reqwest::Error, collected: &Collected) -> Ended {
+    fn unreachable(&self, error: &Lost, collected: &Collected) -> Ended {
         let fault = lost(self.endpoint, error);
         if was_sent(error) { self.cut(fault, collected) } else { Ended::Refused(fault) }
     }
@@ -157,7 +159,8 @@ impl Call<'_> {
         };
         while let Some(url) = self.dialect.pending(&whole) {
             sleep(LOOK_AGAIN).await;
-            whole = match self.look_again(&url, collected).await {
+            // In a box: few dialects do so, and every call would keep room for it.
+            whole = match Box::pin(self.look_again(&url, collected)).await {
                 Ok(whole) => whole,
                 Err(ended) => return ended,
             };
@@ -175,7 +178,7 @@ impl Call<'_> {
 
     /// The answer that is to be found at `url` by now.
     async fn look_again(&self, url: &str, collected: &Collected) -> Result<Vec<u8>, Ended> {
-        let request = self.http.client(&self.endpoint.base_url).get(url);
+        let request = Request::get(url).map_err(|error| self.unreachable(&error, collected).into_broken())?;
         let first_byte = Instant::now() + self.limits.first_byte.unwrap_or(FOREVER);
         let response = match timeout_at(first_byte, self.http.send(self.endpoint, request)).await {
             Ok(Ok(response)) => response,
@@ -301,17 +304,17 @@ pub(crate) fn told(endpoint: &Endpoint, status: u16, error: ProviderError, said:
 }
 
 /// Whether what the connection failed for may have reached the provider.
-pub(crate) fn was_sent(error: &reqwest::Error) -> bool {
-    !error.is_builder() && !error.is_connect()
+pub(crate) fn was_sent(error: &Lost) -> bool {
+    error.stage == Stage::Exchange
 }
 
 /// The failure of a connection.
-pub(crate) fn lost(endpoint: &Endpoint, error: &reqwest::Error) -> Fault {
+pub(crate) fn lost(endpoint: &Endpoint, error: &Lost) -> Fault {
     let host = endpoint.base_url.host_str().unwrap_or_default();
-    let (kind, what) = match (error.is_builder(), error.is_connect()) {
-        (true, _) => (Kind::Invalid, "cannot be asked at"),
-        (false, true) => (Kind::Transient, "cannot be connected to at"),
-        (false, false) => (Kind::Cut, "lost the connection to"),
+    let (kind, what) = match error.stage {
+        Stage::Request => (Kind::Invalid, "cannot be asked at"),
+        Stage::Connect => (Kind::Transient, "cannot be connected to at"),
+        Stage::Exchange => (Kind::Cut, "lost the connection to"),
     };
     Fault::new(kind, &endpoint.name, &format!("{what} {host}: {}", Trouble::of(error)))
 }
@@ -353,7 +356,7 @@ enum Came {
     Bytes(bytes::Bytes),
     /// There are no more.
     End,
-    Lost(reqwest::Error),
+    Lost(Lost),
     /// More than an answer may have.
     TooMuch,
     /// Nothing in time.

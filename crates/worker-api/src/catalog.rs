@@ -15,9 +15,9 @@ use genmill_daemon::config;
 use genmill_daemon::environment::Environment;
 use genmill_daemon::models::ListedModel;
 use genmill_daemon::secret::Secret;
-use reqwest::Url;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use url::Url;
 
 /// The variables that have Amazon's keys.
 const AWS_KEYS: [&str; 2] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"];

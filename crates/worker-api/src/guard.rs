@@ -2,10 +2,14 @@
 //!
 //! Servers of one's own are called wherever they are: on this machine, in a private network.
 
-use reqwest::Url;
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use hyper_util::client::legacy::connect::dns::Name;
+use std::error::Error;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::{io, vec};
+use tower_service::Service;
+use url::Url;
 
 /// Names of such places.
 const NAMES: &[&str] = &["metadata", "metadata.google.internal", "metadata.goog", "instance-data"];
@@ -36,11 +40,19 @@ fn is_forbidden(address: IpAddr) -> bool {
 }
 
 /// Looks names up, and leaves out what must not be called: a harmless name may lead there.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Guarded;
 
-impl Resolve for Guarded {
-    fn resolve(&self, name: Name) -> Resolving {
+impl Service<Name> for Guarded {
+    type Response = vec::IntoIter<SocketAddr>;
+    type Error = Box<dyn Error + Send + Sync>;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, name: Name) -> Self::Future {
         Box::pin(async move {
             let found = tokio::net::lookup_host((name.as_str(), 0)).await;
             let found: Vec<_> = found.map_err(|error| io::Error::other(format!("dns error: {error}")))?.collect();
@@ -48,8 +60,7 @@ impl Resolve for Guarded {
             if allowed.is_empty() && !found.is_empty() {
                 return Err("leads to an address that tells secrets of machines and is never called".into());
             }
-            let allowed: Addrs = Box::new(allowed.into_iter());
-            Ok(allowed)
+            Ok(allowed.into_iter())
         })
     }
 }
@@ -86,7 +97,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_of_this_machine_are_found() {
-        let found = Guarded.resolve("localhost".parse().unwrap()).await.unwrap();
+        let found = Guarded.call("localhost".parse().unwrap()).await.unwrap();
         assert!(found.count() > 0);
     }
 }

@@ -4,12 +4,12 @@ use crate::auth::Credentials;
 use crate::catalog::{Endpoint, Sources};
 use crate::credit::{self, Credit};
 use crate::failure::{classify, redact};
-use crate::http::{Http, Settings, Trouble, Unsent};
+use crate::http::{Http, Lost, Request, Settings, Trouble, Unsent};
 use crate::providers::{KeyNeed, OWN_FILE, Table};
 use anyhow::Context as _;
 use genmill_core::registration::Availability;
 use genmill_daemon::run::load;
-use reqwest::StatusCode;
+use http::StatusCode;
 use serde_json::Value;
 use std::io::Write as _;
 use std::path::Path;
@@ -249,17 +249,18 @@ fn refusal(endpoint: &Endpoint, status: StatusCode, body: &[u8]) -> String {
 
 async fn fetch(endpoint: &Endpoint, path: &str, http: &Http) -> Result<(StatusCode, Vec<u8>), String> {
     let url = format!("{}{path}", endpoint.base_url.as_str().trim_end_matches('/'));
-    let mut request = http.client(&endpoint.base_url).get(url);
-    for (header, value) in &endpoint.provider.headers {
-        request = request.header(header, value);
-    }
+    let headers = endpoint.provider.headers.iter();
+    let request =
+        Request::get(&url).and_then(|plain| headers.clone().try_fold(plain, |r, (name, value)| r.with(name, value)));
+    let trouble = |lost: Lost| Trouble::of(&lost).to_string();
+    let request = request.map_err(trouble)?;
     let asked = async {
         let mut response = http.send(endpoint, request).await.map_err(|unsent| match unsent {
-            Unsent::Lost(error) => Trouble::of(&error).to_string(),
+            Unsent::Lost(lost) => trouble(lost),
             Unsent::Fault(fault) => fault.message,
         })?;
         let mut body = Vec::new();
-        while let Some(bytes) = response.chunk().await.map_err(|error| Trouble::of(&error).to_string())? {
+        while let Some(bytes) = response.chunk().await.map_err(trouble)? {
             body.extend_from_slice(&bytes);
             if body.len() > LIST_BYTES_MAX {
                 return Err("its list of models is longer than 16 MiB".to_owned());

@@ -7,7 +7,7 @@ use crate::call::{Call, Ended};
 use crate::catalog::{Catalog, Endpoint};
 use crate::collect::Collected;
 use crate::failure::{Fault, Kind};
-use crate::fallbacks::Fallbacks;
+use crate::fallbacks::{Fallback, Fallbacks};
 use crate::hedge::{Hedge, Hedges, Race, Runner};
 use crate::http::Http;
 use crate::keys::{Keys, limits_of, observe};
@@ -136,16 +136,17 @@ impl Perform for Performer {
 
     async fn perform(&self, task: Task, progress: Progress, stop: CancellationToken) -> Performed {
         let kept = self.cache.and_then(|cache| Some((cache, Cache::request(&task.spec)?)));
-        let Some((cache, request)) = kept else { return self.ask(task, &progress, stop).await };
-        let tenant = task.spec.tenant.clone();
-        if let Some(answer) = progress.answers.find(&tenant, &request).await {
+        if let Some((_, request)) = &kept
+            && let Some(answer) = progress.answers.find(&task.spec.tenant, request).await
+        {
             return again(answer, &progress).await;
         }
-        let performed = self.ask(task, &progress, stop).await;
-        if let Outcome::Generated(answer) = &performed.outcome
+        let performed = self.ask(&task, &progress, &stop).await;
+        if let Some((cache, request)) = &kept
+            && let Outcome::Generated(answer) = &performed.outcome
             && Cache::is_kept(answer)
         {
-            progress.answers.keep(&tenant, &request, answer, cache.bounds).await;
+            progress.answers.keep(&task.spec.tenant, request, answer, cache.bounds).await;
         }
         performed
     }
@@ -164,27 +165,41 @@ async fn again(answer: Generation, progress: &Progress) -> Performed {
 
 impl Performer {
     /// Asks the job's model, and those that answer in its place.
-    async fn ask(&self, task: Task, progress: &Progress, stop: CancellationToken) -> Performed {
+    async fn ask(&self, task: &Task, progress: &Progress, stop: &CancellationToken) -> Performed {
         let begun = Instant::now();
         let hedge = self.hedges.of(&task.spec.model);
-        let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), hedge, begun, stop: &stop };
-        let mut tried = self.attempt(own, progress).await;
+        let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), hedge, begun, stop };
+        let tried = self.attempt(own, progress).await;
+        match self.fallbacks.of(&task.spec.model) {
+            // In a box: few jobs come here, and all would keep room for it.
+            Some(fallback) => Box::pin(self.ask_others(task, fallback, tried, begun, progress, stop)).await,
+            None => tried.performed,
+        }
+    }
+
+    /// Asks the models that answer in place of the job's own, after that was `tried`.
+    async fn ask_others(
+        &self,
+        task: &Task,
+        fallback: &Fallback,
+        mut tried: Tried,
+        begun: Instant,
+        progress: &Progress,
+        stop: &CancellationToken,
+    ) -> Performed {
         // The job's own permit is for its own model; the others have theirs.
         let (observation, mut spent) = (tried.performed.observation, tried.performed.cost);
         let (mut first, mut answers) = (None, None);
-        let fallback = self.fallbacks.of(&task.spec.model);
-        for next in fallback.into_iter().flat_map(|fallback| &fallback.to) {
-            let helps = fallback.is_some_and(|fallback| tried.failed.is_some_and(|kind| fallback.helps(kind)));
-            if !helps || stop.is_cancelled() {
+        for next in &fallback.to {
+            if !tried.failed.is_some_and(|kind| fallback.helps(kind)) || stop.is_cancelled() {
                 break;
             }
-            let spec = JobSpec { model: next.clone(), ..task.spec.clone() };
+            let spec = JobSpec { model: next.clone(), ..(*task.spec).clone() };
             let Some(leave) = self.leave(&spec, &progress.permits).await else { continue };
             tracing::warn!(job = %task.id, model = %task.spec.model, kind = ?tried.failed, %next, "failed: asking another model");
             let key = leave.key.as_ref();
-            let other = Attempt { job: task.id, spec: &spec, key, hedge: None, begun, stop: &stop };
-            // Few jobs come here, and all would have to carry it.
-            let failed = std::mem::replace(&mut tried, Box::pin(self.attempt(other, progress)).await);
+            let other = Attempt { job: task.id, spec: &spec, key, hedge: None, begun, stop };
+            let failed = std::mem::replace(&mut tried, self.attempt(other, progress).await);
             leave.settle(tried.performed.observation.as_ref()).await;
             spent = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
             first.get_or_insert(failed.performed.outcome);

@@ -278,7 +278,7 @@ mod tests {
         for (name, row) in &table.0 {
             assert!(!row.keys.is_empty(), "{name} names no key");
             if let Some(url) = &row.base_url {
-                let url = reqwest::Url::parse(&url.replace(['{', '}'], "")).unwrap();
+                let url = url::Url::parse(&url.replace(['{', '}'], "")).unwrap();
                 assert!(url.scheme() == "https" || row.key_need == KeyNeed::Optional, "{name}: {url}");
             }
             let dialects = row.models.iter().filter_map(|models| models.dialect.as_deref());

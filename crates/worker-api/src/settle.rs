@@ -1,7 +1,7 @@
 //! What a call cost, by the record that its provider keeps: for calls whose answer broke off before it told.
 
 use crate::catalog::Endpoint;
-use crate::http::Http;
+use crate::http::{Http, Request};
 use crate::url::escaped;
 use genmill_core::money::Picodollars;
 use serde::Deserialize;
@@ -42,7 +42,7 @@ pub(crate) async fn settle(http: &Http, endpoint: &Endpoint, id: Option<&str>) -
 }
 
 async fn look(http: &Http, endpoint: &Endpoint, url: &str) -> Option<Picodollars> {
-    let mut response = http.send(endpoint, http.client(&endpoint.base_url).get(url)).await.ok()?;
+    let mut response = http.send(endpoint, Request::get(url).ok()?).await.ok()?;
     if !response.status().is_success() {
         return None;
     }

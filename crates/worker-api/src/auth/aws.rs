@@ -3,10 +3,10 @@
 use crate::url::escaped_but;
 use genmill_core::time::UnixMs;
 use genmill_daemon::secret::Secret;
-use reqwest::Url;
 use ring::{digest, hmac};
 use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
+use url::Url;
 
 /// The name of the way of signing.
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";

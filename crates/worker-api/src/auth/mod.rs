@@ -7,16 +7,16 @@ pub mod google;
 pub mod tokens;
 
 use crate::failure::{Fault, Kind};
-use crate::http::Http;
+use crate::http::{Http, Request};
 use aws::AwsCredentials;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
 use genmill_daemon::secret::Secret;
 use google::GoogleAccount;
 use http::{HeaderName, HeaderValue};
-use reqwest::{Request, Url};
 use serde::Deserialize;
 use tokens::TokenRequest;
+use url::Url;
 
 /// How calls are proven, as `providers.toml` has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
@@ -116,8 +116,8 @@ impl Credentials {
             Self::None => Vec::new(),
             Self::Key(key) => vec![(key_header, format!("{scheme}{}", key.reveal()))],
             Self::Aws(credentials) => {
-                let body = request.body().and_then(reqwest::Body::as_bytes).unwrap_or_default();
-                aws::sign(credentials, request.method().as_str(), request.url(), body, UnixMs(now_unix_ms()))
+                let now = UnixMs(now_unix_ms());
+                aws::sign(credentials, request.method.as_str(), &request.url, &request.body, now)
             }
             Self::Google(_) | Self::Ibm { .. } => {
                 // In a box: it is rare, and every call that waits for its answer would keep room for it.
@@ -131,7 +131,7 @@ impl Credentials {
                 return Err(Fault::new(Kind::Auth, provider, "has a key with characters that no header can have"));
             };
             value.set_sensitive(true);
-            request.headers_mut().insert(name, value);
+            request.headers.insert(name, value);
         }
         Ok(())
     }

@@ -1,17 +1,17 @@
 //! Tokens that hold for a while: asked for when one is needed, kept until shortly before they end.
 
 use crate::failure::{Fault, Kind};
-use crate::http::{Http, Trouble};
+use crate::http::{Http, Lost, Request, Trouble};
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
 use genmill_daemon::secret::Secret;
-use reqwest::Url;
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
+use url::Url;
 
 /// A token is not used in the last part of its life, so that it holds for as long as a call takes to be accepted.
 const SPARE_MS: u64 = 60_000;
@@ -113,10 +113,11 @@ impl Tokens {
 
 async fn ask(provider: &str, http: &Http, TokenRequest { url, form }: TokenRequest) -> Result<Reply, Fault> {
     let host = url.host_str().unwrap_or_default().to_owned();
-    let lost = |error: reqwest::Error| {
+    let lost = |error: Lost| {
         Fault::new(Kind::Transient, provider, &format!("got no token from {host}: {}", Trouble::of(&error)))
     };
-    let mut response = http.client(&url).post(url).form(&form).send().await.map_err(lost)?;
+    let request = Request::form(url.as_str(), &form).map_err(lost)?;
+    let mut response = http.send_unproven(request).await.map_err(lost)?;
     let status = response.status();
     let mut body = Vec::new();
     while let Some(bytes) = response.chunk().await.map_err(lost)? {

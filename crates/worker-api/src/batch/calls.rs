@@ -6,13 +6,14 @@ use crate::call::{lost, refusal, was_sent};
 use crate::catalog::Endpoint;
 use crate::dialect::Dialect;
 use crate::failure::{Fault, Kind};
-use crate::http::{Http, Trouble, Unsent};
+use crate::http::{self, Http, Lost, Response, Trouble, Unsent};
 use crate::perform::Limits;
-use http::header::CONTENT_TYPE;
-use reqwest::{Response, StatusCode, Url};
+use ::http::header::CONTENT_TYPE;
+use ::http::{Method as Verb, StatusCode};
 use serde_json::Value;
 use std::time::Duration;
 use tokio::time::timeout;
+use url::Url;
 
 /// How long a provider may be silent where nothing else is set.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -71,16 +72,7 @@ impl Calls<'_> {
         let url = self.url(&request.path).map_err(undone)?;
         let size = u32::try_from(request.body.len() / UPLOAD_BYTES_PER_S).unwrap_or(u32::MAX);
         let patience = self.limits.first_byte.unwrap_or(SILENCE).saturating_add(Duration::from_secs(size.into()));
-        let client = self.http.client(&self.endpoint.base_url);
-        let mut call = match request.method {
-            Method::Get => client.get(url),
-            // Nothing is no JSON.
-            Method::Post if request.body.is_empty() => client.post(url).body(request.body),
-            Method::Post => client.post(url).header(CONTENT_TYPE, &request.content_type).body(request.body),
-        };
-        for (name, value) in &self.endpoint.provider.headers {
-            call = call.header(name, value);
-        }
+        let call = self.call(request, &url).map_err(|error| undone(lost(self.endpoint, &error)))?;
         let response = match timeout(patience, self.http.send(self.endpoint, call)).await {
             Ok(Ok(response)) => response,
             Ok(Err(Unsent::Fault(fault))) => return Err(undone(fault)),
@@ -99,6 +91,19 @@ impl Calls<'_> {
         }
         let fault = refusal(self.endpoint, self.dialect, said, self.silence(), response).await;
         Err(Failed { fault, undone: !status.is_server_error() && !UNCLEAR.contains(&status) })
+    }
+
+    /// A request as it is sent.
+    fn call(&self, request: Request, url: &Url) -> Result<http::Request, Lost> {
+        let method = match request.method {
+            Method::Get => Verb::GET,
+            Method::Post => Verb::POST,
+        };
+        // Nothing is no JSON.
+        let kind = (!request.body.is_empty()).then_some((CONTENT_TYPE.as_str(), request.content_type.as_str()));
+        let headers = self.endpoint.provider.headers.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let call = http::Request::new(method, url.as_str(), request.body.into())?;
+        kind.into_iter().chain(headers).try_fold(call, |call, (name, value)| call.with(name, value))
     }
 
     /// The address of a path below the base URL, or of a whole URL at the same host.

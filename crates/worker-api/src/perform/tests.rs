@@ -93,7 +93,7 @@ async fn perform_with(
     key: Option<KeyId>,
     stop: CancellationToken,
 ) -> (Performed, String) {
-    let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec, key };
+    let task = Task { id: JobId::new(UnixMs(1), LaneNumber(1), 1), epoch: Epoch(1), spec: spec.into(), key };
     let (report, mut reported) = mpsc::channel(1);
     let progress = Progress::new(&task, Started::default(), report);
     let listen = async {
