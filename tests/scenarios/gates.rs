@@ -226,6 +226,22 @@ async fn what_is_throttled_without_being_told_for_how_long_waits_longer_every_ti
 }
 
 #[tokio::test]
+async fn a_provider_that_says_at_once_time_after_time_is_asked_ever_less() {
+    let mut bench = Bench::new().await;
+    bench.beat("w", 0, &declare(&["k"], 9, Vec::new())).await;
+    bench.submit(A, 1).await;
+    for least in [0, 50, 100, 200] {
+        let lease = bench.claim_soon("w", &["k"]).await;
+        bench.finish(&lease, "w", &throttled(Some(0))).await;
+        let shut_ms = match bench.gate("k", A).await.opens {
+            Opens::At(at) => at.ms_since(lease.started_at),
+            Opens::Now | Opens::AfterCall => 0,
+        };
+        assert!(shut_ms >= least, "{shut_ms} of {least}");
+    }
+}
+
+#[tokio::test]
 async fn a_limit_that_was_told_is_kept_until_it_has_refilled() {
     let mut bench = Bench::new().await;
     bench.beat("w", 0, &declare(&["k"], 9, Vec::new())).await;

@@ -12,10 +12,16 @@ local SHRINK = 0.7
 local GROWTH_PAUSE_MS = 10000
 -- For how long a gate is shut that was throttled without being told: doubled with each episode.
 local BACKOFF_MS, BACKOFF_MS_MAX = 1000, 60000
+-- A provider that says "again at once" time after time is asked ever less, down to once in the longest of these.
+local AGAIN_MS, AGAIN_MS_MAX = 50, 1000
 -- So many errors in a row open the circuit breaker, for a time that is doubled whenever a probe fails.
 local ERRORS_MAX, OPEN_MS, OPEN_MS_MAX = 5, 2000, 300000
 -- When a probe takes longer, another is made.
 local PROBE_MS = 30000
+
+local function doubled(first, times, longest)
+  return math.min(longest, first * 2 ^ math.min(times, 16))
+end
 
 local function fresh(start)
   return { in_flight = 0, window = start, requests = {}, tokens = {} }
@@ -127,7 +133,11 @@ local function throttled(gate, in_flight, started, asked_ms, now)
   if not gate.shrunk_at or started >= gate.shrunk_at then
     gate.window = math.max(1, math.floor(math.min(gate.window, in_flight) * SHRINK))
     gate.shrunk_at, gate.grown, gate.throttles = now, 0, (gate.throttles or 0) + 1
-    shut_ms = asked_ms or math.min(BACKOFF_MS_MAX, BACKOFF_MS * 2 ^ math.min(gate.throttles - 1, 16))
+    if not asked_ms then
+      shut_ms = doubled(BACKOFF_MS, gate.throttles - 1, BACKOFF_MS_MAX)
+    elseif gate.throttles > 1 then
+      shut_ms = math.max(asked_ms, doubled(AGAIN_MS, gate.throttles - 2, AGAIN_MS_MAX))
+    end
   end
   gate.blocked_until = math.max(gate.blocked_until or 0, now + shut_ms)
 end
@@ -140,7 +150,7 @@ local function overloaded(gate, started, asked_ms, now)
   gate.errors = (gate.errors or 0) + 1
   if gate.errors < ERRORS_MAX and not gate.open_until then return end
   gate.openings = (gate.openings or 0) + 1
-  gate.open_until = now + math.min(OPEN_MS_MAX, OPEN_MS * 2 ^ math.min(gate.openings - 1, 16))
+  gate.open_until = now + doubled(OPEN_MS, gate.openings - 1, OPEN_MS_MAX)
   gate.opened_at, gate.probe = now, nil
 end
 
