@@ -5,7 +5,7 @@ mod extras;
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
 use super::{conversation, errors, parameters, sse};
 use crate::providers::Provider;
-use genmill_core::attempt::{FinishReason, Usage};
+use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
 use serde::{Deserialize, Deserializer};
@@ -140,6 +140,9 @@ struct Choice {
     finish_reason: Option<Value>,
     #[serde(default)]
     error: Option<Value>,
+    /// Where Moonshot tells the usage of a stream.
+    #[serde(default)]
+    usage: Option<WireUsage>,
 }
 
 #[derive(Deserialize)]
@@ -176,9 +179,11 @@ struct WireUsage {
     cost: Option<Box<RawValue>>,
 }
 
-/// A count; anything that is none reads as absent.
+/// A count, which some write as `5.0`; anything that is none reads as absent.
 fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    Ok(Value::deserialize(deserializer)?.as_u64())
+    let value = Value::deserialize(deserializer)?;
+    let whole = || value.as_f64().filter(|number| number.fract() == 0.0)?.to_string().parse().ok();
+    Ok(value.as_u64().or_else(whole))
 }
 
 /// The id of the completion that a chunk is of.
@@ -206,9 +211,11 @@ fn events(data: &str) -> Vec<StreamEvent> {
     if completion.choices.is_none() && completion.usage.is_none() {
         return strange(data);
     }
-    let choices = completion.choices.unwrap_or_default().into_iter().enumerate();
-    let mut events: Vec<StreamEvent> = choices.flat_map(|(place, choice)| of_sample(place, choice)).collect();
+    let mut choices = completion.choices.unwrap_or_default();
     let usage = completion.usage.or(completion.x_groq.and_then(|extension| extension.usage));
+    let usage = usage.or_else(|| choices.iter_mut().find_map(|choice| choice.usage.take()));
+    let choices = choices.into_iter().enumerate();
+    let mut events: Vec<StreamEvent> = choices.flat_map(|(place, choice)| of_sample(place, choice)).collect();
     events.extend(usage.map(of_usage).unwrap_or_default());
     if let Some(fingerprint) = completion.system_fingerprint.as_str().filter(|fingerprint| !fingerprint.is_empty()) {
         events.push(StreamEvent::Fingerprint(fingerprint.to_owned()));
@@ -267,23 +274,27 @@ fn text_of(content: Value) -> String {
 fn of_usage(wire: WireUsage) -> Vec<StreamEvent> {
     let mut events = Vec::new();
     if let (Some(prompt_tokens), Some(completion_tokens)) = (wire.prompt_tokens, wire.completion_tokens) {
-        let details = wire.prompt_tokens_details.as_ref();
-        let cached = details.and_then(|details| details["cached_tokens"].as_u64());
-        let cached_prompt_tokens = cached.or(wire.prompt_cache_hit_tokens).or(wire.cached_tokens).unwrap_or(0);
-        let outside = reasoning_outside(&wire, prompt_tokens.saturating_add(completion_tokens));
+        let of_prompt = |name| detail(wire.prompt_tokens_details.as_ref(), name);
+        let cached = of_prompt("cached_tokens").or(wire.prompt_cache_hit_tokens).or(wire.cached_tokens);
+        let cached_prompt_tokens = cached.unwrap_or(0).min(prompt_tokens);
+        let cache_write_tokens = of_prompt("cache_write_tokens").unwrap_or(0);
+        let reasoning_tokens = detail(wire.completion_tokens_details.as_ref(), "reasoning_tokens").unwrap_or(0);
+        // Reasoning that is billed but not counted in the completion: the total tells (xAI).
+        let with_reasoning = prompt_tokens.saturating_add(completion_tokens).saturating_add(reasoning_tokens);
+        let outside = if wire.total_tokens == Some(with_reasoning) { reasoning_tokens } else { 0 };
         let completion_tokens = completion_tokens.saturating_add(outside);
         events.push(StreamEvent::Usage(Usage { prompt_tokens, cached_prompt_tokens, completion_tokens }));
+        let details = UsageDetails { cache_write_tokens, reasoning_tokens };
+        events.extend((details != UsageDetails::default()).then_some(StreamEvent::UsageDetails(details)));
     }
     let cost = wire.cost.as_ref().map(|cost| cost.get().trim_matches('"'));
     events.extend(cost.and_then(|cost| Picodollars::parse_dollars(cost).ok()).map(StreamEvent::Billed));
     events
 }
 
-/// Reasoning tokens that are billed but not counted in the completion: the total tells (xAI).
-fn reasoning_outside(wire: &WireUsage, counted: u64) -> u64 {
-    let details = wire.completion_tokens_details.as_ref();
-    let reasoning = details.and_then(|details| details["reasoning_tokens"].as_u64()).unwrap_or(0);
-    if wire.total_tokens == Some(counted.saturating_add(reasoning)) { reasoning } else { 0 }
+/// A count among details.
+fn detail(details: Option<&Value>, name: &str) -> Option<u64> {
+    details.and_then(|details| details[name].as_u64())
 }
 
 #[cfg(test)]

@@ -127,6 +127,14 @@ fn usage_is_read_wherever_it_stands() {
     check(cached, &[usage(9, 4, 1)]);
     let deepseek = r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1,"prompt_cache_hit_tokens":6}}"#;
     check(deepseek, &[usage(9, 6, 1)]);
+    let written = r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":4,"cache_write_tokens":3}}}"#;
+    let details = UsageDetails { cache_write_tokens: 3, reasoning_tokens: 0 };
+    check(written, &[usage(9, 4, 1), StreamEvent::UsageDetails(details)]);
+    let moonshot = r#"{"choices":[{"delta":{},"usage":{"prompt_tokens":3.0,"completion_tokens":5}}]}"#;
+    check(moonshot, &[usage(3, 0, 5)]);
+    check(r#"{"choices":[],"usage":{"prompt_tokens":3.5,"completion_tokens":5}}"#, &[]);
+    let more_than_there_is = r#"{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":5,"cached_tokens":4}}"#;
+    check(more_than_there_is, &[usage(3, 3, 5)]);
     check(r#"{"choices":[],"usage":null}"#, &[]);
     check(r#"{"choices":[],"usage":{"prompt_tokens":null,"completion_tokens":5}}"#, &[]);
 }
@@ -138,8 +146,9 @@ fn reasoning_is_added_only_where_the_total_says_it_is_outside() {
             r#"{{"choices":[],"usage":{{"prompt_tokens":10,"completion_tokens":5,"total_tokens":{total},"completion_tokens_details":{{"reasoning_tokens":4}}}}}}"#
         )
     };
-    check(&usage_of(15), &[usage(10, 0, 5)]);
-    check(&usage_of(19), &[usage(10, 0, 9)]);
+    let thought = StreamEvent::UsageDetails(UsageDetails { cache_write_tokens: 0, reasoning_tokens: 4 });
+    check(&usage_of(15), &[usage(10, 0, 5), thought.clone()]);
+    check(&usage_of(19), &[usage(10, 0, 9), thought]);
 }
 
 #[test]
