@@ -14,11 +14,13 @@ use url::Url;
 /// Names of such places.
 const NAMES: &[&str] = &["metadata", "metadata.google.internal", "metadata.goog", "instance-data"];
 
-/// Such addresses beside the link-local ones: Amazon's by IPv6, Alibaba's, Oracle's.
+/// Such addresses beside the link-local ones: Amazon's and Google's by IPv6, Alibaba's, Oracle's, Azure's.
 const ADDRESSES: &[IpAddr] = &[
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
     IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
 ];
 
 /// The host of a URL when it must not be called.
@@ -32,11 +34,23 @@ pub fn forbidden_host(url: &Url) -> Option<String> {
 
 /// Whether an address must not be called.
 fn is_forbidden(address: IpAddr) -> bool {
-    let link_local = match address.to_canonical() {
+    let forbidden = match address.to_canonical() {
         IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local() || within(v6).is_some_and(|v4| is_forbidden(v4.into())),
     };
-    link_local || ADDRESSES.contains(&address.to_canonical())
+    forbidden || ADDRESSES.contains(&address.to_canonical())
+}
+
+/// The older address to which gateways hand on what goes to this one: NAT64, 6to4, and the form that was given up.
+fn within(address: Ipv6Addr) -> Option<Ipv4Addr> {
+    let octets = address.octets();
+    let at = match address.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, _, _] => 12,
+        [0, 0, 0, 0, 0, 0, high, _] if high > 0 => 12,
+        [0x2002, ..] => 2,
+        _ => return None,
+    };
+    octets[at..].first_chunk::<4>().copied().map(Ipv4Addr::from)
 }
 
 /// Looks names up, and leaves out what must not be called: a harmless name may lead there.
@@ -80,6 +94,11 @@ mod tests {
         check("http://[fe80::1]/", true);
         check("http://[fd00:ec2::254]/", true);
         check("http://[::ffff:169.254.169.254]/", true);
+        check("http://[::169.254.169.254]/", true);
+        check("http://[64:ff9b::169.254.169.254]/", true);
+        check("http://[2002:a9fe:a9fe::1]/", true);
+        check("http://[fd20:ce::254]/", true);
+        check("http://168.63.129.16/", true);
         check("http://0xa9fea9fe/", true);
         check("http://2852039166/", true);
         check("http://metadata.google.internal/computeMetadata/v1", true);
@@ -92,6 +111,9 @@ mod tests {
         check("http://127.0.0.1:8000/v1", false);
         check("http://10.0.0.7/v1", false);
         check("http://[fd12::1]/v1", false);
+        check("http://[::1]:8000/v1", false);
+        check("http://[64:ff9b::8.8.8.8]/v1", false);
+        check("http://[2606:4700::1]/v1", false);
         check("https://metadata.example.com/", false);
     }
 
