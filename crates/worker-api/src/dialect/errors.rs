@@ -27,8 +27,19 @@ pub(super) fn of_value(value: &Value) -> ProviderError {
         status: code.and_then(status_of),
         code: code.map(|code| code.as_str().map_or_else(|| code.to_string(), str::to_owned)).unwrap_or_default(),
         message: message.map_or_else(|| detail(value), str::to_owned),
-        retry_after_ms: None,
+        retry_after_ms: asked_ms(inner).or_else(|| asked_ms(value)),
     }
+}
+
+/// How long an error asks to wait, in milliseconds, rounded up: Google's `RetryInfo`, which its followers of OpenAI tell as
+/// well, or a number of seconds.
+fn asked_ms(error: &Value) -> Option<u64> {
+    let details = error["details"].as_array().into_iter().flatten();
+    let told = details.filter_map(|detail| detail["retryDelay"].as_str()?.strip_suffix('s')?.parse().ok()).next();
+    let number = |name: &str| error[name].as_f64().or_else(|| error[name].as_str()?.parse().ok());
+    let seconds = told.or_else(|| number("retry_after")).or_else(|| Some(number("retry_after_ms")? / 1_000.0))?;
+    let wait = std::time::Duration::try_from_secs_f64(seconds).ok()?;
+    u64::try_from(wait.as_micros().div_ceil(1_000)).ok()
 }
 
 /// A code that is an HTTP status.
@@ -58,4 +69,26 @@ fn plain_text(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(body);
     let text = text.trim();
     if text.starts_with('<') { "the answer is a web page".to_owned() } else { text.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(body: &str, retry_after_ms: Option<u64>) {
+        assert_eq!(of_body(body.as_bytes()).retry_after_ms, retry_after_ms, "{body}");
+    }
+
+    #[test]
+    fn a_wait_is_read_wherever_an_error_has_it() {
+        let google = r#"{"error":{"code":429,"message":"no","details":[{"violations":[]},{"retryDelay":"22.5s"}]}}"#;
+        check(google, Some(22_500));
+        check(&format!("[{google}]"), Some(22_500));
+        check(r#"{"error":{"message":"no","retry_after":1.5}}"#, Some(1_500));
+        check(r#"{"error":"no","retry_after":"2"}"#, Some(2_000));
+        check(r#"{"message":"no","retry_after_ms":20}"#, Some(20));
+        for nonsense in [r#"{"retry_after":-1}"#, r#"{"retry_after":"soon"}"#, r#"{"error":{"details":{}}}"#, "no"] {
+            check(nonsense, None);
+        }
+    }
 }

@@ -286,7 +286,6 @@ fn error(value: &Value) -> ProviderError {
     let details = || details.into_iter().flatten();
     let mut error = ProviderError {
         code: value["error"]["status"].as_str().unwrap_or_default().to_owned(),
-        retry_after_ms: details().find_map(|detail| seconds(detail["retryDelay"].as_str()?)),
         ..errors::of_value(value)
     };
     // A wrong key is told as a wrong request.
@@ -298,12 +297,6 @@ fn error(value: &Value) -> ProviderError {
         error.code = "insufficient_quota".to_owned();
     }
     error
-}
-
-/// A duration as JSON has it for protobuf, such as `22s` or `1.5s`, in milliseconds, rounded up.
-fn seconds(text: &str) -> Option<u64> {
-    let wait = std::time::Duration::try_from_secs_f64(text.strip_suffix('s')?.parse().ok()?).ok()?;
-    u64::try_from(wait.as_micros().div_ceil(1_000)).ok()
 }
 
 #[cfg(test)]
