@@ -16,7 +16,7 @@ use crate::prices::{Class, Day, Prices};
 use crate::repeats::Repeats;
 use crate::settle::settle;
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed, Usage};
-use genmill_core::gate::{Bucket, Declaration, KeyId};
+use genmill_core::gate::{Bucket, Declaration, KeyId, Observation, Signal};
 use genmill_core::ids::JobId;
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
@@ -169,12 +169,19 @@ impl Performer {
         let begun = Instant::now();
         let hedge = self.hedges.of(&task.spec.model);
         let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), hedge, begun, stop };
-        let tried = self.attempt(own, progress).await;
-        match self.fallbacks.of(&task.spec.model) {
-            // In a box: few jobs come here, and all would keep room for it.
+        let mut tried = self.attempt(own, progress).await;
+        let mut observation = tried.performed.observation;
+        // In boxes: few jobs come there, and all would keep room for it.
+        if tried.failed.is_some_and(is_of_key) {
+            (tried, observation) = Box::pin(self.with_other_keys(own, tried, progress)).await;
+        }
+        let helps = |fallback: &&Fallback| tried.failed.is_some_and(|kind| fallback.helps(kind));
+        let performed = match self.fallbacks.of(&task.spec.model).filter(helps) {
             Some(fallback) => Box::pin(self.ask_others(task, fallback, tried, begun, progress, stop)).await,
             None => tried.performed,
-        }
+        };
+        // The job's own permit is for its own model; the others have theirs.
+        Performed { observation, ..performed }
     }
 
     /// Asks the models that answer in place of the job's own, after that was `tried`.
@@ -187,11 +194,11 @@ impl Performer {
         progress: &Progress,
         stop: &CancellationToken,
     ) -> Performed {
-        // The job's own permit is for its own model; the others have theirs.
-        let (observation, mut spent) = (tried.performed.observation, tried.performed.cost);
+        let mut spent = tried.performed.cost;
         let (mut first, mut answers) = (None, None);
         for next in &fallback.to {
-            if !tried.failed.is_some_and(|kind| fallback.helps(kind)) || stop.is_cancelled() {
+            // How one of them fails is no reason to leave out those that come after it.
+            if tried.failed.is_none() || stop.is_cancelled() {
                 break;
             }
             let spec = JobSpec { model: next.clone(), ..(*task.spec).clone() };
@@ -213,7 +220,75 @@ impl Performer {
             Some(first) => in_all(first, outcome),
             None => outcome,
         };
-        Performed { outcome, cost: spent, observation }
+        Performed { outcome, cost: spent, observation: None }
+    }
+
+    /// Asks a model with other keys than that for which the job has its permit, as long as the provider refuses the key
+    /// itself. With what came of it comes what the call that was `tried` tells: the permit is for that.
+    async fn with_other_keys(
+        &self,
+        own: Attempt<'_>,
+        mut tried: Tried,
+        progress: &Progress,
+    ) -> (Tried, Option<Observation>) {
+        let observation = tried.performed.observation;
+        let lane = own.spec.model.lane();
+        let mut keys = self.keys.of(&lane).unwrap_or_default();
+        let mut refused = own.key.or(self.keys.first(&lane)).cloned();
+        let mut leaves = Vec::new();
+        while tried.failed.is_some_and(is_of_key) && !own.stop.is_cancelled() {
+            keys.retain(|key| Some(key) != refused.as_ref());
+            if keys.is_empty() {
+                break;
+            }
+            let Some(leave) = progress.permits.ask(own.spec, &keys).await else {
+                tried.performed.outcome = another_time(tried.performed.outcome);
+                tried.failed = Some(Kind::Transient);
+                break;
+            };
+            tracing::warn!(job = %own.job, model = %own.spec.model, kind = ?tried.failed, "refused: asking with another key");
+            refused = leave.key.clone().or_else(|| keys.first().cloned());
+            let next = Attempt { key: refused.as_ref(), hedge: None, ..own };
+            let spent = tried.performed.cost;
+            tried = self.attempt(next, progress).await;
+            leaves.push((leave, tried.performed.observation));
+            tried.performed.cost = spent.zip(tried.performed.cost).map(|(spent, cost)| spent.plus(cost));
+        }
+        // A key that is refused where another one is not is left alone for a while; where all are, jobs are to fail.
+        let is_refused = tried.failed.is_some_and(is_of_key);
+        let last = leaves.pop();
+        for (leave, told) in leaves {
+            leave.settle(if is_refused { told } else { spared(told) }.as_ref()).await;
+        }
+        if let Some((leave, told)) = last {
+            leave.settle(told.as_ref()).await;
+        }
+        (tried, if is_refused { observation } else { spared(observation) })
+    }
+}
+
+/// Whether a failure is that of a key, which another one may not have.
+const fn is_of_key(kind: Kind) -> bool {
+    matches!(kind, Kind::Auth | Kind::Quota)
+}
+
+/// How long a key is left alone that was refused.
+const SPARED_MS: u64 = 60_000;
+
+/// What a call tells whose key is to be left alone.
+fn spared(told: Option<Observation>) -> Option<Observation> {
+    let spared = |told| Observation { signal: Signal::Throttled, retry_after_ms: Some(SPARED_MS), ..told };
+    told.map(spared)
+}
+
+/// The end of a call whose key was refused while no other one has room: the job is tried again.
+fn another_time(outcome: Outcome) -> Outcome {
+    match outcome {
+        Outcome::Failed(failure) => {
+            let message = format!("{}; no other key has room now", failure.message);
+            Outcome::Failed(Failure::new(FailureClass::Transient, message))
+        }
+        other => other,
     }
 }
 
@@ -233,6 +308,7 @@ pub(crate) fn in_all(first: Outcome, last: Outcome) -> Outcome {
 }
 
 /// What is to be tried.
+#[derive(Clone, Copy)]
 pub(crate) struct Attempt<'a> {
     pub(crate) job: JobId,
     pub(crate) spec: &'a JobSpec,

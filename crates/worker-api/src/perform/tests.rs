@@ -407,6 +407,40 @@ async fn no_other_model_answers_where_it_would_not_help_or_something_was_shown()
     assert_eq!(generation(performed).text, "a b c");
 }
 
+#[tokio::test]
+async fn however_a_fallback_fails_those_behind_it_are_asked() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!("openai = {{ base_url = '{}', api_key = 'sk-a' }}", standin.base_url());
+    let to = ["litellm_x!status=400", "litellm_missing", "litellm_gpt-4o-mini"].map(str::to_owned).to_vec();
+    let fallback = config::Fallback { model: "litellm_x!status=529".to_owned(), to, on: None };
+    let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
+    let performer = performer.with_fallbacks(Fallbacks::new(&[fallback]).unwrap());
+    let (performed, _) = perform(&performer, spec("litellm_x!status=529", "a b"), CancellationToken::new()).await;
+    let answered_by = generation(performed).answered_by.map(|model| model.to_string());
+    assert_eq!((answered_by.as_deref(), standin.bill().calls), (Some("litellm_gpt-4o-mini"), 4));
+}
+
+/// A job of a provider with these keys, and how many calls were made.
+async fn with_api_keys(keys: &[&str]) -> (Performed, u64) {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let settings = format!("openai = {{ base_url = '{}', api_keys = {keys:?} }}", standin.base_url());
+    let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
+    let (performed, _) = perform(&performer, job("a b"), CancellationToken::new()).await;
+    (performed, standin.bill().calls)
+}
+
+#[tokio::test]
+async fn a_refused_key_is_left_alone_where_another_one_is_taken() {
+    let (performed, calls) = with_api_keys(&[BAD_KEY, "sk-a"]).await;
+    let told = performed.observation.unwrap();
+    assert_eq!((told.signal, told.retry_after_ms), (Signal::Throttled, Some(SPARED_MS)));
+    assert_eq!((generation(performed).text.as_str(), calls), ("a b", 2));
+    let (performed, calls) = with_api_keys(&[BAD_KEY]).await;
+    assert_eq!(performed.observation.unwrap().signal, Signal::Answered, "jobs fail at once where no key is good");
+    let Outcome::Failed(failure) = performed.outcome else { panic!("it has no good key") };
+    assert_eq!((failure.class, calls), (FailureClass::Auth, 1));
+}
+
 #[test]
 fn a_job_is_tried_again_when_that_may_help_any_of_its_models() {
     let failed = |class| Outcome::Failed(Failure::new(class, "x"));
