@@ -2,6 +2,7 @@
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
 use crate::limits::Told;
+use crate::prices::Class;
 use crate::sample::Collecting;
 use crate::stop::StopCut;
 use genmill_core::attempt::{FinishReason, Generation, Usage, UsageDetails};
@@ -22,6 +23,7 @@ pub struct Collected {
     usage: Option<Usage>,
     usage_details: Option<UsageDetails>,
     billed: Option<Picodollars>,
+    class: Class,
     fingerprint: String,
     id: Option<String>,
     first_token_ms: Option<u64>,
@@ -44,6 +46,7 @@ impl Collected {
             usage: None,
             usage_details: None,
             billed: None,
+            class: Class::Standard,
             fingerprint: String::new(),
             id: None,
             first_token_ms: None,
@@ -71,6 +74,7 @@ impl Collected {
             StreamEvent::Usage(usage) => self.usage = Some(usage),
             StreamEvent::UsageDetails(details) => self.usage_details = Some(details),
             StreamEvent::Billed(billed) => self.billed = Some(billed),
+            StreamEvent::Class(class) => self.class = class,
             StreamEvent::Fingerprint(fingerprint) => self.fingerprint = fingerprint,
             StreamEvent::Id(id) => self.id = Some(id),
             StreamEvent::Error(error) => self.error = Some(error),
@@ -158,13 +162,14 @@ impl Collected {
         self.first.bytes() + self.more.iter().map(Collecting::bytes).sum::<usize>()
     }
 
-    /// True when all texts are whole; usage may still come.
+    /// True when all texts are whole; usage may still come. An end without a text is none.
     #[must_use]
     pub fn is_whole(&self) -> bool {
         let finished = 1 + self.more.len() >= self.asked
             && self.first.is_finished()
             && self.more.iter().all(Collecting::is_finished);
-        self.error.is_none() && (self.done || finished)
+        let begun = || self.first.is_begun() || !self.more.is_empty();
+        self.error.is_none() && (finished || self.done && begun())
     }
 
     /// True when nothing more will come.
@@ -202,6 +207,12 @@ impl Collected {
     #[must_use]
     pub const fn billed(&self) -> Option<Picodollars> {
         self.billed
+    }
+
+    /// The class whose price the call has.
+    #[must_use]
+    pub const fn class(&self) -> Class {
+        self.class
     }
 
     /// What `usage` costs, as far as the price is known.
@@ -274,6 +285,13 @@ mod tests {
         let generation = collected.into_generation();
         assert_eq!((generation.text.as_str(), reported.as_str()), ("a xy", "a xy"));
         assert_eq!((generation.finish_reason, generation.first_token_ms), (FinishReason::Length, Some(1)));
+    }
+
+    #[test]
+    fn an_end_without_a_text_is_no_answer() {
+        assert!(!collect(&[], vec![StreamEvent::Usage(USAGE), StreamEvent::Done]).0.is_whole());
+        assert!(collect(&[], vec![StreamEvent::Finished(FinishReason::Stop)]).0.is_whole());
+        assert!(collect(&[], vec![text("a"), StreamEvent::Done]).0.is_whole());
     }
 
     #[test]

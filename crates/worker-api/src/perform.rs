@@ -448,7 +448,9 @@ impl Performer {
         }
         let prompt_bytes = spec.input.text_bytes() + spec.sampling.controls.text_bytes();
         let usage = if cut_short { collected.estimated_usage(prompt_bytes) } else { collected.usage()? };
-        let amount = self.priced(endpoint, spec, Class::Standard, collected, &usage);
+        let has_price = |class| self.prices.has(endpoint.priced_as(), class);
+        let class = Some(collected.class()).filter(|class| has_price(*class)).unwrap_or_default();
+        let amount = self.priced(endpoint, spec, class, collected, &usage);
         amount.map(|amount| Cost { amount, estimated: cut_short })
     }
 

@@ -50,6 +50,7 @@ impl Collecting {
             | StreamEvent::Usage(_)
             | StreamEvent::UsageDetails(_)
             | StreamEvent::Billed(_)
+            | StreamEvent::Class(_)
             | StreamEvent::Fingerprint(_)
             | StreamEvent::Id(_)
             | StreamEvent::Error(_)

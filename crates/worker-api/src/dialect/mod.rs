@@ -23,6 +23,7 @@ mod tgi;
 mod vertex;
 mod watsonx;
 
+use crate::prices::Class;
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
@@ -106,7 +107,7 @@ pub struct Reply {
     pub billed: Option<Picodollars>,
     /// What the provider says of the system that answered; may be empty.
     pub fingerprint: String,
-    /// What is said of the samples after the first.
+    /// What is said of the samples after the first, and of the price.
     pub more: Vec<StreamEvent>,
 }
 
@@ -116,7 +117,8 @@ impl Reply {
     /// # Errors
     /// The error among them, or that there are none.
     fn of(events: Vec<StreamEvent>) -> Result<Self, ProviderError> {
-        if events.is_empty() {
+        let says = |event: &StreamEvent| event.is_heard() || matches!(event, StreamEvent::Error(_));
+        if !events.iter().any(says) {
             return Err(ProviderError::saying("the answer says nothing"));
         }
         let mut reply = Self::default();
@@ -132,7 +134,7 @@ impl Reply {
                 StreamEvent::Billed(billed) => reply.billed = Some(billed),
                 StreamEvent::Fingerprint(fingerprint) => reply.fingerprint = fingerprint,
                 StreamEvent::Error(error) => return Err(error),
-                event @ StreamEvent::OfSample { .. } => reply.more.push(event),
+                event @ (StreamEvent::OfSample { .. } | StreamEvent::Class(_)) => reply.more.push(event),
                 StreamEvent::Id(_) | StreamEvent::Done => {}
             }
         }
@@ -191,6 +193,8 @@ pub enum StreamEvent {
     UsageDetails(UsageDetails),
     /// What the provider says the call costs.
     Billed(Picodollars),
+    /// Its price is that of a class which is not the usual one.
+    Class(Class),
     /// What the provider says of the system that answers.
     Fingerprint(String),
     /// Under which name the provider keeps its record of the call.

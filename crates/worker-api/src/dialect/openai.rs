@@ -4,6 +4,7 @@ mod extras;
 
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
 use super::{conversation, errors, parameters, sse};
+use crate::prices::Class;
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::job::JobSpec;
@@ -115,6 +116,8 @@ struct Completion {
     #[serde(default)]
     system_fingerprint: Value,
     #[serde(default)]
+    service_tier: Value,
+    #[serde(default)]
     error: Option<Value>,
 }
 
@@ -217,6 +220,8 @@ fn events(data: &str) -> Vec<StreamEvent> {
     let choices = choices.into_iter().enumerate();
     let mut events: Vec<StreamEvent> = choices.flat_map(|(place, choice)| of_sample(place, choice)).collect();
     events.extend(usage.map(of_usage).unwrap_or_default());
+    let class = completion.service_tier.as_str().and_then(Class::of_tier);
+    events.extend(class.map(StreamEvent::Class));
     if let Some(fingerprint) = completion.system_fingerprint.as_str().filter(|fingerprint| !fingerprint.is_empty()) {
         events.push(StreamEvent::Fingerprint(fingerprint.to_owned()));
     }

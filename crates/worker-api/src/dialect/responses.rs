@@ -3,6 +3,7 @@
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
 use super::{conversation, errors, images, sse};
+use crate::prices::Class;
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{Tool, ToolCall, ToolChoice};
@@ -142,7 +143,9 @@ fn ended(response: &Value, calls: usize) -> Vec<StreamEvent> {
         (Some("incomplete"), _) => FinishReason::Unknown,
         _ => return vec![StreamEvent::Error(ProviderError::saying("the provider failed while it answered"))],
     };
-    std::iter::once(StreamEvent::Finished(reason)).chain(usage(&response["usage"]).into_iter().flatten()).collect()
+    let class = response["service_tier"].as_str().and_then(Class::of_tier).map(StreamEvent::Class);
+    let usage = usage(&response["usage"]).into_iter().flatten();
+    std::iter::once(StreamEvent::Finished(reason)).chain(usage).chain(class).collect()
 }
 
 /// The tokens of a call: those of the cache are part of the input, those of thoughts of the output.

@@ -7,8 +7,8 @@ use serde_json::value::RawValue;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Where prices of a class stand: what follows the names of the fields.
-const CLASSES: [(Class, &str, &str); 3] =
-    [(Class::Standard, "", ""), (Class::Batch, "_batches", "_batches"), (Class::Priority, "_priority", "_priority")];
+const CLASSES: [(Class, &str); 4] =
+    [(Class::Standard, ""), (Class::Batch, "_batches"), (Class::Priority, "_priority"), (Class::Flex, "_flex")];
 
 /// Kinds of models that generate texts.
 const MODES: [&str; 3] = ["chat", "completion", "responses"];
@@ -84,24 +84,24 @@ fn place<'a>(name: &'a str, provider: &'a str) -> (&'a str, &'a str) {
 /// The prices of a model: for each class, and above each threshold.
 fn prices(written: &Written, day: &Day) -> Vec<(Holds, Rates)> {
     let mut found = Vec::new();
-    for (class, input, output) in CLASSES {
+    for (class, behind) in CLASSES {
         for above in thresholds(written) {
             let tier = if above == 0 { String::new() } else { format!("_above_{}k_tokens", above / 1_000) };
             // The thresholds of a class stand before or behind its name.
-            let price = |field: &str, class: &str| {
-                let names = [format!("{field}{tier}{class}"), format!("{field}{class}{tier}")];
+            let price = |field: &str| {
+                let names = [format!("{field}{tier}{behind}"), format!("{field}{behind}{tier}")];
                 names.iter().find_map(|name| Picodollars::parse_dollars(written.get(name)?).ok())
             };
             let (Some(input_price), Some(output_price)) =
-                (price("input_cost_per_token", input), price("output_cost_per_token", output))
+                (price("input_cost_per_token"), price("output_cost_per_token"))
             else {
                 continue;
             };
             let rates = Rates {
                 input: input_price,
                 output: output_price,
-                cached_input: price("cache_read_input_token_cost", input),
-                cache_write: price("cache_creation_input_token_cost", input),
+                cached_input: price("cache_read_input_token_cost"),
+                cache_write: price("cache_creation_input_token_cost"),
             };
             if rates.input.0 + rates.output.0 > 0 {
                 found.push((Holds { from: day.clone(), class, above }, rates));
@@ -139,7 +139,8 @@ mod tests {
                 "input_cost_per_token_batches": 6.25e-07, "output_cost_per_token_batches": 5e-06,
                 "input_cost_per_token_priority": 2.5e-06, "output_cost_per_token_priority": 2e-05,
                 "input_cost_per_token_above_200k_tokens_priority": 5e-06,
-                "output_cost_per_token_above_200k_tokens_priority": 3e-05
+                "output_cost_per_token_above_200k_tokens_priority": 3e-05,
+                "input_cost_per_token_flex": 6.25e-07, "output_cost_per_token_flex": 5e-06
             },
             "text-embedding": {"litellm_provider": "openai", "mode": "embedding", "input_cost_per_token": 1e-07, "output_cost_per_token": 0},
             "free": {"litellm_provider": "openai", "mode": "chat", "input_cost_per_token": 0, "output_cost_per_token": 0}
@@ -152,6 +153,7 @@ mod tests {
                 "gemini,gemini-x,625000,5000000,,,2026-11-12,,batch",
                 "gemini,gemini-x,2500000,20000000,,,2026-11-12,,priority",
                 "gemini,gemini-x,5000000,30000000,,,2026-11-12,200000,priority",
+                "gemini,gemini-x,625000,5000000,,,2026-11-12,,flex",
             ]
         );
     }

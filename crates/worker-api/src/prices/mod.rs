@@ -56,10 +56,12 @@ pub enum Class {
     Batch,
     /// Before others.
     Priority,
+    /// When there is room.
+    Flex,
 }
 
 impl Class {
-    const ALL: [Self; 3] = [Self::Standard, Self::Batch, Self::Priority];
+    const ALL: [Self; 4] = [Self::Standard, Self::Batch, Self::Priority, Self::Flex];
 
     /// Its name in files; the usual one has none.
     #[must_use]
@@ -68,7 +70,14 @@ impl Class {
             Self::Standard => "",
             Self::Batch => "batch",
             Self::Priority => "priority",
+            Self::Flex => "flex",
         }
+    }
+
+    /// The class that an answer names as its tier of service; `None`: the usual one.
+    #[must_use]
+    pub fn of_tier(name: &str) -> Option<Self> {
+        [Self::Priority, Self::Flex].into_iter().find(|class| class.name() == name)
     }
 }
 
@@ -173,6 +182,13 @@ impl Prices {
         rows.get(tier).copied()
     }
 
+    /// Whether a price of a class is known of any model of a provider. Where none is, its tiers have one price.
+    #[must_use]
+    pub fn has(&self, provider: &str, class: Class) -> bool {
+        let of = self.0.range((provider.to_owned(), String::new())..).take_while(|((name, _), _)| name == provider);
+        of.flat_map(|(_, rows)| rows.keys()).any(|holds| holds.class == class)
+    }
+
     /// All prices of a model.
     #[must_use]
     pub fn rows(&self, provider: &str, model: &str) -> Option<&BTreeMap<Holds, Rates>> {
@@ -251,6 +267,14 @@ mod tests {
         });
         let rates = Prices::embedded().unwrap().rates(provider, model, Class::Standard, &day("2026-11-12"), 1);
         assert_eq!(rates, expect);
+    }
+
+    #[test]
+    fn a_class_that_a_provider_has_no_price_for_is_told() {
+        let prices = Prices::default().with(vec![row("p,m,1,1,,,,,").unwrap(), row("q,m,1,1,,,,,flex").unwrap()]);
+        let has = |provider, class| prices.has(provider, class);
+        assert!(has("p", Class::Standard) && has("q", Class::Flex));
+        assert!(!has("p", Class::Flex) && !has("q", Class::Priority) && !has("o", Class::Standard));
     }
 
     #[test]

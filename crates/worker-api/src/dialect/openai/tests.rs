@@ -152,6 +152,21 @@ fn reasoning_is_added_only_where_the_total_says_it_is_outside() {
 }
 
 #[test]
+fn a_tier_with_a_price_of_its_own_is_told() {
+    check(r#"{"choices":[],"service_tier":"priority"}"#, &[StreamEvent::Class(Class::Priority)]);
+    check(r#"{"choices":[],"service_tier":"flex"}"#, &[StreamEvent::Class(Class::Flex)]);
+    for usual in [r#""default""#, r#""auto""#, r#""batch""#, "null", "1"] {
+        check(&format!(r#"{{"choices":[],"service_tier":{usual}}}"#), &[]);
+    }
+}
+
+#[test]
+fn an_answer_without_any_choice_is_none() {
+    let error = OpenAi.decode(br#"{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":0}}"#).unwrap_err();
+    assert_eq!(error.message, "the answer says nothing");
+}
+
+#[test]
 fn the_billed_figure_is_read_digit_by_digit() {
     let check = |cost: &str, picodollars: Option<u128>| {
         let data = format!(r#"{{"choices":[],"usage":{{"cost":{cost}}}}}"#);
