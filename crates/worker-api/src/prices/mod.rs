@@ -285,6 +285,22 @@ mod tests {
     }
 
     #[test]
+    fn published_thresholds_and_classes_are_known() {
+        let prices = Prices::embedded().unwrap();
+        let input = |provider, model, class, tokens| {
+            prices.rates(provider, model, class, &day("2026-11-12"), tokens).map(|rates| rates.input.0)
+        };
+        let gemini = |class, tokens| input("gemini", "gemini-2.5-pro", class, tokens);
+        assert_eq!(
+            (gemini(Class::Standard, 200_000), gemini(Class::Standard, 200_001)),
+            (Some(1_250_000), Some(2_500_000))
+        );
+        assert_eq!((gemini(Class::Batch, 1), gemini(Class::Batch, 200_001)), (Some(625_000), Some(1_250_000)));
+        assert_eq!((gemini(Class::Priority, 1), gemini(Class::Flex, 1)), (Some(2_250_000), Some(625_000)));
+        assert_eq!(input("openai", "gpt-5", Class::Flex, 1), Some(625_000));
+    }
+
+    #[test]
     fn rows_of_other_providers_can_be_left_out() {
         let prices = Prices::embedded().unwrap().only(|provider| provider == "openai");
         assert!(prices.rows("openai", "gpt-4").is_some());
