@@ -244,6 +244,9 @@ pub struct Failure {
     /// How long the provider asked to wait before the next call, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
+    /// True when trying again is known not to help, although it may with others of its class.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_lasting: bool,
 }
 
 impl Failure {
@@ -257,7 +260,19 @@ impl Failure {
         if message.len() > Self::MESSAGE_BYTES_MAX {
             message.truncate(message.floor_char_boundary(Self::MESSAGE_BYTES_MAX));
         }
-        Self { class, message, retry_after_ms: None }
+        Self { class, message, retry_after_ms: None, is_lasting: false }
+    }
+
+    /// The same failure as one that ends the job.
+    #[must_use]
+    pub fn lasting(self) -> Self {
+        Self { is_lasting: true, ..self }
+    }
+
+    /// True when trying again can help.
+    #[must_use]
+    pub const fn is_retried(&self) -> bool {
+        !self.is_lasting && self.class.is_retried()
     }
 
     /// The same failure with the wait the provider asked for.

@@ -124,7 +124,7 @@ pub fn judge(outcome: Outcome, failures: u32, policy: &Policy, throttle: Throttl
             };
             Verdict::Wait { delay_ms, failure }
         }
-        Outcome::Failed(failure) if failure.class.is_retried() && failures < policy.retries_max => {
+        Outcome::Failed(failure) if failure.is_retried() && failures < policy.retries_max => {
             Verdict::Retry { delay_ms: delay_ms(failures, &failure, policy, random), failure }
         }
         Outcome::Failed(failure) => Verdict::Fail(failure),
@@ -181,6 +181,12 @@ mod tests {
             check(failed(class, None), 2, Some(4_000));
             check(failed(class, None), 3, None);
         }
+    }
+
+    #[test]
+    fn a_fault_that_is_known_to_last_is_not_retried_whatever_its_class() {
+        let failure = Failure::new(FailureClass::CutStream, "x").lasting();
+        check(Outcome::Failed(failure), 0, None);
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub enum Kind {
     Timeout,
     /// The answer broke off.
     Cut,
-    /// The same failure came again and again, to this job alone.
+    /// The same failure came again and again, to this job alone: its class is that of the failure.
     Repeated,
     /// It needs more tokens than its provider allows in a minute: no waiting helps.
     TooLarge,
@@ -98,7 +98,7 @@ pub const POLICIES: &[Policy] = &[
     policy(
         Kind::Repeated,
         "repeated",
-        FailureClass::Invalid,
+        FailureClass::Transient,
         "failed in the very same way again",
         "another try would not help: change the request",
     ),
@@ -251,13 +251,15 @@ pub struct Fault {
     pub asked_ms: Option<u64>,
     /// What tells this failure from others of the same job: set where coming again the same would be no chance.
     pub mark: Option<String>,
+    /// The kind of a failure that ends the job because it came again.
+    pub again: Option<Kind>,
 }
 
 impl Fault {
     /// A failure that the worker saw itself; `what` happened to a call of `provider`.
     #[must_use]
     pub fn new(kind: Kind, provider: &str, what: &str) -> Self {
-        Self { kind, message: joined(format!("{provider} {what}"), "", kind), asked_ms: None, mark: None }
+        Self { kind, message: joined(format!("{provider} {what}"), "", kind), asked_ms: None, mark: None, again: None }
     }
 
     /// The same failure with what tells it from others.
@@ -277,7 +279,7 @@ impl Fault {
     pub fn repeated(self) -> Self {
         let policy = Kind::Repeated.policy();
         let message = format!("{}; it {}: {}", self.message, policy.says, policy.advice);
-        Self { kind: Kind::Repeated, message, asked_ms: None, mark: None }
+        Self { kind: Kind::Repeated, message, asked_ms: None, mark: None, again: Some(self.kind) }
     }
 
     /// The same failure as one of a request that is larger than all that may be asked for in a minute.
@@ -286,13 +288,15 @@ impl Fault {
         let policy = Kind::TooLarge.policy();
         let message =
             format!("{}; it {}, {tokens} (estimated) and not {limit}: {}", self.message, policy.says, policy.advice);
-        Self { kind: Kind::TooLarge, message, asked_ms: None, mark: None }
+        Self { kind: Kind::TooLarge, message, asked_ms: None, mark: None, again: None }
     }
 
     /// The failure as the queue takes it.
     #[must_use]
     pub fn into_failure(self) -> Failure {
-        Failure::new(self.kind.policy().class, self.message).retry_after_ms(self.asked_ms)
+        let class = self.again.unwrap_or(self.kind).policy().class;
+        let failure = Failure::new(class, self.message).retry_after_ms(self.asked_ms);
+        if self.again.is_some() { failure.lasting() } else { failure }
     }
 }
 
@@ -307,7 +311,7 @@ pub fn classify(provider: &str, status: u16, error: &ProviderError) -> Fault {
     // Servers that are down say the same of every call; one that says what broke may have met it in this one.
     let own = kind == Kind::Transient && (status < 300 || status == 500) && !error.message.is_empty();
     let mark = own.then(|| format!("{status} {code} {}", without_digits(&message)));
-    Fault { kind, message: told, asked_ms: None, mark }
+    Fault { kind, message: told, asked_ms: None, mark, again: None }
 }
 
 /// What happened, with status and code.
@@ -386,7 +390,7 @@ mod tests {
         ];
         assert_eq!(kinds.map(|kind| kind.policy().kind), kinds);
         assert_eq!(POLICIES.len(), kinds.len());
-        let retried = kinds.into_iter().filter(|kind| kind.policy().class.is_retried());
+        let retried = kinds.into_iter().filter(|kind| *kind != Kind::Repeated && kind.policy().class.is_retried());
         let expect = [Kind::Throttled, Kind::Overloaded, Kind::Transient, Kind::Timeout, Kind::Cut];
         assert_eq!(retried.collect::<Vec<_>>(), expect);
     }
@@ -487,7 +491,10 @@ mod tests {
         assert!(classify("groq", 500, &long).message.len() < 600);
         let again = classify("groq", 500, &error("", "no")).repeated();
         assert!(again.message.starts_with("groq failed (HTTP 500): no; it failed in the very same way again: "));
-        assert_eq!(again.into_failure().class, FailureClass::Invalid);
+        let failure = again.into_failure();
+        assert_eq!((failure.class, failure.is_retried()), (FailureClass::Transient, false));
+        let cut = Fault::new(Kind::Cut, "groq", "broke off").repeated().into_failure();
+        assert_eq!((cut.class, cut.is_retried()), (FailureClass::CutStream, false));
     }
 
     #[test]

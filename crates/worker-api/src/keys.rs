@@ -80,6 +80,8 @@ pub(crate) fn observe(outcome: &Outcome, usage: Option<Usage>, (told, age_ms): (
         return Observation { signal, used_tokens, ..limits };
     };
     let signal = match failure.class {
+        // It is the request's, and not its provider's.
+        _ if failure.is_lasting => Signal::Answered,
         FailureClass::Throttled => Signal::Throttled,
         FailureClass::Transient | FailureClass::Timeout | FailureClass::Overloaded | FailureClass::CutStream => {
             Signal::Overloaded

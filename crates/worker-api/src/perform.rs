@@ -297,10 +297,10 @@ fn another_time(outcome: Outcome) -> Outcome {
 pub(crate) fn in_all(first: Outcome, last: Outcome) -> Outcome {
     match (first, last) {
         (Outcome::Failed(first), Outcome::Failed(last)) => {
-            let (told, other) =
-                if last.class.is_retried() && !first.class.is_retried() { (last, first) } else { (first, last) };
+            let (told, other) = if last.is_retried() && !first.is_retried() { (last, first) } else { (first, last) };
             let message = format!("{}; and another model: {}", told.message, other.message);
-            Outcome::Failed(Failure::new(told.class, message).retry_after_ms(told.retry_after_ms))
+            let failure = Failure::new(told.class, message).retry_after_ms(told.retry_after_ms);
+            Outcome::Failed(if told.is_lasting { failure.lasting() } else { failure })
         }
         (first @ Outcome::Failed(_), Outcome::HandedBack) => first,
         (_, last) => last,
