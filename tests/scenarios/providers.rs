@@ -233,6 +233,11 @@ async fn providers_are_listed_shown_and_tested() {
     assert!(code == Some(0) && out.lines().any(|line| line.starts_with("xai ") && line.ends_with("set XAI_API_KEY")));
     let (code, out) = mill.providers(&["show", "mine"]);
     assert!(code == Some(0) && out.contains("from MINE_KEY") && !out.contains("sk-mine"), "{out}");
+    let (code, out) = mill.providers(&["show", "perplexity"]);
+    assert!(
+        code == Some(0) && out.contains("address        https://api.perplexity.ai"),
+        "without a key as well: {out}"
+    );
     let (code, out) = mill.providers(&["show", "antropic"]);
     assert!(code == Some(2) && out.contains("did you mean `anthropic`?"), "{out}");
     for name in ["anthropic", "gemini", "mine"] {

@@ -5,7 +5,7 @@ use crate::catalog::{Endpoint, Sources};
 use crate::credit::{self, Credit};
 use crate::failure::{classify, redact};
 use crate::http::{Http, Lost, Request, Settings, Trouble, Unsent};
-use crate::providers::{KeyNeed, OWN_FILE, Table};
+use crate::providers::{KeyNeed, OWN_FILE, Provider, Table};
 use anyhow::Context as _;
 use genmill_core::registration::Availability;
 use genmill_daemon::run::load;
@@ -110,12 +110,16 @@ fn list(sources: &Sources<'_>, only_ready: bool) -> Vec<String> {
         if only_ready && endpoint.is_err() {
             return None;
         }
-        let address = endpoint.as_ref().ok().map(|endpoint| endpoint.base_url.to_string());
-        let address = address.or_else(|| provider.base_url.clone()).unwrap_or_else(|| "-".to_owned());
+        let address = address(&endpoint, provider).unwrap_or_else(|| "-".to_owned());
         Some(format!("{name:<22} {:<22} {address:<62} {}", provider.dialect, short(&state(&endpoint))))
     };
     let head = format!("{:<22} {:<22} {:<62} STATE", "NAME", "DIALECT", "ADDRESS");
     std::iter::once(head).chain(sources.table.names().filter_map(row)).collect()
+}
+
+/// Where a provider's calls go, or would go if nothing else was set.
+fn address(endpoint: &Result<Endpoint, Availability>, row: &Provider) -> Option<String> {
+    endpoint.as_ref().ok().map(|endpoint| endpoint.base_url.to_string()).or_else(|| row.base_url.clone())
 }
 
 /// The first clause of a reason.
@@ -145,8 +149,9 @@ fn show(sources: &Sources<'_>, name: &str, folder: &Path) -> anyhow::Result<Vec<
         format!("{:<14} {key}", "key"),
         format!("{:<14} {}", "key variables", row.keys.join(" ")),
     ];
-    if let Ok(endpoint) = &endpoint {
-        lines.push(format!("{:<14} {}", "address", endpoint.base_url));
+    lines.extend(address(&endpoint, row).map(|address| format!("{:<14} {address}", "address")));
+    for (header, value) in &row.headers {
+        lines.push(format!("{:<14} {header}: {value}", "header"));
     }
     for (part, variables) in &row.parts {
         lines.push(format!("{:<14} {part} from {}", "part", variables.join(" ")));

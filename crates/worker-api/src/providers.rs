@@ -211,7 +211,7 @@ impl Table {
     /// # Errors
     /// When the file is malformed, which a test rules out.
     pub fn embedded() -> Result<Self, toml::de::Error> {
-        toml::from_str(include_str!("providers.toml")).map(Self)
+        Self::with_own("")
     }
 
     /// The table that this worker was built with, changed by the rows of `folder`'s [`OWN_FILE`] when there is one.
@@ -239,7 +239,7 @@ impl Table {
                 (_, row) => drop(table.insert(name, row)),
             }
         }
-        table.try_into().map(Self)
+        resolve_likeness(table).try_into().map(Self)
     }
 
     /// The row of a provider.
@@ -259,6 +259,20 @@ impl Table {
         let rated = self.names().map(|known| (strsim::jaro_winkler(name, known), known));
         rated.filter(|(likeness, _)| *likeness > 0.8).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, known)| known)
     }
+}
+
+/// Gives every row that is `like` another one what it does not set itself. A row is like one that is like none.
+fn resolve_likeness(rows: toml::Table) -> toml::Table {
+    let resolved = |row: &toml::Value| {
+        let mut own = row.as_table()?.clone();
+        let like = own.remove("like")?;
+        let known = rows.get(like.as_str()?)?.as_table().filter(|known| !known.contains_key("like"))?;
+        let mut row = known.clone();
+        row.entry("priced_as").or_insert(like);
+        row.extend(own);
+        Some(toml::Value::Table(row))
+    };
+    rows.iter().map(|(name, row)| (name.clone(), resolved(row).unwrap_or_else(|| row.clone()))).collect()
 }
 
 /// The form of a provider's name in variables: `nano-gpt` is `NANO_GPT`.
@@ -303,6 +317,19 @@ mod tests {
         assert!(Table::with_own("[mine]\ndialect = 'openai'").is_err());
         assert!(Table::with_own("[groq]\nbase_uri = 'x'").unwrap_err().to_string().contains("base_uri"));
         assert!(Table::with_own("groq = 1").is_err());
+    }
+
+    #[test]
+    fn a_row_may_be_like_another_one() {
+        let own = "[mine]\nlike = 'vertex_ai'\nkeys = ['MINE_KEY']\n[vertex_ai]\nauth = 'key'";
+        let table = Table::with_own(own).unwrap();
+        let (mine, known) = (table.find("mine").unwrap(), table.find("vertex_ai").unwrap());
+        let expect =
+            Provider { keys: vec!["MINE_KEY".to_owned()], priced_as: Some("vertex_ai".to_owned()), ..known.clone() };
+        assert_eq!((mine, mine.auth), (&expect, AuthKind::Key), "as the known row is changed");
+        for wrong in ["[mine]\nlike = 'nobody'", "[mine]\nlike = 'cohere_chat'", "[mine]\nlike = 1"] {
+            assert!(Table::with_own(wrong).unwrap_err().to_string().contains("like"), "{wrong}");
+        }
     }
 
     #[test]
