@@ -247,6 +247,9 @@ pub struct Failure {
     /// True when trying again is known not to help, although it may with others of its class.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_lasting: bool,
+    /// The message without what somebody else said, where it has any of that: providers quote prompts.
+    #[serde(skip)]
+    pub unquoted: Option<String>,
 }
 
 impl Failure {
@@ -260,7 +263,19 @@ impl Failure {
         if message.len() > Self::MESSAGE_BYTES_MAX {
             message.truncate(message.floor_char_boundary(Self::MESSAGE_BYTES_MAX));
         }
-        Self { class, message, retry_after_ms: None, is_lasting: false }
+        Self { class, message, retry_after_ms: None, is_lasting: false, unquoted: None }
+    }
+
+    /// The same failure with its message as it may be logged.
+    #[must_use]
+    pub fn unquoted(self, unquoted: Option<String>) -> Self {
+        Self { unquoted, ..self }
+    }
+
+    /// What happened, as far as it may be logged.
+    #[must_use]
+    pub fn loggable(&self) -> &str {
+        self.unquoted.as_deref().unwrap_or(&self.message)
     }
 
     /// The same failure as one that ends the job.

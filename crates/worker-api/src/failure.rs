@@ -253,13 +253,22 @@ pub struct Fault {
     pub mark: Option<String>,
     /// The kind of a failure that ends the job because it came again.
     pub again: Option<Kind>,
+    /// The message without what the provider said, where it said anything: that may quote the prompt.
+    pub unquoted: Option<String>,
 }
 
 impl Fault {
     /// A failure that the worker saw itself; `what` happened to a call of `provider`.
     #[must_use]
     pub fn new(kind: Kind, provider: &str, what: &str) -> Self {
-        Self { kind, message: joined(format!("{provider} {what}"), "", kind), asked_ms: None, mark: None, again: None }
+        Self {
+            kind,
+            message: joined(format!("{provider} {what}"), "", kind),
+            asked_ms: None,
+            mark: None,
+            again: None,
+            unquoted: None,
+        }
     }
 
     /// The same failure with what tells it from others.
@@ -278,24 +287,27 @@ impl Fault {
     #[must_use]
     pub fn repeated(self) -> Self {
         let policy = Kind::Repeated.policy();
-        let message = format!("{}; it {}: {}", self.message, policy.says, policy.advice);
-        Self { kind: Kind::Repeated, message, asked_ms: None, mark: None, again: Some(self.kind) }
+        let with = |message: String| format!("{message}; it {}: {}", policy.says, policy.advice);
+        let (message, unquoted) = (with(self.message), self.unquoted.map(with));
+        Self { kind: Kind::Repeated, message, asked_ms: None, mark: None, again: Some(self.kind), unquoted }
     }
 
     /// The same failure as one of a request that is larger than all that may be asked for in a minute.
     #[must_use]
     pub fn too_large(self, tokens: u64, limit: u64) -> Self {
         let policy = Kind::TooLarge.policy();
-        let message =
-            format!("{}; it {}, {tokens} (estimated) and not {limit}: {}", self.message, policy.says, policy.advice);
-        Self { kind: Kind::TooLarge, message, asked_ms: None, mark: None, again: None }
+        let with = |message: String| {
+            format!("{message}; it {}, {tokens} (estimated) and not {limit}: {}", policy.says, policy.advice)
+        };
+        let (message, unquoted) = (with(self.message), self.unquoted.map(with));
+        Self { kind: Kind::TooLarge, message, asked_ms: None, mark: None, again: None, unquoted }
     }
 
     /// The failure as the queue takes it.
     #[must_use]
     pub fn into_failure(self) -> Failure {
         let class = self.again.unwrap_or(self.kind).policy().class;
-        let failure = Failure::new(class, self.message).retry_after_ms(self.asked_ms);
+        let failure = Failure::new(class, self.message).retry_after_ms(self.asked_ms).unquoted(self.unquoted);
         if self.again.is_some() { failure.lasting() } else { failure }
     }
 }
@@ -307,11 +319,13 @@ pub fn classify(provider: &str, status: u16, error: &ProviderError) -> Fault {
     let (code, message) = (error.code.to_lowercase(), error.message.to_lowercase());
     let found = RULES.iter().find(|rule| rule.fits(status, &code, &message));
     let kind = found.map_or(Kind::Transient, |rule| rule.kind);
-    let told = joined(headline(provider, status, error, kind), &error.message, kind);
+    let headline = headline(provider, status, error, kind);
+    let unquoted = (!error.message.is_empty()).then(|| joined(headline.clone(), "", kind));
+    let told = joined(headline, &error.message, kind);
     // Servers that are down say the same of every call; one that says what broke may have met it in this one.
     let own = kind == Kind::Transient && (status < 300 || status == 500) && !error.message.is_empty();
     let mark = own.then(|| format!("{status} {code} {}", without_digits(&message)));
-    Fault { kind, message: told, asked_ms: None, mark, again: None }
+    Fault { kind, message: told, asked_ms: None, mark, again: None, unquoted }
 }
 
 /// What happened, with status and code.
@@ -507,6 +521,21 @@ mod tests {
             [mark(500, ""), mark(503, "down"), mark(429, "slow"), mark(502, "bad gateway")],
             [const { None }; 4]
         );
+    }
+
+    #[test]
+    fn what_a_provider_says_is_told_to_the_caller_and_not_to_the_log() {
+        let failure = |fault: Fault| {
+            let failure = fault.into_failure();
+            (failure.message.contains("secret"), failure.loggable().to_owned())
+        };
+        let fault = || classify("groq", 500, &error("server_error", "cannot read 'my secret'"));
+        let failed = "groq failed (HTTP 500, server_error)".to_owned();
+        assert_eq!(failure(fault()), (true, failed.clone()));
+        let (told, logged) = failure(fault().repeated());
+        assert!(told && logged.starts_with(&failed) && !logged.contains("secret"), "{logged}");
+        let own = Fault::new(Kind::Transient, "groq", "cannot be connected to").into_failure();
+        assert_eq!(own.loggable(), own.message);
     }
 
     #[test]

@@ -285,8 +285,9 @@ fn spared(told: Option<Observation>) -> Option<Observation> {
 fn another_time(outcome: Outcome) -> Outcome {
     match outcome {
         Outcome::Failed(failure) => {
-            let message = format!("{}; no other key has room now", failure.message);
-            Outcome::Failed(Failure::new(FailureClass::Transient, message))
+            let with = |message: &str| format!("{message}; no other key has room now");
+            let unquoted = Some(with(failure.loggable()));
+            Outcome::Failed(Failure::new(FailureClass::Transient, with(&failure.message)).unquoted(unquoted))
         }
         other => other,
     }
@@ -298,8 +299,10 @@ pub(crate) fn in_all(first: Outcome, last: Outcome) -> Outcome {
     match (first, last) {
         (Outcome::Failed(first), Outcome::Failed(last)) => {
             let (told, other) = if last.is_retried() && !first.is_retried() { (last, first) } else { (first, last) };
-            let message = format!("{}; and another model: {}", told.message, other.message);
-            let failure = Failure::new(told.class, message).retry_after_ms(told.retry_after_ms);
+            let both = |told: &str, other: &str| format!("{told}; and another model: {other}");
+            let unquoted = both(told.loggable(), other.loggable());
+            let failure = Failure::new(told.class, both(&told.message, &other.message));
+            let failure = failure.retry_after_ms(told.retry_after_ms).unquoted(Some(unquoted));
             Outcome::Failed(if told.is_lasting { failure.lasting() } else { failure })
         }
         (first @ Outcome::Failed(_), Outcome::HandedBack) => first,

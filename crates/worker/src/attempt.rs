@@ -171,7 +171,7 @@ pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Perfor
     let verdict = judge(performed.outcome, lease.failures, &bench.policy, throttle, random);
     let event = verdict.event();
     if let Some(failure) = verdict.failure() {
-        tracing::warn!(job = %lease.id, class = ?failure.class, message = failure.message, ?event, "attempt failed");
+        tracing::warn!(job = %lease.id, class = ?failure.class, message = failure.loggable(), ?event, "attempt failed");
     }
     let finish = Arc::new(Finish { verdict, cost: performed.cost, observation: performed.observation });
     let mut wait = Duration::from_millis(50);

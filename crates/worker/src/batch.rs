@@ -126,7 +126,7 @@ impl<P: PerformBatches> Driver<P> {
                 self.is_submitted(remote).await
             }
             Err(Unsubmitted::Refused(failure)) => {
-                tracing::warn!(tag, %model, jobs, class = ?failure.class, message = failure.message, "a batch was refused");
+                tracing::warn!(tag, %model, jobs, class = ?failure.class, message = failure.loggable(), "a batch was refused");
                 self.fail(wanted, &failure, Some(Cost::NOTHING)).await
             }
             Err(Unsubmitted::Unclear(failure)) => Ok(Next::Failed(failure)),
@@ -219,7 +219,7 @@ impl<P: PerformBatches> Driver<P> {
                 }
             },
             Stage::Refused(failure) => {
-                tracing::warn!(tag, %model, remote, class = ?failure.class, message = failure.message, "a batch was refused");
+                tracing::warn!(tag, %model, remote, class = ?failure.class, message = failure.loggable(), "a batch was refused");
                 let wanted = self.members().await?.jobs.into_iter().filter(|member| member.wanted).collect();
                 self.fail(wanted, &failure, Some(Cost::NOTHING)).await
             }
