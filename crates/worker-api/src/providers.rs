@@ -73,6 +73,9 @@ pub struct Provider {
     /// Parameters it refuses.
     #[serde(default)]
     pub drop: Vec<String>,
+    /// What it wants beside what others do.
+    #[serde(default)]
+    pub wants: Vec<Want>,
     /// What differs for some of its models.
     #[serde(default)]
     pub models: Vec<ModelQuirks>,
@@ -102,6 +105,16 @@ pub enum Thinking {
     Budget,
     /// By a word.
     Level,
+}
+
+/// What some providers want that others do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Want {
+    /// The place of each call among those of its message; whoever chooses a tool by its name writes that as a call too.
+    CallIndex,
+    /// A description of every tool.
+    ToolDescription,
 }
 
 /// What differs for the models whose names begin in one of some ways.

@@ -94,6 +94,7 @@ impl OpenAi {
         if !provider.takes(model, "image_detail") {
             extras::forget_detail(&mut body["messages"]);
         }
+        provider.wants.iter().for_each(|want| extras::add(*want, &mut body));
         if streaming == Streaming::On {
             body["stream"] = json!(true);
             if provider.stream_usage {

@@ -81,8 +81,9 @@ pub(super) fn fill<'a>(
     let mut sent = Vec::new();
     for (name, place, value) in rows {
         let Some(value) = value else { continue };
-        // A provider may refuse one value only.
-        let takes_value = || value.as_str().is_none_or(|word| provider.takes(model, &format!("{name}={word}")));
+        // A provider may refuse one value only, or one type of value.
+        let word = value.as_str().or_else(|| value["type"].as_str());
+        let takes_value = || word.is_none_or(|word| provider.takes(model, &format!("{name}={word}")));
         if provider.takes(model, name) && takes_value() {
             put(body, place, value);
             sent.push(name);

@@ -3,6 +3,7 @@
 use super::StreamEvent;
 use crate::dialect::images;
 use crate::dialect::parameters::{self, Row};
+use crate::providers::Want;
 use genmill_core::attempt::TokenLogprob;
 use genmill_core::controls::{Controls, ToolCall, ToolChoice};
 use genmill_core::request::ChatMessage;
@@ -32,6 +33,33 @@ pub(super) fn forget_detail(messages: &mut Value) {
             image.remove("detail");
         }
     }
+}
+
+/// Adds to a body what a provider wants beside what others do.
+pub(super) fn add(want: Want, body: &mut Value) {
+    match want {
+        Want::CallIndex => {
+            for calls in list_in(body, "messages").filter_map(|said| said.get_mut("tool_calls")) {
+                for (place, call) in calls.as_array_mut().into_iter().flatten().enumerate() {
+                    call["index"] = json!(place);
+                }
+            }
+            if let Some(choice) = body.get_mut("tool_choice").filter(|choice| choice.is_object()) {
+                (choice["index"], choice["id"], choice["function"]["arguments"]) = (json!(0), json!(""), json!(""));
+            }
+        }
+        Want::ToolDescription => {
+            for function in list_in(body, "tools").filter_map(|tool| tool.get_mut("function")) {
+                if function["description"].is_null() {
+                    function["description"] = function["name"].clone();
+                }
+            }
+        }
+    }
+}
+
+fn list_in<'a>(body: &'a mut Value, field: &str) -> impl Iterator<Item = &'a mut Value> {
+    body.get_mut(field).and_then(Value::as_array_mut).into_iter().flatten()
 }
 
 /// The parameters beside the usual ones: each as Genmill names it, the field it is sent in, its value.
@@ -180,6 +208,22 @@ mod tests {
         let (told, untold) = (says("openai"), says("together_ai"));
         assert!(told.body.contains("\"detail\":\"low\"") && told.left_out.is_empty(), "{told:?}");
         assert!(!untold.body.contains("detail") && untold.left_out == ["image_detail"], "{untold:?}");
+    }
+
+    #[test]
+    fn what_some_want_beside_what_others_do_is_added() {
+        let mut spec = crate::fixture::rich();
+        let Input::Messages(said) = &spec.input else { unreachable!() };
+        spec.input = Input::Messages(said[2..3].to_vec());
+        let Controls { tools, tool_choice, .. } = spec.sampling.controls;
+        spec.sampling.controls = Controls { tools: tools[1..].to_vec(), tool_choice, ..Controls::default() };
+        spec.sampling.stop.clear();
+        spec.sampling.top_k = None;
+        let sent = |provider| encoded(provider, &spec, Streaming::Off);
+        insta::assert_snapshot!(sent("together_ai").body, @r#"{"max_tokens":5000,"messages":[{"content":"Let me look.","role":"assistant","tool_calls":[{"function":{"arguments":"{\"city\":\"Paris\"}","name":"get_weather"},"id":"c1","index":0,"type":"function"},{"function":{"arguments":"{\"city\":\"Rome\"}","name":"get_weather"},"id":"c2","index":1,"type":"function"}]}],"model":"the-model","seed":7,"temperature":0.1,"tool_choice":{"function":{"arguments":"","name":"get_weather"},"id":"","index":0,"type":"function"},"tools":[{"function":{"name":"now","parameters":{"properties":{},"type":"object"}},"type":"function"}]}"#);
+        let perplexity = sent("perplexity");
+        assert_eq!(perplexity.left_out, ["seed", "tool_choice"]);
+        insta::assert_snapshot!(perplexity.body, @r#"{"max_tokens":5000,"messages":[{"content":"Let me look.","role":"assistant","tool_calls":[{"function":{"arguments":"{\"city\":\"Paris\"}","name":"get_weather"},"id":"c1","type":"function"},{"function":{"arguments":"{\"city\":\"Rome\"}","name":"get_weather"},"id":"c2","type":"function"}]}],"model":"the-model","temperature":0.1,"tools":[{"function":{"description":"now","name":"now","parameters":{"properties":{},"type":"object"}},"type":"function"}]}"#);
     }
 
     #[test]
