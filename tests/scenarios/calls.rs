@@ -97,6 +97,16 @@ async fn a_fallback_passes_the_gates_of_its_own_model() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_own_failure_lasts_does_not_come_back_because_its_fallback_is_throttled() {
+    let settings = format!("[[api.fallbacks]]\nmodel = '{BROKEN}'\nto = ['{SLOWED}']\n");
+    let mill = Mill::new(&[BROKEN, SLOWED], &settings).await;
+    let client = mill.client(BROKEN).await;
+    let job = finished(&client, Request::new(BROKEN).prompt("one")).await;
+    assert_eq!(job.error.unwrap().error_class(), v1::ErrorClass::Quota);
+    assert_eq!((job.attempt_history.len(), mill.called().len()), (1, 2), "{:?}", mill.called());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_without_keys_has_gates_as_well() {
     let (dead, asks) = ("litellm_hosted_vllm/dead!keyless!status=502", "litellm_openai/asks!status=402");
     let settings = format!("[worker]\nretries_max = 9\n[[api.fallbacks]]\nmodel = '{asks}'\nto = ['{dead}']\n");

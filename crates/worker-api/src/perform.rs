@@ -294,11 +294,13 @@ fn another_time(outcome: Outcome) -> Outcome {
 }
 
 /// What becomes of a job whose model ended as `first` tells, and the last of its fallbacks as `last`: an answer counts,
-/// else whatever lets the job be tried again.
+/// else whatever lets the job be tried again. One that is throttled in its place does not: the job would wait at the gate
+/// of its own model, which is open, and the next time the other one is not asked.
 pub(crate) fn in_all(first: Outcome, last: Outcome) -> Outcome {
     match (first, last) {
         (Outcome::Failed(first), Outcome::Failed(last)) => {
-            let (told, other) = if last.is_retried() && !first.is_retried() { (last, first) } else { (first, last) };
+            let helps = last.is_retried() && last.class != FailureClass::Throttled;
+            let (told, other) = if helps && !first.is_retried() { (last, first) } else { (first, last) };
             let both = |told: &str, other: &str| format!("{told}; and another model: {other}");
             let unquoted = both(told.loggable(), other.loggable());
             let failure = Failure::new(told.class, both(&told.message, &other.message));

@@ -450,6 +450,9 @@ fn a_job_is_tried_again_when_that_may_help_any_of_its_models() {
     assert_eq!(class(failed(transient), failed(auth)), Some(transient));
     assert_eq!(class(failed(auth), failed(transient)), Some(transient));
     assert_eq!(class(failed(auth), failed(FailureClass::Invalid)), Some(auth));
+    let throttled = FailureClass::Throttled;
+    assert_eq!(class(failed(auth), failed(throttled)), Some(auth), "it would wait at its own gate, which is open");
+    assert_eq!(class(failed(throttled), failed(auth)), Some(throttled));
     assert_eq!(class(failed(transient), Outcome::HandedBack), Some(transient));
 }
 
