@@ -157,14 +157,16 @@ impl Call<'_> {
             Ok(whole) => whole,
             Err(came) => return self.gone_wrong(came, collected),
         };
-        while let Some(url) = self.dialect.pending(&whole) {
+        while let Some(pending) = self.dialect.pending(&whole) {
+            collected.goes_on(pending.cancel);
             sleep(LOOK_AGAIN).await;
             // In a box: few dialects do so, and every call would keep room for it.
-            whole = match Box::pin(self.look_again(&url, collected)).await {
+            whole = match Box::pin(self.look_again(&pending.look, collected)).await {
                 Ok(whole) => whole,
                 Err(ended) => return ended,
             };
         }
+        collected.goes_on(None);
         match self.dialect.decode(&whole) {
             Ok(reply) => {
                 self.lead().await;

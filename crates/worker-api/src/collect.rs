@@ -29,6 +29,7 @@ pub struct Collected {
     first_token_ms: Option<u64>,
     error: Option<ProviderError>,
     limits: Option<(Told, Instant)>,
+    cancel: Option<String>,
     done: bool,
 }
 
@@ -52,6 +53,7 @@ impl Collected {
             first_token_ms: None,
             error: None,
             limits: None,
+            cancel: None,
             done: false,
         }
     }
@@ -182,6 +184,17 @@ impl Collected {
     #[must_use]
     pub fn error(&self) -> Option<&ProviderError> {
         self.error.as_ref()
+    }
+
+    /// Notes where it can be told that nobody wants the answer any more; `None` once it has come.
+    pub fn goes_on(&mut self, cancel: Option<String>) {
+        self.cancel = cancel;
+    }
+
+    /// Where it can be told that nobody wants the answer any more, while the provider works at it.
+    #[must_use]
+    pub fn cancel(&self) -> Option<&str> {
+        self.cancel.as_deref()
     }
 
     /// Notes what the provider told of its limits just now.

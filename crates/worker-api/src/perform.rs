@@ -14,7 +14,7 @@ use crate::keys::{Keys, limits_of, observe};
 use crate::limits::Told;
 use crate::prices::{Class, Day, Prices};
 use crate::repeats::Repeats;
-use crate::settle::settle;
+use crate::settle::{call_off, settle};
 use genmill_core::attempt::{Determinism, Failure, FailureClass, Generation, Outcome, Performed, Usage};
 use genmill_core::gate::{Bucket, Declaration, KeyId, Observation, Signal};
 use genmill_core::ids::JobId;
@@ -391,6 +391,10 @@ impl Performer {
     /// What came of a call.
     pub(crate) async fn concluded(&self, job: JobId, ran: Ran<'_>) -> Tried {
         let Ran { endpoint, spec, ended, collected } = ran;
+        if let Some(url) = collected.cancel() {
+            // In a box, as it is rare.
+            Box::pin(call_off(&self.http, endpoint, url)).await;
+        }
         let ended = self.judged(job, spec, collected.told().0, ended);
         let failed = match &ended {
             // What was shown already cannot be taken back within an attempt.

@@ -1,4 +1,5 @@
-//! What a call cost, by the record that its provider keeps: for calls whose answer broke off before it told.
+//! What is left to do at the provider for a call whose answer nobody reads any more: its work is called off where it would
+//! go on, and what it cost is looked up where a record of it is kept.
 
 use crate::catalog::Endpoint;
 use crate::http::{Http, Request};
@@ -39,6 +40,14 @@ pub(crate) async fn settle(http: &Http, endpoint: &Endpoint, id: Option<&str>) -
     let cost = timeout(PATIENCE_IN_ALL, looked).await.ok().flatten();
     tracing::debug!(provider = endpoint.name, known = cost.is_some(), "asked what a broken call cost");
     cost
+}
+
+/// Tells the provider that nobody wants the answer of a call any more, which it would work at and bill otherwise. Whether
+/// it hears that changes nothing here.
+pub(crate) async fn call_off(http: &Http, endpoint: &Endpoint, url: &str) {
+    let told = timeout(PATIENCE_IN_ALL, http.send(endpoint, http.client(&endpoint.base_url).post(url))).await;
+    let heard = matches!(told, Ok(Ok(response)) if response.status().is_success());
+    tracing::debug!(provider = endpoint.name, heard, "called off what nobody waits for");
 }
 
 async fn look(http: &Http, endpoint: &Endpoint, url: &str) -> Option<Picodollars> {

@@ -6,8 +6,9 @@ use crate::answer::{Answer, Request, answer};
 use crate::batch::Batches;
 use crate::bill::{Bill, Books, Entry, Received};
 use crate::limit::{Limits, Said};
+use crate::prediction::Predictions;
 use crate::script::{Break, Fault, Script};
-use crate::shape::{Anthropic, Bedrock, Gemini, OpenAi, Replicate, Shape, Tgi, Told, Watsonx};
+use crate::shape::{Anthropic, Bedrock, Gemini, OpenAi, Shape, Tgi, Told, Watsonx};
 use crate::token::TOKEN;
 use axum::Json;
 use axum::body::Body;
@@ -33,7 +34,7 @@ pub(crate) struct Provider {
     pub(crate) models: Vec<String>,
     pub(crate) limits: Arc<Limits>,
     /// Answers that wait to be looked at.
-    pub(crate) predictions: Arc<Mutex<Vec<Option<Response>>>>,
+    pub(crate) predictions: Predictions,
     /// What calls cost that tell it, by their ids, and how often that was asked for.
     pub(crate) generations: Arc<Generations>,
     /// Files and batches.
@@ -160,39 +161,6 @@ pub(crate) async fn converse(
     answered(&Bedrock, &format!("{model}/{method}"), provider, headers, body).await
 }
 
-/// `POST /v1/models/{owner}/{name}/predictions`: what it answers with is there only when it is looked at again.
-pub(crate) async fn predict(
-    provider: State<Arc<Provider>>,
-    Path((owner, name)): Path<(String, String)>,
-    headers: HeaderMap,
-    body: Bytes,
-) -> Response {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
-    let predictions = Arc::clone(&provider.predictions);
-    let response = answered(&Replicate, &format!("{owner}/{name}"), provider, headers, body).await;
-    if !response.status().is_success() {
-        return response;
-    }
-    let (parts, body) = response.into_parts();
-    let body = axum::body::to_bytes(body, usize::MAX).await.map(|body| Response::from_parts(parts, Body::from(body)));
-    let mut predictions = predictions.lock().unwrap_or_else(PoisonError::into_inner);
-    predictions.push(body.ok());
-    let id = predictions.len() - 1;
-    let urls = json!({"get": format!("http://{host}/v1/predictions/{id}")});
-    (StatusCode::CREATED, Json(json!({"id": id.to_string(), "status": "starting", "urls": urls}))).into_response()
-}
-
-/// `GET /v1/predictions/{id}`: it is told once.
-pub(crate) async fn prediction(provider: State<Arc<Provider>>, Path(id): Path<usize>, headers: HeaderMap) -> Response {
-    if let Some(refusal) = refuse_key(&headers) {
-        return refusal.respond(&Replicate);
-    }
-    let mut predictions = provider.predictions.lock().unwrap_or_else(PoisonError::into_inner);
-    let told = predictions.get_mut(id).and_then(Option::take);
-    // One that broke off is told as broken off.
-    told.unwrap_or_else(|| cut_whole("{\"status\": \"succeeded\", \"output\": []}"))
-}
-
 /// `GET /v1/key`, as OpenRouter has it: what is left of a key's limit stands in the key, as in `sk-left-0.50`.
 pub(crate) async fn key(headers: HeaderMap) -> Response {
     if let Some(refusal) = refuse_key(&headers) {
@@ -218,7 +186,7 @@ fn left(headers: &HeaderMap) -> Option<&str> {
     key_of(headers).split_once("left-").map(|(_, left)| left)
 }
 
-async fn answered(
+pub(crate) async fn answered(
     shape: &'static dyn Shape,
     path: &str,
     State(provider): State<Arc<Provider>>,
@@ -506,7 +474,7 @@ async fn pause(ms: u64) {
 }
 
 /// Half of a body, then the end of the connection.
-fn cut_whole(body: &str) -> Response {
+pub(crate) fn cut_whole(body: &str) -> Response {
     let half = Bytes::copy_from_slice(&body.as_bytes()[..body.len() / 2]);
     let pieces = [Ok(half), Err(io::Error::other("told to cut"))];
     ([(header::CONTENT_TYPE, "application/json")], Body::from_stream(stream::iter(pieces))).into_response()

@@ -11,6 +11,7 @@ mod batch;
 pub mod bill;
 mod chat;
 pub mod limit;
+mod prediction;
 pub mod script;
 mod shape;
 mod token;
@@ -75,7 +76,7 @@ impl Standin {
             limits: Arc::default(),
             books: Arc::clone(&books),
             models: options.models,
-            predictions: Arc::default(),
+            predictions: prediction::Predictions::default(),
             generations: Arc::default(),
             batches: Arc::default(),
         });
@@ -130,6 +131,18 @@ impl Standin {
         generations.values().map(|(_, asked)| asked).sum()
     }
 
+    /// How often predictions were looked at again.
+    #[must_use]
+    pub fn predictions_looked_at(&self) -> u64 {
+        self.provider.predictions.looks()
+    }
+
+    /// Which predictions were to be cancelled, by their places among all that were made.
+    #[must_use]
+    pub fn predictions_cancelled(&self) -> Vec<usize> {
+        self.provider.predictions.cancelled()
+    }
+
     /// The batches that were made, oldest first. An item is on the bill, as a call, when its batch has ended.
     #[must_use]
     pub fn batches(&self) -> Vec<Made> {
@@ -175,8 +188,9 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/generate", post(chat::generate))
         .route("/generate_stream", post(chat::generate))
         .route("/model/{model}/{method}", post(chat::converse))
-        .route("/v1/models/{owner}/{name}/predictions", post(chat::predict))
-        .route("/v1/predictions/{id}", get(chat::prediction))
+        .route("/v1/models/{owner}/{name}/predictions", post(prediction::predict))
+        .route("/v1/predictions/{id}", get(prediction::look))
+        .route("/v1/predictions/{id}/cancel", post(prediction::cancel))
         .route("/v1/generation", get(chat::generation))
         .route("/v1/key", get(chat::key))
         .route("/v1/credits", get(chat::credits))

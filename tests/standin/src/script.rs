@@ -11,7 +11,7 @@
 //! | `!first-byte=MS` | sends the status at once and waits before the first byte of the body |
 //! | `!slow-stream=MS` | waits before each chunk |
 //! | `!cut-after=N` | closes the connection after N chunks |
-//! | `!stall-after=N` | sends nothing more after N chunks, but keeps the connection |
+//! | `!stall-after=N` | sends nothing more after N chunks, but keeps the connection; a prediction runs until it is cancelled |
 //! | `!endless` | a stream goes on with the pieces of its answer for as long as somebody reads |
 //! | `!error-after=N` | sends an error object after N chunks |
 //! | `!garbage` | truncated JSON in place of the (rest of the) answer |

@@ -162,6 +162,15 @@ impl ProviderError {
     }
 }
 
+/// An answer that is still worked at, whether anybody waits for it or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// The URL at which it will be.
+    pub look: String,
+    /// The URL to which is posted that nobody wants it any more.
+    pub cancel: Option<String>,
+}
+
 /// What a stream says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum StreamEvent {
@@ -254,7 +263,7 @@ pub trait Dialect: Sync {
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError>;
 
     /// Where to look again, when a whole answer only says that the real one will be there.
-    fn pending(&self, _body: &[u8]) -> Option<String> {
+    fn pending(&self, _body: &[u8]) -> Option<Pending> {
         None
     }
 

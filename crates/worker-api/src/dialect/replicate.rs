@@ -1,6 +1,6 @@
 //! Replicate's predictions: asked for, waited for, and looked at again until they have ended. They come whole.
 
-use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
+use super::{Dialect, Encoded, Pending, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
 use super::{conversation, errors, parameters};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
@@ -10,6 +10,13 @@ use serde_json::{Value, json};
 
 /// The longest answer that is taken, in bytes.
 const ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// How long the answer to a request may wait for the prediction, in seconds. Until it is there nobody knows how to call the
+/// prediction off.
+const WAIT_S: u64 = 2;
+
+/// The shortest life of a prediction that may be asked for, in seconds.
+const LIFE_S_MIN: u64 = 5;
 
 /// The dialect.
 #[derive(Debug)]
@@ -32,15 +39,18 @@ impl Dialect for Replicate {
         };
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
         let mut headers = parameters::headers(provider);
-        // It answers when the prediction has ended, or after a minute with what there is of it.
-        headers.push(("prefer".to_owned(), "wait".to_owned()));
+        headers.push(("prefer".to_owned(), format!("wait={WAIT_S}")));
+        // Should nobody be there any more to call it off, it ends by itself.
+        let life_s = spec.timeout_ms.map(|timeout_ms| timeout_ms.div_ceil(1_000).max(LIFE_S_MIN));
+        headers.extend(life_s.map(|life_s| ("cancel-after".to_owned(), format!("{life_s}s"))));
         Encoded { path, headers, body: body.to_string(), left_out }
     }
 
-    fn pending(&self, body: &[u8]) -> Option<String> {
+    fn pending(&self, body: &[u8]) -> Option<Pending> {
         let prediction: Value = serde_json::from_slice(body).ok()?;
         let waits = matches!(prediction["status"].as_str()?, "starting" | "processing" | "queued");
-        waits.then(|| prediction["urls"]["get"].as_str().map(str::to_owned)).flatten()
+        let url = |name: &str| prediction["urls"][name].as_str().map(str::to_owned);
+        url("get").filter(|_| waits).map(|look| Pending { look, cancel: url("cancel") })
     }
 
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError> {
@@ -132,10 +142,26 @@ mod tests {
 
     #[test]
     fn a_prediction_that_goes_on_is_looked_at_again() {
-        let prediction = |status: &str| format!(r#"{{"status":"{status}","urls":{{"get":"https://x/p/1"}}}}"#);
-        assert_eq!(Replicate.pending(prediction("processing").as_bytes()).as_deref(), Some("https://x/p/1"));
+        let urls = r#"{"get":"https://x/p/1","cancel":"https://x/p/1/cancel"}"#;
+        let prediction = |status: &str| format!(r#"{{"status":"{status}","urls":{urls}}}"#);
+        let (look, cancel) = ("https://x/p/1".to_owned(), Some("https://x/p/1/cancel".to_owned()));
+        assert_eq!(Replicate.pending(prediction("processing").as_bytes()), Some(Pending { look, cancel }));
         assert_eq!(Replicate.pending(prediction("succeeded").as_bytes()), None);
         assert_eq!(Replicate.pending(b"oops"), None);
+    }
+
+    #[test]
+    fn a_prediction_does_not_outlive_its_attempt_for_long() {
+        let table = crate::providers::Table::embedded().unwrap();
+        let check = |timeout_ms, expect: Option<&str>| {
+            let spec = JobSpec { timeout_ms, ..crate::fixture::spec("litellm_replicate/a/b", "hi") };
+            let sent = Replicate.encode(&spec, "a/b", table.find("replicate").unwrap(), Streaming::Off);
+            let life = sent.headers.iter().find(|(name, _)| name == "cancel-after").map(|(_, life)| life.as_str());
+            assert_eq!(life, expect);
+        };
+        check(Some(60_001), Some("61s"));
+        check(Some(100), Some("5s"));
+        check(None, None);
     }
 
     #[test]

@@ -645,6 +645,30 @@ fn spoken(standin: &Standin, key: &str) -> Vec<Spoken> {
     ]
 }
 
+#[tokio::test]
+async fn a_prediction_that_nobody_waits_for_any_more_is_called_off() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let (name, settings, _) = spoken(&standin, "sk-a").pop().unwrap();
+    let performer = performer_of(name, &settings, LIMITS, |_| ());
+    let job = |prompt: &str| spec(&format!("litellm_{name}"), prompt);
+    let stop = CancellationToken::new();
+    let made = async {
+        while standin.predictions_looked_at() == 0 {
+            tokio::task::yield_now().await;
+        }
+        stop.cancel();
+    };
+    let ((stopped, _), ()) = tokio::join!(perform(&performer, job("!stall-after=0 a b"), stop.clone()), made);
+    assert_eq!((stopped.outcome, standin.predictions_cancelled()), (Outcome::HandedBack, vec![0]));
+    // One that has come is left alone.
+    let (answered, _) = perform(&performer, job("a b"), CancellationToken::new()).await;
+    assert_eq!((generation(answered).text.as_str(), standin.predictions_cancelled()), ("a b", vec![0]));
+    // One that could not be looked at may run on.
+    let (broken, _) = perform(&performer, job("!cut-after=1 a b"), CancellationToken::new()).await;
+    assert!(matches!(broken.outcome, Outcome::Failed(_)), "{broken:?}");
+    assert_eq!(standin.predictions_cancelled(), [0, 2]);
+}
+
 /// What becomes of a prompt in each dialect.
 async fn in_every_dialect(key: &str, prompt: &str, check: impl Fn(&str, Performed, String)) {
     let standin = Standin::start(Options::default()).await.unwrap();
