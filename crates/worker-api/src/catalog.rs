@@ -2,8 +2,9 @@
 //!
 //! Never here: calling a provider (see `perform`).
 
+mod google;
+
 use crate::auth::aws::AwsCredentials;
-use crate::auth::google::GoogleAccount;
 use crate::auth::{AuthKind, Credentials};
 use crate::dialect::{self, Dialect};
 use crate::guard;
@@ -208,10 +209,10 @@ impl Sources<'_> {
     fn credentials(&self, name: &str, provider: &Provider, key: Option<Secret>) -> Result<Credentials, Availability> {
         let unavailable = |reason: String| Availability::Unavailable { reason };
         match (provider.auth, key) {
-            (AuthKind::Google, Some(key)) => {
-                let account = google_account(key.reveal()).map_err(unavailable)?;
-                Ok(Credentials::Google(Box::new(account)))
-            }
+            (AuthKind::Google, key) => match google::account(key.as_ref(), self.environment) {
+                Some(account) => account.map(|account| Credentials::Google(Box::new(account))).map_err(unavailable),
+                None => Err(key_missing(provider)),
+            },
             (AuthKind::Ibm, Some(key)) => {
                 let token_uri = self.token_uri(name, provider).map_err(unavailable)?;
                 Ok(Credentials::Ibm { key, token_uri })
@@ -221,12 +222,7 @@ impl Sources<'_> {
                 Ok(self.aws(provider).map_or(Credentials::None, Credentials::Aws))
             }
             (_, None) if provider.key_need == KeyNeed::Optional => Ok(Credentials::None),
-            (auth, None) => {
-                let key = provider.keys.first().cloned().unwrap_or_default();
-                let variable =
-                    if auth == AuthKind::Aws { format!("{key}, or {} and {}", AWS_KEYS[0], AWS_KEYS[1]) } else { key };
-                Err(Availability::KeyMissing { variable })
-            }
+            (_, None) => Err(key_missing(provider)),
         }
     }
 
@@ -325,14 +321,17 @@ impl Sources<'_> {
     }
 }
 
-/// A Google account: the text of its file, or where that is.
-fn google_account(key: &str) -> Result<GoogleAccount, String> {
-    let read = |path: &str| {
-        std::fs::read_to_string(path)
-            .map_err(|error| format!("cannot read {path}, which GOOGLE_APPLICATION_CREDENTIALS names: {error}"))
+fn key_missing(provider: &Provider) -> Availability {
+    let key = provider.keys.first().cloned().unwrap_or_default();
+    let variable = match provider.auth {
+        AuthKind::Aws => format!("{key}, or {} and {}", AWS_KEYS[0], AWS_KEYS[1]),
+        AuthKind::Google => format!(
+            "{key}, or run `gcloud auth application-default login`, or on a machine of Google's {}",
+            google::MACHINE_HOST
+        ),
+        AuthKind::Key | AuthKind::Ibm => key,
     };
-    let text = if key.trim_start().starts_with('{') { key.to_owned() } else { read(key)? };
-    GoogleAccount::parse(&text).map_err(|bad| format!("what GOOGLE_APPLICATION_CREDENTIALS names {bad}"))
+    Availability::KeyMissing { variable }
 }
 
 fn unspoken(name: &str, provider: &Provider) -> String {
@@ -348,7 +347,7 @@ fn unspoken(name: &str, provider: &Provider) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::auth::google;
+    use crate::auth::google::tests::account;
     use genmill_daemon::models::LocalSettings;
 
     fn listed(prefix: &'static str, name: &str) -> ListedModel {
@@ -458,7 +457,7 @@ mod tests {
 
     #[test]
     fn google_is_called_for_an_account_whose_project_counts_unless_another_is_named() {
-        let account = google::tests::account("https://oauth2.googleapis.com/token");
+        let account = account("https://oauth2.googleapis.com/token");
         let key = ("GOOGLE_APPLICATION_CREDENTIALS", account.as_str());
         let url = |variables: &[(&str, &str)]| endpoint("vertex_ai/gemini-2.5-flash", "", variables).0;
         let at = |host: &str, project: &str, location: &str| {

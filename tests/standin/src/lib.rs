@@ -195,6 +195,7 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/v1/key", get(chat::key))
         .route("/v1/credits", get(chat::credits))
         .route("/token", post(token::give))
+        .route("/computeMetadata/v1/instance/service-accounts/default/token", get(token::of_machine))
         .route("/identity/token", post(token::give))
         .route("/v1/models", get(chat::models))
         .route("/bill", get(chat::bill))

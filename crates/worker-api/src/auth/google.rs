@@ -1,6 +1,6 @@
 //! Google's accounts, as their files have them, and what they are exchanged with for a token. Pure but for the signature.
 
-use super::tokens::TokenRequest;
+use super::tokens::{TokenRequest, With};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use genmill_core::time::UnixMs;
@@ -23,11 +23,21 @@ const LIFETIME_S: u64 = 3_600;
 /// Where users' tokens come from.
 const USER_TOKEN_URI: &str = "https://oauth2.googleapis.com/token";
 
+/// Where a machine of Google's is given tokens for its own account, at the host for that.
+const MACHINE_PATH: &str = "/computeMetadata/v1/instance/service-accounts/default/token";
+
+/// The names of that host on all machines of Google's, and its address there. Names that lead to such an address are not
+/// looked up, whoever asks (`guard`); this one nobody chooses.
+const MACHINE_HOSTS: &[&str] = &["metadata", "metadata.google.internal"];
+const MACHINE_ADDRESS: &str = "169.254.169.254";
+
 /// An account.
 #[derive(Clone, Debug)]
 pub struct GoogleAccount {
     /// The project that it belongs to, when told.
     pub project: Option<String>,
+    /// The project to whose quota calls count, where it is not that of the account.
+    pub quota_project: Option<String>,
     kind: Kind,
 }
 
@@ -37,6 +47,8 @@ enum Kind {
     Service { email: String, key_id: String, key: Arc<RsaKeyPair>, token_uri: Url },
     /// A person's, as `gcloud auth application-default login` writes it.
     User { client_id: String, client_secret: Secret, refresh_token: Secret, token_uri: Url },
+    /// That of the machine on which this runs.
+    Machine { token_uri: Url },
 }
 
 impl std::fmt::Debug for Kind {
@@ -44,6 +56,7 @@ impl std::fmt::Debug for Kind {
         f.write_str(match self {
             Self::Service { .. } => "Service",
             Self::User { .. } => "User",
+            Self::Machine { .. } => "Machine",
         })
     }
 }
@@ -60,6 +73,9 @@ pub enum BadAccount {
     /// Its private key cannot be read.
     #[error("has a private_key that is no RSA key in PKCS #8 (PEM)")]
     Key,
+    /// The host for tokens of machines is none.
+    #[error("is not of the form HOST or HOST:PORT")]
+    Host,
     /// Its token_uri would get what is secret without TLS.
     #[error("has a token_uri that is not on https")]
     Insecure,
@@ -109,7 +125,20 @@ impl GoogleAccount {
             },
             other => return Err(BadAccount::Unknown(other.to_owned())),
         };
-        Ok(Self { project: written.project_id.or(written.quota_project_id), kind })
+        let quota_project = written.quota_project_id;
+        Ok(Self { project: written.project_id.or_else(|| quota_project.clone()), quota_project, kind })
+    }
+
+    /// The account of the machine on which this runs, for which `host` gives tokens, as `GCE_METADATA_HOST` has it.
+    ///
+    /// # Errors
+    /// [`BadAccount::Host`] when that is more than a host and its port.
+    pub fn of_machine(host: &str) -> Result<Self, BadAccount> {
+        let host = if MACHINE_HOSTS.contains(&host) { MACHINE_ADDRESS } else { host };
+        let url = Url::parse(&format!("http://{host}{MACHINE_PATH}")).map_err(|_| BadAccount::Host)?;
+        let token_uri =
+            (url.path() == MACHINE_PATH && url.username().is_empty()).then_some(url).ok_or(BadAccount::Host)?;
+        Ok(Self { project: None, quota_project: None, kind: Kind::Machine { token_uri } })
     }
 
     /// What tells it from other accounts.
@@ -117,6 +146,7 @@ impl GoogleAccount {
         match &self.kind {
             Kind::Service { email, .. } => email,
             Kind::User { client_id, .. } => client_id,
+            Kind::Machine { .. } => "machine",
         }
     }
 
@@ -124,11 +154,11 @@ impl GoogleAccount {
     #[must_use]
     pub fn token_request(&self, now: UnixMs) -> Option<TokenRequest> {
         let owned = |pairs: &[(&'static str, &str)]| pairs.iter().map(|(n, v)| (*n, (*v).to_owned())).collect();
-        let (token_uri, form) = match &self.kind {
+        let (url, with) = match &self.kind {
             Kind::Service { email, key_id, key, token_uri } => {
                 let assertion = assertion(email, key_id, key, token_uri, now)?;
                 let grant = "urn:ietf:params:oauth:grant-type:jwt-bearer";
-                (token_uri, owned(&[("grant_type", grant), ("assertion", &assertion)]))
+                (token_uri, With::Form(owned(&[("grant_type", grant), ("assertion", &assertion)])))
             }
             Kind::User { client_id, client_secret, refresh_token, token_uri } => {
                 let form = [
@@ -137,10 +167,11 @@ impl GoogleAccount {
                     ("client_secret", client_secret.reveal()),
                     ("refresh_token", refresh_token.reveal()),
                 ];
-                (token_uri, owned(&form))
+                (token_uri, With::Form(owned(&form)))
             }
+            Kind::Machine { token_uri } => (token_uri, With::Place("metadata-flavor", "Google")),
         };
-        Some(TokenRequest { url: token_uri.clone(), form })
+        Some(TokenRequest { url: url.clone(), with })
     }
 }
 
@@ -182,7 +213,8 @@ pub(crate) mod tests {
         assert_eq!(account.project.as_deref(), Some("the-project"));
         let request = account.token_request(UnixMs(1_700_000_000_500)).unwrap();
         assert_eq!(request.url.as_str(), "https://oauth2.googleapis.com/token");
-        let (_, assertion) = &request.form[1];
+        let With::Form(form) = &request.with else { panic!() };
+        let (_, assertion) = &form[1];
         let parts: Vec<&str> = assertion.split('.').collect();
         let decoded = |part: &str| URL_SAFE_NO_PAD.decode(part).unwrap();
         let claims: Value = serde_json::from_slice(&decoded(parts[1])).unwrap();
@@ -204,9 +236,21 @@ pub(crate) mod tests {
         let file = r#"{"type":"authorized_user","client_id":"c","client_secret":"s","refresh_token":"r","quota_project_id":"p"}"#;
         let account = GoogleAccount::parse(file).unwrap();
         assert_eq!(account.project.as_deref(), Some("p"));
-        let form = account.token_request(UnixMs(0)).unwrap().form;
+        let With::Form(form) = account.token_request(UnixMs(0)).unwrap().with else { panic!() };
         assert_eq!(form[0], ("grant_type", "refresh_token".to_owned()));
-        assert_eq!(format!("{account:?}"), "GoogleAccount { project: Some(\"p\"), kind: User }");
+        let shown = format!("{account:?}");
+        assert_eq!(shown, "GoogleAccount { project: Some(\"p\"), quota_project: Some(\"p\"), kind: User }");
+    }
+
+    #[test]
+    fn a_machine_is_asked_for_by_being_there() {
+        let url = |host| GoogleAccount::of_machine(host).map(|account| account.token_request(UnixMs(0)).unwrap().url);
+        let at = |host: &str| Ok(Url::parse(&format!("http://{host}{MACHINE_PATH}")).unwrap());
+        assert_eq!(url("metadata.google.internal"), at("169.254.169.254"));
+        assert_eq!(url("127.0.0.1:8080"), at("127.0.0.1:8080"));
+        for host in ["", "a b", "x/y?", "a@b", "h#"] {
+            assert_eq!(url(host), Err(BadAccount::Host), "{host}");
+        }
     }
 
     #[test]

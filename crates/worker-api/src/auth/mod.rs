@@ -15,7 +15,7 @@ use genmill_daemon::secret::Secret;
 use google::GoogleAccount;
 use http::{HeaderName, HeaderValue};
 use serde::Deserialize;
-use tokens::TokenRequest;
+use tokens::{TokenRequest, With};
 use url::Url;
 
 /// How calls are proven, as `providers.toml` has it.
@@ -27,7 +27,7 @@ pub enum AuthKind {
     Key,
     /// By a key in a header, or by Amazon's signatures where there is none.
     Aws,
-    /// By a token of Google's, for the account whose file the key names.
+    /// By a token of Google's, for the account whose file the key names, or that its own tools would find.
     Google,
     /// By a token of IBM's, for the key.
     Ibm,
@@ -88,6 +88,11 @@ impl Credentials {
         matches!(self, Self::Google(_) | Self::Ibm { .. })
     }
 
+    /// The project of Google's to whose quota calls count, where that must be told.
+    fn quota_project(&self) -> Option<&str> {
+        if let Self::Google(account) = self { account.quota_project.as_deref() } else { None }
+    }
+
     /// The request for a token, where one is needed.
     fn token_request(&self, now: UnixMs) -> Option<TokenRequest> {
         match self {
@@ -95,7 +100,7 @@ impl Credentials {
             Self::Ibm { key, token_uri } => {
                 let grant = "urn:ibm:params:oauth:grant-type:apikey".to_owned();
                 let form = vec![("grant_type", grant), ("apikey", key.reveal().to_owned())];
-                Some(TokenRequest { url: token_uri.clone(), form })
+                Some(TokenRequest { url: token_uri.clone(), with: With::Form(form) })
             }
             Self::None | Self::Key(_) | Self::Aws(_) => None,
         }
@@ -122,7 +127,8 @@ impl Credentials {
             Self::Google(_) | Self::Ibm { .. } => {
                 // In a box: it is rare, and every call that waits for its answer would keep room for it.
                 let token = Box::pin(http.tokens().get(provider, http, |now| self.token_request(now))).await?;
-                vec![("authorization", format!("Bearer {}", token.reveal()))]
+                let quota = self.quota_project().map(|project| ("x-goog-user-project", project.to_owned()));
+                std::iter::once(("authorization", format!("Bearer {}", token.reveal()))).chain(quota).collect()
             }
         };
         for (name, value) in headers {

@@ -22,13 +22,29 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The longest reply that is read, in bytes.
 const REPLY_BYTES_MAX: usize = 64 * 1024;
 
-/// What a token is asked for with: a form, posted.
+/// What a token is asked for with.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TokenRequest {
     /// Where.
     pub url: Url,
-    /// The form's fields. Some are secret.
-    pub form: Vec<(&'static str, String)>,
+    /// What proves who asks.
+    pub with: With,
+}
+
+/// What proves who asks for a token.
+#[derive(Clone, PartialEq, Eq)]
+pub enum With {
+    /// A form, posted. Some of its fields are secret.
+    Form(Vec<(&'static str, String)>),
+    /// Being on a machine that reaches the URL, and this header, which nobody sends by mistake. Such URLs are on no other
+    /// machine, so no proxy is asked.
+    Place(&'static str, &'static str),
+}
+
+impl std::fmt::Debug for With {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if matches!(self, Self::Form(_)) { "Form" } else { "Place" })
+    }
 }
 
 impl std::fmt::Debug for TokenRequest {
@@ -111,13 +127,16 @@ impl Tokens {
     }
 }
 
-async fn ask(provider: &str, http: &Http, TokenRequest { url, form }: TokenRequest) -> Result<Reply, Fault> {
+async fn ask(provider: &str, http: &Http, TokenRequest { url, with }: TokenRequest) -> Result<Reply, Fault> {
     let host = url.host_str().unwrap_or_default().to_owned();
     let lost = |error: Lost| {
         Fault::new(Kind::Transient, provider, &format!("got no token from {host}: {}", Trouble::of(&error)))
     };
-    let request = Request::form(url.as_str(), &form).map_err(lost)?;
-    let mut response = http.send_unproven(request).await.map_err(lost)?;
+    let request = match with {
+        With::Form(form) => Request::form(url.as_str(), &form),
+        With::Place(name, value) => Request::get(url.as_str()).and_then(|request| request.with(name, &value)),
+    };
+    let mut response = http.send_unproven(request.map_err(lost)?).await.map_err(lost)?;
     let status = response.status();
     let mut body = Vec::new();
     while let Some(bytes) = response.chunk().await.map_err(lost)? {

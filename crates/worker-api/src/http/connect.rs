@@ -3,7 +3,7 @@
 use super::message::{Lost, Stage};
 use super::tasks::Tasks;
 use super::{HttpError, Settings, http1, http2, is_loopback};
-use crate::guard::Guarded;
+use crate::guard::{Guarded, forbidden_host};
 use http::header::HeaderValue;
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::proxy::Tunnel;
@@ -74,8 +74,9 @@ impl Connector {
     pub(super) async fn connect(&self, url: &Url, tasks: &Tasks) -> Result<New, Lost> {
         let lost = |error: Box<dyn Error + Send + Sync>| Lost::at(Stage::Connect, error);
         let uri: http::Uri = url.as_str().parse().map_err(|error| Lost::at(Stage::Request, error))?;
-        // Servers on this machine are never called through a proxy.
-        let proxy = if is_loopback(url) { None } else { self.proxies.intercept(&uri) };
+        // Servers on this machine, and those that tell it its own secrets, are never called through a proxy.
+        let direct = is_loopback(url) || forbidden_host(url).is_some();
+        let proxy = if direct { None } else { self.proxies.intercept(&uri) };
         let Some(proxy) = proxy else {
             return agreed(https(self.tcp.clone(), &self.tls, uri).await.map_err(lost)?, None, tasks).await;
         };

@@ -646,6 +646,32 @@ fn spoken(standin: &Standin, key: &str) -> Vec<Spoken> {
 }
 
 #[tokio::test]
+async fn google_is_called_for_a_person_and_for_a_machine_too() {
+    let standin = Standin::start(Options::default()).await.unwrap();
+    let (origin, name) = (standin.origin(), "vertex_ai/gemini-2.5-flash");
+    let settings = format!("vertex_ai.base_url = '{origin}/v1/projects/{{project}}/locations/here'");
+    let person = format!(
+        r#"{{"type":"authorized_user","client_id":"c","client_secret":"s","refresh_token":"r","quota_project_id":"q",
+        "token_uri":"{origin}/token"}}"#
+    );
+    let gcloud = tempfile::tempdir().unwrap();
+    std::fs::write(gcloud.path().join("application_default_credentials.json"), person).unwrap();
+    let project = ("VERTEXAI_PROJECT", "mine".to_owned());
+    let file = ("CLOUDSDK_CONFIG", gcloud.path().to_str().unwrap().to_owned());
+    let machine = ("GCE_METADATA_HOST", standin.address().to_string());
+    for (variables, key, quota) in [(vec![file], "r", Some("q")), (vec![machine, project], "machine", None)] {
+        let performer = performer_in(name, &settings, &variables, LIMITS, |_| ());
+        let job = spec(&format!("litellm_{name}"), "one two");
+        let (performed, _) = perform(&performer, job, CancellationToken::new()).await;
+        assert_eq!(generation(performed).text, "one two");
+        assert_eq!(standin.calls().last().unwrap().key, key);
+        let headers = standin.requests().pop().unwrap().headers;
+        let told = headers.iter().find(|(name, _)| name == "x-goog-user-project").map(|(_, value)| value.as_str());
+        assert_eq!(told, quota);
+    }
+}
+
+#[tokio::test]
 async fn a_prediction_that_nobody_waits_for_any_more_is_called_off() {
     let standin = Standin::start(Options::default()).await.unwrap();
     let (name, settings, _) = spoken(&standin, "sk-a").pop().unwrap();
