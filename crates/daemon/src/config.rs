@@ -313,6 +313,10 @@ pub struct Hedge {
     pub model: String,
     /// How long after the first call, in milliseconds.
     pub after_ms: u64,
+    /// A percentile such as `p95`: as long after the first call as that part of the model's newest answers took to begin.
+    /// `after_ms` holds until enough of them are known; without it no second call goes out before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
     /// The model that is called then, with its prefix. Unset: the same, with another key where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,

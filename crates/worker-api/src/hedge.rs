@@ -2,10 +2,13 @@
 //!
 //! Never here: one call (`call`), and what its end means (`perform`).
 
+mod delays;
+
 use crate::call::Ended;
 use crate::catalog::Endpoint;
 use crate::collect::Collected;
 use crate::perform::{Attempt, Performer, Ran, Tried, in_all};
+use delays::{Delays, Percentile};
 use genmill_core::attempt::{Outcome, Performed};
 use genmill_core::gate::KeyId;
 use genmill_core::job::JobSpec;
@@ -20,14 +23,19 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 /// When second calls go out.
-#[derive(Clone, Debug, Default)]
-pub struct Hedges(Vec<(Pattern, Hedge)>);
+#[derive(Debug, Default)]
+pub struct Hedges {
+    rows: Vec<(Pattern, Hedge)>,
+    delays: Delays,
+}
 
 /// When a second call goes out, and to which model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hedge {
-    /// So long after the first.
-    pub after: Duration,
+    /// So long after the first, unless something else is learnt. `None`: not at all until then.
+    pub after: Option<Duration>,
+    /// When so many of the model's answers begin by then.
+    pub share: Option<Percentile>,
     /// `None`: the same, with another key where there is one.
     pub to: Option<ModelName>,
 }
@@ -53,10 +61,20 @@ pub enum BadHedge {
         source: BadModelName,
     },
     /// Every call would be made twice.
-    #[error("api.hedging, of {model}: set after_ms, the milliseconds after which a second call goes out")]
+    #[error(
+        "api.hedging, of {model}: set after_ms, the milliseconds after which a second call goes out, or after, such as \"p95\""
+    )]
     AtOnce {
         /// The model.
         model: String,
+    },
+    /// What is to be learnt is none of a model's times.
+    #[error("api.hedging, of {model}: after is a percentile from \"p1\" to \"p99\", not \"{after}\"")]
+    Share {
+        /// The model.
+        model: String,
+        /// What is set.
+        after: String,
     },
 }
 
@@ -69,7 +87,13 @@ impl Hedges {
         let model =
             |name: &String| ModelName::parse(name).map_err(|source| BadHedge::Name { name: name.clone(), source });
         let row = |row: &config::Hedge| {
-            if row.after_ms == 0 {
+            let share = |after: &String| {
+                let bad = || BadHedge::Share { model: row.model.clone(), after: after.clone() };
+                Percentile::parse(after).ok_or_else(bad)
+            };
+            let share = row.after.as_ref().map(share).transpose()?;
+            let after = (row.after_ms > 0).then(|| Duration::from_millis(row.after_ms));
+            if after.is_none() && share.is_none() {
                 return Err(BadHedge::AtOnce { model: row.model.clone() });
             }
             let pattern = match row.model.strip_suffix('*') {
@@ -77,9 +101,10 @@ impl Hedges {
                 None => Pattern::One(model(&row.model)?),
             };
             let to = row.to.as_ref().map(model).transpose()?;
-            Ok((pattern, Hedge { after: Duration::from_millis(row.after_ms), to }))
+            Ok((pattern, Hedge { after, share, to }))
         };
-        settings.iter().map(row).collect::<Result<_, _>>().map(Self)
+        let rows = settings.iter().map(row).collect::<Result<_, _>>()?;
+        Ok(Self { rows, delays: Delays::default() })
     }
 
     /// When a model's second call goes out: the first row that is about it counts.
@@ -89,12 +114,25 @@ impl Hedges {
             Pattern::One(one) => one == model,
             Pattern::Beginning(beginning) => model.as_str().starts_with(beginning),
         };
-        self.0.iter().find(|(pattern, _)| is_about(pattern)).map(|(_, hedge)| hedge)
+        self.rows.iter().find(|(pattern, _)| is_about(pattern)).map(|(_, hedge)| hedge)
     }
 
     /// Every model that is named as the second one.
     pub fn models(&self) -> impl Iterator<Item = &ModelName> {
-        self.0.iter().filter_map(|(_, hedge)| hedge.to.as_ref())
+        self.rows.iter().filter_map(|(_, hedge)| hedge.to.as_ref())
+    }
+
+    /// How long after the first call of `model` the second one goes out, by what is known now.
+    fn delay(&self, hedge: &Hedge, model: &ModelName) -> Option<Duration> {
+        hedge.share.and_then(|share| self.delays.of(model, share)).or(hedge.after)
+    }
+
+    /// Learns from an answer of `model` how long it took to begin. Where that of a second call was first, the time until then is
+    /// less, but longer than what was waited for, so that percentiles stay what they are.
+    fn learn(&self, hedge: &Hedge, model: &ModelName, took: Duration) {
+        if hedge.share.is_some() {
+            self.delays.note(model, took);
+        }
     }
 }
 
@@ -150,7 +188,10 @@ impl Performer {
         let fresh = || Collected::new(stops).of_samples(spec.sampling.controls.samples());
         let (mut one, mut two) = (fresh(), fresh());
         let second = async {
-            sleep(hedge.after).await;
+            match self.hedges.delay(hedge, &attempt.spec.model) {
+                Some(after) => sleep(after).await,
+                None => pending().await,
+            }
             let Some((leave, endpoint)) = self.second_leave(attempt, endpoint, &spec, progress).await else {
                 return pending().await;
             };
@@ -161,16 +202,19 @@ impl Performer {
         let first = self.call(endpoint, attempt.spec, attempt.begun, progress, Some((&race, Runner::First)), &mut one);
         let (mut first, mut second) = (Some(Box::pin(first)), Some(Box::pin(second)));
         let (mut ended_first, mut ended_second) = (None, None);
-        let mut leader = None;
+        let (mut leader, mut took) = (None, None);
         loop {
             tokio::select! {
                 biased;
                 ended = of(&mut first), if ended_first.is_none() => (first, ended_first) = (None, Some(ended)),
                 ended = of(&mut second), if ended_second.is_none() => (second, ended_second) = (None, Some(ended)),
-                runner = race.decided(), if leader.is_none() => match runner {
-                    Runner::First => (leader, second) = (Some(runner), None),
-                    Runner::Second => (leader, first) = (Some(runner), None),
-                },
+                runner = race.decided(), if leader.is_none() => {
+                    (leader, took) = (Some(runner), Some(attempt.begun.elapsed()));
+                    match runner {
+                        Runner::First => second = None,
+                        Runner::Second => first = None,
+                    }
+                }
                 () = attempt.stop.cancelled() => break,
             }
             // A failure before anybody was asked in its place is one like any other.
@@ -179,10 +223,13 @@ impl Performer {
             }
         }
         drop((first, second));
+        let leader = leader.or_else(|| *race.0.borrow());
+        if leader.is_some() {
+            self.hedges.learn(hedge, &attempt.spec.model, took.unwrap_or_else(|| attempt.begun.elapsed()));
+        }
         let ran = Ran { endpoint, spec: attempt.spec, ended: ended_first.unwrap_or(Ended::Stopped), collected: one };
         let Some((leave, endpoint)) = lent.into_inner() else { return self.concluded(attempt.job, ran).await };
         let other = Ran { endpoint, spec: &spec, ended: ended_second.unwrap_or(Ended::Stopped), collected: two };
-        let leader = leader.or_else(|| *race.0.borrow());
         let (own, other) = tokio::join!(self.concluded(attempt.job, ran), self.concluded(attempt.job, other));
         leave.settle(other.performed.observation.as_ref()).await;
         joined(own, other, leader, hedge.to.as_ref())
@@ -241,14 +288,16 @@ mod tests {
     use super::*;
 
     fn row(model: &str, after_ms: u64, to: Option<&str>) -> config::Hedge {
-        config::Hedge { model: model.to_owned(), after_ms, to: to.map(str::to_owned) }
+        config::Hedge { model: model.to_owned(), after_ms, after: None, to: to.map(str::to_owned) }
     }
 
     #[test]
     fn the_first_row_about_a_model_counts() {
         let rows = [row("litellm_gpt-4o", 100, Some("openrouter_x/y")), row("litellm_gpt*", 200, None)];
         let hedges = Hedges::new(&rows).unwrap();
-        let of = |name: &str| hedges.of(&ModelName::parse(name).unwrap()).map(|hedge| hedge.after.as_millis());
+        let of = |name: &str| {
+            hedges.of(&ModelName::parse(name).unwrap()).and_then(|hedge| hedge.after).map(|after| after.as_millis())
+        };
         assert_eq!(
             [of("litellm_gpt-4o"), of("litellm_gpt-4o-mini"), of("openrouter_x/y")],
             [Some(100), Some(200), None]
@@ -262,6 +311,8 @@ mod tests {
         assert_eq!(told(row("gpt", 1, None)), "api.hedging: `gpt` is not the name of a model with its prefix");
         assert_eq!(told(row("litellm_x", 1, Some("y"))), "api.hedging: `y` is not the name of a model with its prefix");
         assert!(told(row("litellm_x", 0, None)).starts_with("api.hedging, of litellm_x: set after_ms"));
+        let learns = config::Hedge { after: Some("95".to_owned()), ..row("litellm_x", 1, None) };
+        assert!(told(learns).ends_with("after is a percentile from \"p1\" to \"p99\", not \"95\""));
     }
 
     #[tokio::test]

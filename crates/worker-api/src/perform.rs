@@ -39,7 +39,7 @@ pub struct Performer {
     pub(crate) http: Http,
     pub(crate) limits: Limits,
     fallbacks: Fallbacks,
-    hedges: Hedges,
+    pub(crate) hedges: Hedges,
     cache: Option<Cache>,
     repeats: Repeats,
     pub(crate) keys: Keys,

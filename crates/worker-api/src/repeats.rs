@@ -46,7 +46,7 @@ impl Repeats {
 
 /// A map that forgets its oldest entries.
 #[derive(Debug)]
-struct Newest<K, V> {
+pub(crate) struct Newest<K, V> {
     entries: HashMap<K, V>,
     oldest_first: VecDeque<K>,
 }
@@ -58,7 +58,7 @@ impl<K, V> Default for Newest<K, V> {
 }
 
 impl<K: Clone + Eq + Hash, V> Newest<K, V> {
-    fn entry(&mut self, key: K, new: impl FnOnce() -> V) -> &mut V {
+    pub(crate) fn entry(&mut self, key: K, new: impl FnOnce() -> V) -> &mut V {
         if !self.entries.contains_key(&key) {
             self.oldest_first.push_back(key.clone());
             if self.oldest_first.len() > KEPT {

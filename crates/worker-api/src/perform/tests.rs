@@ -461,7 +461,7 @@ async fn with_hedge(name: &str, prompt: &str, to: Option<&str>) -> (Performed, S
     let standin = Standin::start(Options::default()).await.unwrap();
     let settings = format!("openai = {{ base_url = '{}', api_keys = ['sk-a', 'sk-b'] }}", standin.base_url());
     let model = format!("litellm_openai/{name}");
-    let hedge = config::Hedge { model: model.clone(), after_ms: 50, to: to.map(str::to_owned) };
+    let hedge = config::Hedge { model: model.clone(), after_ms: 50, after: None, to: to.map(str::to_owned) };
     let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
     let performer = performer.with_hedges(Hedges::new(&[hedge]).unwrap());
     let (performed, reported) = perform(&performer, spec(&model, prompt), CancellationToken::new()).await;
@@ -482,6 +482,23 @@ async fn a_call_that_does_not_begin_to_answer_is_made_once_more_and_both_are_pai
     assert_eq!(performed.observation.map(|told| told.signal), Some(Signal::GivenUp), "of the job's own call");
     let generation = generation(performed);
     assert_eq!((generation.text.as_str(), generation.answered_by), ("one two", None));
+}
+
+#[tokio::test]
+async fn when_a_second_call_goes_out_is_learnt_from_the_answers_before() {
+    let bench = Bench::new("sk-a").await;
+    let settings =
+        config::Hedge { model: "litellm_gpt*".to_owned(), after: Some("p95".to_owned()), ..config::Hedge::default() };
+    let bench = Bench { performer: bench.performer.with_hedges(Hedges::new(&[settings]).unwrap()), ..bench };
+    // Nothing is known yet, so whatever takes long is waited for.
+    for n in 0..19 {
+        bench.perform(job(&format!("!first-byte=30 one {n}"))).await;
+    }
+    bench.perform(job("!sleep=200 times=1 first")).await;
+    assert_eq!(bench.standin.bill().calls, 20);
+    // By now answers begin after 30 ms, all but one.
+    let (performed, _) = bench.perform(job("!sleep=60000 times=1 second")).await;
+    assert_eq!((generation(performed).text.as_str(), bench.standin.bill().calls), ("second", 22));
 }
 
 #[tokio::test]
