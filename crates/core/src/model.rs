@@ -26,6 +26,8 @@ pub enum Routing {
         default: &'static str,
         /// How bare names of other providers begin, and those providers.
         bare: &'static [(&'static str, &'static str)],
+        /// Other ways to write the beginning of a name, and the one that counts.
+        also: &'static [(&'static str, &'static str)],
     },
     /// A remote backend that is itself the only provider.
     Only {
@@ -35,10 +37,61 @@ pub enum Routing {
 }
 
 /// LiteLLM's names. Bare Gemini models are those of AI Studio; `vertex_ai/` names those of Vertex.
-const LITELLM: Routing = Routing::Provider {
-    default: "openai",
-    bare: &[("claude-", "anthropic"), ("gemini-", "gemini"), ("command-", "cohere")],
-};
+const LITELLM: Routing = Routing::Provider { default: "openai", bare: BARE, also: ALSO };
+
+const BARE: &[(&str, &str)] = &[
+    ("claude-", "anthropic"),
+    ("gemini-", "gemini"),
+    ("command-", "cohere"),
+    ("c4ai-", "cohere"),
+    ("deepseek-", "deepseek"),
+    ("jamba-", "ai21"),
+    ("j2-", "ai21"),
+    // Bedrock names models by vendor, or by the part of the world that answers and vendor.
+    ("ai21.", "bedrock"),
+    ("amazon.", "bedrock"),
+    ("anthropic.", "bedrock"),
+    ("cohere.", "bedrock"),
+    ("deepseek.", "bedrock"),
+    ("google.", "bedrock"),
+    ("meta.", "bedrock"),
+    ("minimax.", "bedrock"),
+    ("mistral.", "bedrock"),
+    ("moonshot.", "bedrock"),
+    ("moonshotai.", "bedrock"),
+    ("nvidia.", "bedrock"),
+    ("openai.", "bedrock"),
+    ("qwen.", "bedrock"),
+    ("twelvelabs.", "bedrock"),
+    ("writer.", "bedrock"),
+    ("zai.", "bedrock"),
+    ("apac.", "bedrock"),
+    ("au.", "bedrock"),
+    ("ca.", "bedrock"),
+    ("eu.", "bedrock"),
+    ("global.", "bedrock"),
+    ("in.", "bedrock"),
+    ("jp.", "bedrock"),
+    ("us.", "bedrock"),
+    ("us-gov.", "bedrock"),
+];
+
+const ALSO: &[(&str, &str)] = &[
+    ("amazon-nova/", "amazon_nova/"),
+    ("azure_text/", "azure/"),
+    ("bedrock/converse/", "bedrock/"),
+    ("bedrock/invoke/", "bedrock/"),
+    ("bedrock_converse/", "bedrock/"),
+    ("bigmodel/", "zhipu/"),
+    ("cohere_chat/", "cohere/"),
+    ("custom/", "custom_openai/"),
+    ("openai/responses/", "openai_responses/"),
+    ("openai_like/", "custom_openai/"),
+    // Its name begins as the prefix does, which lists may leave out.
+    ("proxy/", "litellm_proxy/"),
+    ("vertex_ai_beta/", "vertex_ai/"),
+    ("watsonx_text/", "watsonx/"),
+];
 
 /// The provider of a name without a slash.
 fn provider_of_bare(name: &str, default: &'static str, bare: &[(&str, &'static str)]) -> &'static str {
@@ -69,8 +122,11 @@ impl Prefix {
 
     /// The one way to write a model's name: without the provider that a bare name means.
     fn canonical(&self, rest: &str) -> String {
+        let also = if let Routing::Provider { also, .. } = &self.routing { *also } else { &[] };
+        let counts = also.iter().find_map(|(other, counts)| Some(format!("{counts}{}", rest.strip_prefix(other)?)));
+        let rest = counts.as_deref().unwrap_or(rest);
         let bare = match &self.routing {
-            Routing::Provider { default, bare } => {
+            Routing::Provider { default, bare, .. } => {
                 let told = rest
                     .split_once('/')
                     .filter(|(provider, model)| *provider == provider_of_bare(model, default, bare));
@@ -175,7 +231,7 @@ impl ModelName {
         let (prefix, rest) = self.split();
         let route = match &self.prefix().routing {
             Routing::Model => rest,
-            Routing::Provider { default, bare } => {
+            Routing::Provider { default, bare, .. } => {
                 rest.split_once('/').map_or_else(|| provider_of_bare(rest, default, bare), |(provider, _)| provider)
             }
             Routing::Only { provider } => *provider,
@@ -272,7 +328,17 @@ mod tests {
         check("litellm_claude-3-5-haiku-20241022", "litellm:anthropic", "claude-3-5-haiku-20241022");
         check("litellm_gemini-2.0-flash", "litellm:gemini", "gemini-2.0-flash");
         check("litellm_vertex_ai/gemini-2.0-flash", "litellm:vertex_ai", "gemini-2.0-flash");
+        check("litellm_us.anthropic.claude-sonnet-4-v1:0", "litellm:bedrock", "us.anthropic.claude-sonnet-4-v1:0");
+        check("litellm_deepseek-chat", "litellm:deepseek", "deepseek-chat");
         check("openrouter_openai/gpt-4o", "openrouter:openrouter", "openai/gpt-4o");
+    }
+
+    #[test]
+    fn other_ways_to_write_a_name_mean_the_same_model() {
+        let name = |name| ModelName::parse(name).unwrap();
+        assert_eq!(name("litellm_cohere_chat/command-r"), name("litellm_command-r"));
+        assert_eq!(name("litellm_bedrock/converse/meta.llama3-v1:0"), name("litellm_bedrock/meta.llama3-v1:0"));
+        assert_eq!(name("litellm_proxy/x"), name("litellm_litellm_proxy/x"));
     }
 
     #[test]

@@ -125,6 +125,8 @@ pub struct ModelQuirks {
     pub starts_with: Vec<String>,
     /// How they are spoken to.
     pub dialect: Option<String>,
+    /// What follows the base URL for them.
+    pub path: Option<String>,
     /// Their name for `max_tokens`.
     pub max_tokens_field: Option<String>,
     /// How they are told how long to think.
@@ -158,6 +160,13 @@ impl Provider {
     #[must_use]
     pub fn dialect(&self, model: &str) -> &str {
         self.model_quirks(model).and_then(|row| row.dialect.as_deref()).unwrap_or(&self.dialect)
+    }
+
+    /// What follows the base URL for `model`, where it is not the dialect's own path.
+    #[must_use]
+    pub fn path(&self, model: &str) -> Option<String> {
+        let of_model = self.model_quirks(model).and_then(|row| row.path.as_deref());
+        of_model.or(self.path.as_deref()).map(|path| path.replace("{model}", model))
     }
 
     /// How `model` is told how long to think.

@@ -45,7 +45,8 @@ pub(crate) async fn settle(http: &Http, endpoint: &Endpoint, id: Option<&str>) -
 /// Tells the provider that nobody wants the answer of a call any more, which it would work at and bill otherwise. Whether
 /// it hears that changes nothing here.
 pub(crate) async fn call_off(http: &Http, endpoint: &Endpoint, url: &str) {
-    let told = timeout(PATIENCE_IN_ALL, http.send(endpoint, http.client(&endpoint.base_url).post(url))).await;
+    let Ok(request) = Request::post(url, "") else { return };
+    let told = timeout(PATIENCE_IN_ALL, http.send(endpoint, request)).await;
     let heard = matches!(told, Ok(Ok(response)) if response.status().is_success());
     tracing::debug!(provider = endpoint.name, heard, "called off what nobody waits for");
 }

@@ -134,7 +134,7 @@ async fn ask(provider: &str, http: &Http, TokenRequest { url, with }: TokenReque
     };
     let request = match with {
         With::Form(form) => Request::form(url.as_str(), &form),
-        With::Place(name, value) => Request::get(url.as_str()).and_then(|request| request.with(name, &value)),
+        With::Place(name, value) => Request::get(url.as_str()).and_then(|request| request.with(name, value)),
     };
     let mut response = http.send_unproven(request.map_err(lost)?).await.map_err(lost)?;
     let status = response.status();

@@ -42,7 +42,7 @@ impl Dialect for Anthropic {
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
         let (body, left_out) = Self::body(spec, model, provider, streaming);
-        let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
+        let path = provider.path(model).unwrap_or_else(|| PATH.to_owned());
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 

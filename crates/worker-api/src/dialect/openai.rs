@@ -44,7 +44,7 @@ pub(super) struct OpenAi;
 
 impl Dialect for OpenAi {
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let path = provider.path.as_deref().unwrap_or(PATH).replace("{model}", model);
+        let path = provider.path(model).unwrap_or_else(|| PATH.to_owned());
         let (body, left_out) = Self::body(spec, model, provider, streaming);
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }

@@ -28,7 +28,7 @@ impl Dialect for Responses {
             body["stream"] = json!(true);
         }
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
-        let path = provider.path.as_deref().unwrap_or(PATH).to_owned();
+        let path = provider.path(model).unwrap_or_else(|| PATH.to_owned());
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
 

@@ -34,7 +34,7 @@ impl Dialect for Tgi {
         let parameters = json!({"details": true, "return_full_text": false, "decoder_input_details": count});
         let mut body = json!({"inputs": prompt(&spec.input), "parameters": parameters});
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
-        let below = provider.path.as_deref().unwrap_or_default().replace("{model}", model);
+        let below = provider.path(model).unwrap_or_default();
         let headers = parameters::headers(provider);
         Encoded { path: format!("{below}/{method}"), headers, body: body.to_string(), left_out }
     }
