@@ -376,6 +376,10 @@ mod tests {
         assert!(openai.takes("gpt-5-chat-latest", "temperature"));
         assert!(!openai.takes("gpt-5", "temperature"));
         assert!(!openai.takes("gpt-4o", "top_k"));
+        assert_eq!([openai.dialect("gpt-5-pro"), openai.dialect("gpt-5")], ["openai-responses", "openai"]);
+        let vertex = table.find("vertex_ai").unwrap();
+        assert_eq!(vertex.path("meta/llama-4").as_deref(), Some("/endpoints/openapi/chat/completions"));
+        assert_eq!((vertex.path("gemini-2.5-pro"), vertex.dialect("meta/llama-4")), (None, "openai"));
     }
 
     #[test]
