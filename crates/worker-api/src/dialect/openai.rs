@@ -155,9 +155,14 @@ struct Message {
     content: Option<Value>,
     #[serde(default)]
     tool_calls: Value,
-    /// What the model thinks, in either of its two names.
-    #[serde(default, alias = "reasoning")]
+    /// Why it does not answer, in place of a content.
+    #[serde(default)]
+    refusal: Value,
+    /// What the model thinks, by either of its names. Some servers use both at once.
+    #[serde(default)]
     reasoning_content: Value,
+    #[serde(default)]
+    reasoning: Value,
 }
 
 #[derive(Deserialize)]
@@ -178,9 +183,15 @@ struct WireUsage {
     prompt_tokens_details: Option<Value>,
     #[serde(default)]
     completion_tokens_details: Option<Value>,
-    /// OpenRouter's figure in dollars, kept as it is written.
+    /// The figure of OpenRouter, Perplexity and others in dollars, kept as it is written.
     #[serde(default)]
     cost: Option<Box<RawValue>>,
+    /// Perplexity's place for tokens of thought.
+    #[serde(default, deserialize_with = "count")]
+    reasoning_tokens: Option<u64>,
+    /// That of xAI, in ten-thousand-millionths of a dollar.
+    #[serde(default, deserialize_with = "count")]
+    cost_in_usd_ticks: Option<u64>,
 }
 
 /// A count, which some write as `5.0`; anything that is none reads as absent.
@@ -248,10 +259,13 @@ fn of_choice(choice: Choice) -> Vec<StreamEvent> {
     }
     let message = choice.delta.or(choice.message);
     let mut events = Vec::new();
-    if let Some(Message { content, tool_calls, reasoning_content }) = message {
-        let thought = reasoning_content.as_str().filter(|thought| !thought.is_empty());
-        events.extend(thought.map(|thought| StreamEvent::Reasoning(thought.to_owned())));
-        let text = content.map(text_of).unwrap_or_default();
+    if let Some(Message { content, tool_calls, refusal, reasoning_content, reasoning }) = message {
+        let said = |value: &Value| value.as_str().filter(|said| !said.is_empty()).map(str::to_owned);
+        let content = content.unwrap_or_default();
+        let thought = said(&reasoning_content).or_else(|| said(&reasoning)).unwrap_or_else(|| thought_of(&content));
+        events.extend((!thought.is_empty()).then_some(StreamEvent::Reasoning(thought)));
+        let text = text_of(content);
+        let text = if text.is_empty() { said(&refusal).unwrap_or_default() } else { text };
         events.extend((!text.is_empty()).then_some(StreamEvent::Text(text)));
         events.extend(extras::tool_calls(&tool_calls));
     }
@@ -277,6 +291,13 @@ fn text_of(content: Value) -> String {
     }
 }
 
+/// What the model thinks, where that is a part of the content, which has parts itself (Mistral).
+fn thought_of(content: &Value) -> String {
+    let parts = content.as_array().into_iter().flatten();
+    let thoughts = parts.filter(|part| part["type"] == "thinking").filter_map(|part| part["thinking"].as_array());
+    thoughts.flatten().filter_map(|part| part["text"].as_str()).collect()
+}
+
 fn of_usage(wire: WireUsage) -> Vec<StreamEvent> {
     let mut events = Vec::new();
     if let (Some(prompt_tokens), Some(completion_tokens)) = (wire.prompt_tokens, wire.completion_tokens) {
@@ -284,7 +305,8 @@ fn of_usage(wire: WireUsage) -> Vec<StreamEvent> {
         let cached = of_prompt("cached_tokens").or(wire.prompt_cache_hit_tokens).or(wire.cached_tokens);
         let cached_prompt_tokens = cached.unwrap_or(0).min(prompt_tokens);
         let cache_write_tokens = of_prompt("cache_write_tokens").unwrap_or(0);
-        let reasoning_tokens = detail(wire.completion_tokens_details.as_ref(), "reasoning_tokens").unwrap_or(0);
+        let of_completion = detail(wire.completion_tokens_details.as_ref(), "reasoning_tokens");
+        let reasoning_tokens = of_completion.or(wire.reasoning_tokens).unwrap_or(0);
         // Reasoning that is billed but not counted in the completion: the total tells (xAI).
         let with_reasoning = prompt_tokens.saturating_add(completion_tokens).saturating_add(reasoning_tokens);
         let outside = if wire.total_tokens == Some(with_reasoning) { reasoning_tokens } else { 0 };
@@ -293,14 +315,25 @@ fn of_usage(wire: WireUsage) -> Vec<StreamEvent> {
         let details = UsageDetails { cache_write_tokens, reasoning_tokens };
         events.extend((details != UsageDetails::default()).then_some(StreamEvent::UsageDetails(details)));
     }
-    let cost = wire.cost.as_ref().map(|cost| cost.get().trim_matches('"'));
-    events.extend(cost.and_then(|cost| Picodollars::parse_dollars(cost).ok()).map(StreamEvent::Billed));
+    let ticks = || wire.cost_in_usd_ticks.map(|ticks| Picodollars(100).times(ticks));
+    events.extend(wire.cost.as_deref().and_then(dollars).or_else(ticks).map(StreamEvent::Billed));
     events
 }
 
 /// A count among details.
 fn detail(details: Option<&Value>, name: &str) -> Option<u64> {
     details.and_then(|details| details[name].as_u64())
+}
+
+/// A figure in dollars: a number, or the total of a breakdown.
+fn dollars(cost: &RawValue) -> Option<Picodollars> {
+    #[derive(Deserialize)]
+    struct Breakdown {
+        total_cost: Box<RawValue>,
+    }
+    let breakdown: Option<Breakdown> = serde_json::from_str(cost.get()).ok();
+    let cost = breakdown.as_ref().map_or(cost, |breakdown| &breakdown.total_cost);
+    Picodollars::parse_dollars(cost.get().trim_matches('"')).ok()
 }
 
 #[cfg(test)]

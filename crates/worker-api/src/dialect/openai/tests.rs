@@ -80,7 +80,12 @@ fn text_comes_from_every_shape_of_content() {
     check(parts, &[text("ab")]);
     let thinking =
         r#"{"choices":[{"delta":{"content":[{"type":"thinking","thinking":[{"type":"text","text":"x"}]}]}}]}"#;
-    check(thinking, &[]);
+    check(thinking, &[StreamEvent::Reasoning("x".to_owned())]);
+    check(r#"{"choices":[{"message":{"content":null,"refusal":"I cannot."}}]}"#, &[text("I cannot.")]);
+    check(
+        r#"{"choices":[{"delta":{"reasoning":"hm","reasoning_content":"hm"}}]}"#,
+        &[StreamEvent::Reasoning("hm".to_owned())],
+    );
     check(
         r#"{"choices":[{"delta":{"content":null,"reasoning_content":"hm"}}]}"#,
         &[StreamEvent::Reasoning("hm".to_owned())],
@@ -146,9 +151,15 @@ fn reasoning_is_added_only_where_the_total_says_it_is_outside() {
             r#"{{"choices":[],"usage":{{"prompt_tokens":10,"completion_tokens":5,"total_tokens":{total},"completion_tokens_details":{{"reasoning_tokens":4}}}}}}"#
         )
     };
-    let thought = StreamEvent::UsageDetails(UsageDetails { cache_write_tokens: 0, reasoning_tokens: 4 });
-    check(&usage_of(15), &[usage(10, 0, 5), thought.clone()]);
-    check(&usage_of(19), &[usage(10, 0, 9), thought]);
+    let details = |cache_write_tokens, reasoning_tokens| {
+        StreamEvent::UsageDetails(UsageDetails { cache_write_tokens, reasoning_tokens })
+    };
+    check(&usage_of(15), &[usage(10, 0, 5), details(0, 4)]);
+    check(&usage_of(19), &[usage(10, 0, 9), details(0, 4)]);
+    check(
+        r#"{"usage":{"prompt_tokens":10,"completion_tokens":5,"prompt_tokens_details":{"cache_write_tokens":7,"cached_tokens":2}}}"#,
+        &[usage(10, 2, 5), details(7, 0)],
+    );
 }
 
 #[test]
@@ -180,6 +191,8 @@ fn the_billed_figure_is_read_digit_by_digit() {
     check("0", Some(0));
     check("null", None);
     check("-1", None);
+    check(r#"{"total_cost":0.0061,"request_cost":0.006,"currency":"USD"}"#, Some(6_100_000_000));
+    check(r#"null,"cost_in_usd_ticks":1230"#, Some(123_000));
 }
 
 #[test]
