@@ -56,7 +56,8 @@ pub struct Model {
 }
 
 const fn rates(input: u128, output: u128) -> Rates {
-    Rates { input: Picodollars(input), output: Picodollars(output), cached_input: None, cache_write: None }
+    let (input, output) = (Picodollars(input), Picodollars(output));
+    Rates { input, output, cached_input: None, cache_write: None, reasoning: None }
 }
 
 /// A tenant whose jobs may not all run, and how many may at once in each lane.

@@ -1,6 +1,6 @@
 //! Money as integers, and the price of a call. Never here: price tables (they are data of the API worker).
 
-use crate::attempt::Usage;
+use crate::attempt::{Usage, UsageDetails};
 use serde::{Deserialize, Serialize};
 
 /// An exact amount in picodollars (10^-12 US dollars), the unit of prices, attempts and the ledger.
@@ -158,18 +158,22 @@ pub struct Rates {
     pub cached_input: Option<Picodollars>,
     /// A token of the prompt that the provider wrote to its cache; `None`: as any other token of the prompt.
     pub cache_write: Option<Picodollars>,
+    /// A token of what the model thought; `None`: as any other generated token.
+    pub reasoning: Option<Picodollars>,
 }
 
-/// What `usage`, of which `written` tokens of the prompt went to a cache, costs at `rates`: the sum of tokens times price,
-/// exact.
+/// What `usage`, of which `details` are parts, costs at `rates`: the sum of tokens times price, exact.
 #[must_use]
-pub fn price(usage: &Usage, written: u64, rates: &Rates) -> Picodollars {
+pub fn price(usage: &Usage, details: &UsageDetails, rates: &Rates) -> Picodollars {
     let cached = usage.cached_prompt_tokens.min(usage.prompt_tokens);
-    let written = written.min(usage.prompt_tokens - cached);
+    let written = details.cache_write_tokens.min(usage.prompt_tokens - cached);
     let fresh = usage.prompt_tokens - cached - written;
     let cached = rates.cached_input.unwrap_or(rates.input).times(cached);
     let written = rates.cache_write.unwrap_or(rates.input).times(written);
-    rates.input.times(fresh).plus(cached).plus(written).plus(rates.output.times(usage.completion_tokens))
+    let thought = details.reasoning_tokens.min(usage.completion_tokens);
+    let said = rates.output.times(usage.completion_tokens - thought);
+    let thought = rates.reasoning.unwrap_or(rates.output).times(thought);
+    rates.input.times(fresh).plus(cached).plus(written).plus(said).plus(thought)
 }
 
 /// What `engine_us` microseconds of an engine cost at `per_hour`, rounded up to a picodollar.
@@ -203,8 +207,14 @@ mod tests {
     fn check(usage: (u64, u64, u64), rates: (&str, &str, &str), expect: &str) {
         let usage = Usage { prompt_tokens: usage.0, cached_prompt_tokens: usage.1, completion_tokens: usage.2 };
         let cached_input = (!rates.1.is_empty()).then(|| dollars(rates.1));
-        let rates = Rates { input: dollars(rates.0), cached_input, output: dollars(rates.2), cache_write: None };
-        assert_eq!(price(&usage, 0, &rates), dollars(expect));
+        let rates = Rates {
+            input: dollars(rates.0),
+            cached_input,
+            output: dollars(rates.2),
+            cache_write: None,
+            reasoning: None,
+        };
+        assert_eq!(price(&usage, &UsageDetails::default(), &rates), dollars(expect));
     }
 
     #[test]
@@ -221,8 +231,18 @@ mod tests {
     fn tokens_written_to_a_cache_have_a_price_of_their_own() {
         let usage = Usage { prompt_tokens: 12_307, cached_prompt_tokens: 0, completion_tokens: 550 };
         let (input, output, cache_write) = (dollars("3e-06"), dollars("1.5e-05"), Some(dollars("3.75e-06")));
-        let rates = Rates { input, output, cached_input: None, cache_write };
-        assert_eq!(price(&usage, 12_304, &rates), dollars("0.054399"));
+        let rates = Rates { input, output, cached_input: None, cache_write, reasoning: None };
+        let details = UsageDetails { cache_write_tokens: 12_304, reasoning_tokens: 500 };
+        assert_eq!(price(&usage, &details, &rates), dollars("0.054399"));
+    }
+
+    #[test]
+    fn tokens_of_thought_have_a_price_of_their_own() {
+        let usage = Usage { prompt_tokens: 0, cached_prompt_tokens: 0, completion_tokens: 550 };
+        let (input, output, reasoning) = (dollars("2e-06"), dollars("8e-06"), Some(dollars("3e-06")));
+        let rates = Rates { input, output, cached_input: None, cache_write: None, reasoning };
+        let costs = |reasoning_tokens| price(&usage, &UsageDetails { cache_write_tokens: 0, reasoning_tokens }, &rates);
+        assert_eq!([costs(0), costs(500), costs(900)], [dollars("0.0044"), dollars("0.0019"), dollars("0.00165")]);
     }
 
     #[test]

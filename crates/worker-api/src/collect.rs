@@ -231,7 +231,7 @@ impl Collected {
     /// What `usage` costs, as far as the price is known.
     #[must_use]
     pub fn priced(&self, usage: &Usage, rates: Option<&Rates>) -> Option<Picodollars> {
-        Some(price(usage, self.usage_details.map_or(0, |details| details.cache_write_tokens), rates?))
+        Some(price(usage, &self.usage_details.unwrap_or_default(), rates?))
     }
 
     /// Notes parameters that the provider was not sent.
@@ -353,7 +353,8 @@ mod tests {
 
     #[test]
     fn tokens_are_priced_and_unknown_is_none() {
-        let rates = Rates { input: Picodollars(2), output: Picodollars(3), cached_input: None, cache_write: None };
+        let (input, output) = (Picodollars(2), Picodollars(3));
+        let rates = Rates { input, output, cached_input: None, cache_write: None, reasoning: None };
         let (collected, _) = collect(&[], vec![text("abcde"), StreamEvent::Billed(Picodollars(7))]);
         assert_eq!(collected.priced(&USAGE, Some(&rates)), Some(Picodollars(35)));
         assert_eq!((collected.priced(&USAGE, None), collected.billed()), (None, Some(Picodollars(7))));

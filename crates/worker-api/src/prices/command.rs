@@ -199,7 +199,13 @@ mod tests {
             provider: "p".to_owned(),
             model: model.to_owned(),
             holds: Holds { from: day.clone(), class: Class::Standard, above },
-            rates: Rates { input: Picodollars(input), output: Picodollars(9), cached_input: None, cache_write: None },
+            rates: Rates {
+                input: Picodollars(input),
+                output: Picodollars(9),
+                cached_input: None,
+                cache_write: None,
+                reasoning: None,
+            },
         };
         let old = |model, input| {
             let row = row(model, input, 0);

@@ -38,7 +38,11 @@ pub fn rows(text: &str, day: &Day) -> Result<Vec<Row>, NoPrices> {
             continue;
         }
         let (provider, model) = place(name, text("litellm_provider"));
-        for (holds, rates) in prices(written, day) {
+        for (holds, mut rates) in prices(provider, written, day) {
+            if provider == "fireworks_ai" {
+                // It publishes this once for all models that have no price of their own for it.
+                rates.cached_input.get_or_insert(Picodollars(rates.input.0 / 2));
+            }
             rows.entry((provider.to_owned(), model.to_owned(), holds)).or_insert(rates);
         }
     }
@@ -74,7 +78,9 @@ fn of_csv(text: &str) -> Result<Vec<(String, Written)>, NoPrices> {
 
 /// Whose model a name is, and what its provider calls it.
 fn place<'a>(name: &'a str, provider: &'a str) -> (&'a str, &'a str) {
-    let model = name.strip_prefix(provider).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name);
+    // Some names have the provider with hyphens.
+    let own = |(first, _): &(&str, &str)| first.replace('-', "_") == provider.replace('-', "_");
+    let model = name.split_once('/').filter(own).map_or(name, |(_, model)| model);
     let families = [("vertex_ai-", "vertex_ai"), ("bedrock_converse", "bedrock"), ("cohere_chat", "cohere")];
     let family = families.iter().find(|(start, _)| provider.starts_with(start)).map(|(_, family)| *family);
     let Some(family) = family else { return (provider, model) };
@@ -82,33 +88,63 @@ fn place<'a>(name: &'a str, provider: &'a str) -> (&'a str, &'a str) {
 }
 
 /// The prices of a model: for each class, and above each threshold.
-fn prices(written: &Written, day: &Day) -> Vec<(Holds, Rates)> {
+fn prices(provider: &str, written: &Written, day: &Day) -> Vec<(Holds, Rates)> {
     let mut found = Vec::new();
+    let tiers = tiers(written);
     for (class, behind) in CLASSES {
-        for above in thresholds(written) {
+        // Prices that a tier does not have for itself are those below all thresholds.
+        let mut base = None;
+        for above in thresholds(written).into_iter().filter(|_| tiers.is_empty() || class != Class::Standard) {
             let tier = if above == 0 { String::new() } else { format!("_above_{}k_tokens", above / 1_000) };
             // The thresholds of a class stand before or behind its name.
             let price = |field: &str| {
                 let names = [format!("{field}{tier}{behind}"), format!("{field}{behind}{tier}")];
                 names.iter().find_map(|name| Picodollars::parse_dollars(written.get(name)?).ok())
             };
-            let (Some(input_price), Some(output_price)) =
-                (price("input_cost_per_token"), price("output_cost_per_token"))
-            else {
-                continue;
-            };
-            let rates = Rates {
-                input: input_price,
-                output: output_price,
-                cached_input: price("cache_read_input_token_cost"),
-                cache_write: price("cache_creation_input_token_cost"),
-            };
-            if rates.input.0 + rates.output.0 > 0 {
-                found.push((Holds { from: day.clone(), class, above }, rates));
-            }
+            let Some(rates) = rates(price, base.as_ref()) else { continue };
+            base.get_or_insert(rates);
+            found.push((Holds { from: day.clone(), class, above: first_above(provider, above) }, rates));
         }
     }
+    for (above, tier) in tiers {
+        let price = |field: &str| Picodollars::parse_dollars(tier.get(field)?.get()).ok();
+        found.extend(rates(price, None).map(|rates| {
+            let holds = Holds { from: day.clone(), class: Class::Standard, above };
+            (holds, rates)
+        }));
+    }
+    found.retain(|(_, rates)| rates.input.0 + rates.output.0 > 0);
     found
+}
+
+/// What `price` has for each kind of token, by the name of its field; what it has not of the cache is as in `base`.
+fn rates(price: impl Fn(&str) -> Option<Picodollars>, base: Option<&Rates>) -> Option<Rates> {
+    let cached = price("cache_read_input_token_cost").or_else(|| price("input_cost_per_token_cache_hit"));
+    let output = price("output_cost_per_token")?;
+    Some(Rates {
+        input: price("input_cost_per_token")?,
+        output,
+        cached_input: cached.or_else(|| base?.cached_input),
+        cache_write: price("cache_creation_input_token_cost").or_else(|| base?.cache_write),
+        reasoning: price("output_cost_per_reasoning_token").filter(|reasoning| *reasoning != output),
+    })
+}
+
+/// The most tokens of a prompt that are below a threshold: at xAI the threshold itself is above it.
+fn first_above(provider: &str, threshold: u64) -> u64 {
+    if provider == "xai" { threshold.saturating_sub(1) } else { threshold }
+}
+
+/// Prices that are told as a list, each with the range of prompts for which it holds.
+fn tiers(written: &Written) -> Vec<(u64, HashMap<String, Box<RawValue>>)> {
+    let listed = written.get("tiered_pricing").map(String::as_str).unwrap_or_default();
+    let listed: Vec<HashMap<String, Box<RawValue>>> = serde_json::from_str(listed).unwrap_or_default();
+    let from = |tier: &HashMap<String, Box<RawValue>>| {
+        let range: [f64; 2] = serde_json::from_str(tier.get("range")?.get()).ok()?;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a number of tokens")]
+        (range[0] >= 0.0).then(|| range[0] as u64)
+    };
+    listed.into_iter().filter_map(|tier| Some((from(&tier)?, tier))).collect()
 }
 
 /// The numbers of tokens above which other prices hold; 0 first.
@@ -149,11 +185,35 @@ mod tests {
             lines(json),
             [
                 "gemini,gemini-x,1250000,10000000,125000,,2026-11-12,,",
-                "gemini,gemini-x,2500000,15000000,,,2026-11-12,200000,",
+                "gemini,gemini-x,2500000,15000000,125000,,2026-11-12,200000,",
                 "gemini,gemini-x,625000,5000000,,,2026-11-12,,batch",
                 "gemini,gemini-x,2500000,20000000,,,2026-11-12,,priority",
                 "gemini,gemini-x,5000000,30000000,,,2026-11-12,200000,priority",
                 "gemini,gemini-x,625000,5000000,,,2026-11-12,,flex",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_tier_has_the_prices_that_it_does_not_change_and_may_stand_in_a_list() {
+        let json = r#"{
+            "xai/grok-x": {
+                "litellm_provider": "xai", "mode": "chat", "input_cost_per_token": 2e-06, "output_cost_per_token": 4e-06,
+                "cache_read_input_token_cost": 1e-06, "output_cost_per_reasoning_token": 3e-06,
+                "input_cost_per_token_above_128k_tokens": 4e-06, "output_cost_per_token_above_128k_tokens": 8e-06
+            },
+            "dashscope/qwen-x": {"litellm_provider": "dashscope", "mode": "chat", "tiered_pricing": [
+                {"input_cost_per_token": 5e-08, "output_cost_per_token": 4e-07, "range": [0, 256000.0]},
+                {"input_cost_per_token": 2.5e-07, "output_cost_per_token": 2e-06, "range": [256000.0, 1000000.0]}
+            ]}
+        }"#;
+        assert_eq!(
+            lines(json),
+            [
+                "dashscope,qwen-x,50000,400000,,,2026-11-12,,",
+                "dashscope,qwen-x,250000,2000000,,,2026-11-12,256000,",
+                "xai,grok-x,2000000,4000000,1000000,,2026-11-12,,,3000000",
+                "xai,grok-x,4000000,8000000,1000000,,2026-11-12,127999,",
             ]
         );
     }

@@ -13,9 +13,9 @@ use std::time::{Duration, UNIX_EPOCH};
 /// The file with a user's own prices, in the folder of the model lists.
 pub const OWN_FILE: &str = "prices.csv";
 
-/// The columns of a file; the last four may be missing.
-const COLUMNS: [&str; 9] =
-    ["provider", "model", "input", "output", "cached_input", "cache_write", "from", "above", "class"];
+/// The columns of a file; the last five may be missing.
+const COLUMNS: [&str; 10] =
+    ["provider", "model", "input", "output", "cached_input", "cache_write", "from", "above", "class", "reasoning"];
 
 /// The columns that a file must have.
 const COLUMNS_MIN: usize = 5;
@@ -113,7 +113,9 @@ pub struct Prices(BTreeMap<(String, String), BTreeMap<Holds, Rates>>);
 #[derive(Debug, thiserror::Error)]
 pub enum BadPrices {
     /// A line is malformed.
-    #[error("{place}, line {line}: not `provider,model,input,output,cached_input[,cache_write,from,above,class]`")]
+    #[error(
+        "{place}, line {line}: not `provider,model,input,output,cached_input[,cache_write,from,above,class,reasoning]`"
+    )]
     Line {
         /// The file.
         place: String,
@@ -227,7 +229,13 @@ fn row(line: &str) -> Option<Row> {
         provider: field(0).to_owned(),
         model: field(1).to_owned(),
         holds: Holds { from: Day::parse(field(6))?, class, above },
-        rates: Rates { input: amount(2)?, output: amount(3)?, cached_input: optional(4)?, cache_write: optional(5)? },
+        rates: Rates {
+            input: amount(2)?,
+            output: amount(3)?,
+            cached_input: optional(4)?,
+            cache_write: optional(5)?,
+            reasoning: optional(9)?,
+        },
     })
 }
 
@@ -244,7 +252,9 @@ impl std::fmt::Display for Row {
             "{provider},{model},{input},{output},{cached},{written},{},{above},{}",
             holds.from,
             holds.class.name()
-        )
+        )?;
+        // Few have one, and a column at the end may be missing.
+        rates.reasoning.map_or(Ok(()), |reasoning| write!(f, ",{}", reasoning.0))
     }
 }
 
@@ -264,6 +274,7 @@ mod tests {
             output: dollars(output),
             cached_input: cached.map(dollars),
             cache_write: None,
+            reasoning: None,
         });
         let rates = Prices::embedded().unwrap().rates(provider, model, Class::Standard, &day("2026-11-12"), 1);
         assert_eq!(rates, expect);
@@ -343,7 +354,7 @@ mod tests {
         };
         let head = "provider,model,input,output,cached_input,cache_write,from,above,class";
         check("# x\nmodel,provider\na,b", "x.csv, line 2:");
-        for line in ["a,b,1", "a,b,x,1,,", "a,b,1,1,,,soon,,", "a,b,1,1,,,,,fast", "a,b,1,1,,,,,,,"] {
+        for line in ["a,b,1", "a,b,x,1,,", "a,b,1,1,,,soon,,", "a,b,1,1,,,,,fast", "a,b,1,1,,,,,,,,"] {
             check(&format!("{head}\na,b,1,1,,\n{line}"), "x.csv, line 3:");
         }
     }
@@ -372,6 +383,7 @@ mod tests {
                 output: amount(1),
                 cached_input: cached.map(amount),
                 cache_write: None,
+                reasoning: cached.map(amount),
             };
             let written = Row { provider: "p".to_owned(), model: "m/x".to_owned(), holds, rates };
             prop_assert_eq!(row(&written.to_string()), Some(written));
