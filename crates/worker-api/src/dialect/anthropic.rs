@@ -92,7 +92,10 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
     let (thought, effort) = match (controls.reasoning_effort, thinking) {
         (Some(ReasoningEffort::None), _) => (Some(json!({"type": "disabled"})), None),
         (Some(effort), Thinking::Budget) => (budget(effort, sampling.max_tokens), None),
-        (Some(effort), Thinking::Level) => (Some(json!({"type": "adaptive"})), Some(level(effort))),
+        // Unless asked, newer models do not tell what they think.
+        (Some(effort), Thinking::Level) => {
+            (Some(json!({"type": "adaptive", "display": "summarized"})), Some(level(effort)))
+        }
         (None, _) => (None, None),
     };
     let thinks = thought.as_ref().is_some_and(|thought| thought["type"] != "disabled");
@@ -311,7 +314,7 @@ mod tests {
     #[test]
     fn newer_models_are_told_by_a_word() {
         let (body, _) = effort("claude-opus-4-7", ReasoningEffort::Low, 100);
-        assert_eq!(body["thinking"], json!({"type": "adaptive"}));
+        assert_eq!(body["thinking"], json!({"type": "adaptive", "display": "summarized"}));
         assert_eq!(body["output_config"], json!({"effort": "low"}));
         let (body, _) = effort("claude-opus-4-7", ReasoningEffort::None, 100);
         assert_eq!((&body["thinking"], &body["output_config"]), (&json!({"type": "disabled"}), &Value::Null));

@@ -38,7 +38,7 @@ impl Dialect for Cohere {
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let messages = conversation::each(&spec.input, |said| [message(said)]);
+        let messages = conversation::each(&spec.input, |said, _| [message(said)]);
         let mut body = json!({"model": model, "messages": messages, "stream": streaming == Streaming::On});
         let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
         let path = provider.path(model).unwrap_or_else(|| PATH.to_owned());
@@ -51,7 +51,8 @@ impl Dialect for Cohere {
         let parts = message["content"].as_array().into_iter().flatten().filter_map(part);
         let calls = message["tool_calls"].as_array().into_iter().flatten().enumerate();
         let calls = calls.map(|(index, call)| StreamEvent::ToolCall { index, part: tool_call(call) });
-        let mut events: Vec<StreamEvent> = parts.chain(calls).collect();
+        let plan = message["tool_plan"].as_str().map(|plan| StreamEvent::Reasoning(plan.to_owned()));
+        let mut events: Vec<StreamEvent> = plan.into_iter().chain(parts).chain(calls).collect();
         events.extend(finished(&answer["finish_reason"]));
         events.extend(usage(&answer["usage"]));
         Reply::of(events)

@@ -12,9 +12,20 @@ fn messages(input: &Input) -> Cow<'_, [ChatMessage]> {
     }
 }
 
-/// What every message is written as, one after the other.
-pub(super) fn each<T: IntoIterator<Item = Value>>(input: &Input, form: impl Fn(&ChatMessage) -> T) -> Value {
-    messages(input).iter().flat_map(form).collect()
+/// What every message is written as, one after the other. `form` is given a message and those before it.
+pub(super) fn each<T: IntoIterator<Item = Value>>(
+    input: &Input,
+    form: impl Fn(&ChatMessage, &[ChatMessage]) -> T,
+) -> Value {
+    let messages = messages(input);
+    messages.iter().enumerate().flat_map(|(at, message)| form(message, &messages[..at])).collect()
+}
+
+/// The function that the answer of a tool is of, for dialects that name it: messages name only the call, and a later call
+/// may have the id of an earlier one.
+pub(super) fn called<'a>(answer: &ChatMessage, before: &'a [ChatMessage]) -> &'a str {
+    let mut calls = before.iter().rev().flat_map(|message| &message.tool_calls);
+    calls.find(|call| call.id == answer.tool_call_id).map(|call| call.name.as_str()).unwrap_or_default()
 }
 
 /// The texts of all system messages, for dialects that have them beside the conversation.

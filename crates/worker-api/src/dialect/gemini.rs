@@ -19,7 +19,7 @@ const STOPS_MAX: usize = 5;
 /// call in the history (<https://ai.google.dev/gemini-api/docs/thought-signatures>).
 const NO_SIGNATURE: &str = "skip_thought_signature_validator";
 
-/// What `finishReason` and `blockReason` may say. Anything else is unknown, which is no error.
+/// What `finishReason` may say. Anything else is unknown, which is no error.
 const FINISH_REASONS: &[(&str, FinishReason)] = &[
     ("STOP", FinishReason::Stop),
     ("MAX_TOKENS", FinishReason::Length),
@@ -29,6 +29,7 @@ const FINISH_REASONS: &[(&str, FinishReason)] = &[
     ("BLOCKLIST", FinishReason::ContentFilter),
     ("PROHIBITED_CONTENT", FinishReason::ContentFilter),
     ("SPII", FinishReason::ContentFilter),
+    ("MODEL_ARMOR", FinishReason::ContentFilter),
 ];
 
 /// The dialect.
@@ -148,10 +149,7 @@ fn tool_choice(choice: &ToolChoice) -> Value {
 
 fn parts(message: &ChatMessage, before: &[ChatMessage], thinking: Thinking) -> Vec<Value> {
     if message.role == Role::Tool {
-        // An answer names the function; messages name only the call, and a later call may have the id of an earlier one.
-        let mut calls = before.iter().rev().flat_map(|message| &message.tool_calls);
-        let call = calls.find(|call| call.id == message.tool_call_id);
-        let name = call.map(|call| call.name.as_str()).unwrap_or_default();
+        let name = conversation::called(message, before);
         let answer = serde_json::from_str(&message.content).ok().filter(Value::is_object);
         let answer = answer.unwrap_or_else(|| json!({"result": message.content}));
         return vec![json!({"functionResponse": {"name": name, "response": answer}})];
@@ -197,9 +195,10 @@ impl Answer {
         let candidates = chunk["candidates"].as_array().into_iter().flatten().enumerate();
         let mut events: Vec<StreamEvent> =
             candidates.flat_map(|(place, candidate)| self.candidate(place, candidate)).collect();
-        if let Some(reason) = chunk["promptFeedback"]["blockReason"].as_str() {
+        // Whatever the reason is, the prompt was not let through.
+        if chunk["promptFeedback"]["blockReason"].is_string() {
             self.finished = true;
-            events.push(StreamEvent::Finished(finish_reason(reason, 0)));
+            events.push(StreamEvent::Finished(FinishReason::ContentFilter));
         }
         // Counts grow from chunk to chunk: only the last are those of the whole call.
         if self.finished {
@@ -325,8 +324,11 @@ mod tests {
 
     #[test]
     fn what_was_blocked_is_filtered() {
-        let reply = Gemini.decode(br#"{"promptFeedback":{"blockReason":"PROHIBITED_CONTENT"}}"#).unwrap();
-        assert_eq!(reply.finish_reason, Some(FinishReason::ContentFilter));
+        for reason in ["PROHIBITED_CONTENT", "OTHER", "JAILBREAK"] {
+            let told = format!(r#"{{"promptFeedback":{{"blockReason":"{reason}"}}}}"#);
+            let reply = Gemini.decode(told.as_bytes()).unwrap();
+            assert_eq!(reply.finish_reason, Some(FinishReason::ContentFilter));
+        }
     }
 
     #[test]

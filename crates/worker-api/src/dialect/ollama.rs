@@ -1,15 +1,16 @@
 //! Ollama's own chat: a line of JSON for each piece.
 
+use super::openai::logprobs_of;
 use super::parameters;
 use super::{
     Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming, conversation, errors, images,
 };
-use crate::providers::Provider;
+use crate::providers::{Provider, Thinking};
 use genmill_core::attempt::{FinishReason, Usage};
 use genmill_core::controls::{ReasoningEffort, ToolCall};
 use genmill_core::image::{Image, Source};
 use genmill_core::job::JobSpec;
-use genmill_core::request::ChatMessage;
+use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
 
 /// The path below the base URL.
@@ -28,10 +29,10 @@ impl Dialect for Ollama {
     }
 
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let messages = conversation::each(&spec.input, |said| [message(said)]);
+        let messages = conversation::each(&spec.input, |said, before| [message(said, before)]);
         // Unless told not to, it streams.
         let mut body = json!({"model": model, "messages": messages, "stream": streaming == Streaming::On});
-        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec));
+        let left_out = parameters::fill(&mut body, spec, model, provider, rows(spec, provider.thinking(model)));
         let path = provider.path(model).unwrap_or_else(|| PATH.to_owned());
         Encoded { path, headers: parameters::headers(provider), body: body.to_string(), left_out }
     }
@@ -45,7 +46,7 @@ impl Dialect for Ollama {
     }
 }
 
-fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
+fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
     let sampling = &spec.sampling;
     let controls = &sampling.controls;
     let number = |number: Option<f64>| number.map(|number| json!(number));
@@ -62,12 +63,25 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
         ("repetition_penalty", "options.repeat_penalty", number(controls.repetition_penalty)),
         ("structured_output", "format", parameters::schema(controls)),
         ("tools", "tools", parameters::tools(controls, parameters::function)),
-        ("reasoning_effort", "think", controls.reasoning_effort.map(|effort| json!(effort != ReasoningEffort::None))),
+        ("reasoning_effort", "think", controls.reasoning_effort.map(|effort| think(effort, thinking))),
+        ("logprobs", "logprobs", controls.logprobs.map(|_| json!(true))),
+        ("logprobs", "top_logprobs", controls.logprobs.filter(|top| *top > 0).map(|top| json!(top))),
         parameters::IMAGES,
     ]
 }
 
-fn message(message: &ChatMessage) -> Value {
+/// Most models think or do not; some are told how long, and always think.
+fn think(effort: ReasoningEffort, thinking: Thinking) -> Value {
+    match (effort, thinking) {
+        (ReasoningEffort::None, _) => json!(false),
+        (_, Thinking::Budget) => json!(true),
+        (ReasoningEffort::Minimal | ReasoningEffort::Low, Thinking::Level) => json!("low"),
+        (ReasoningEffort::Medium, Thinking::Level) => json!("medium"),
+        (ReasoningEffort::High, Thinking::Level) => json!("high"),
+    }
+}
+
+fn message(message: &ChatMessage, before: &[ChatMessage]) -> Value {
     let mut out = json!({"role": message.role.name(), "content": message.texts().collect::<String>()});
     let bytes =
         |image: &Image| if let Source::Data(bytes) = &image.source { Some(images::base64(bytes)) } else { None };
@@ -78,6 +92,9 @@ fn message(message: &ChatMessage) -> Value {
     let call = |ToolCall { name, arguments, .. }: &ToolCall| json!({"function": {"name": name, "arguments": parameters::object(arguments)}});
     if !message.tool_calls.is_empty() {
         out["tool_calls"] = message.tool_calls.iter().map(call).collect();
+    }
+    if message.role == Role::Tool {
+        out["tool_name"] = json!(conversation::called(message, before));
     }
     out
 }
@@ -126,6 +143,7 @@ impl Lines {
         let text = |field: &str| chunk["message"][field].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
         let said = [text("thinking").map(StreamEvent::Reasoning), text("content").map(StreamEvent::Text)];
         let mut events: Vec<StreamEvent> = said.into_iter().flatten().collect();
+        events.extend(logprobs_of(&chunk["logprobs"]));
         for call in chunk["message"]["tool_calls"].as_array().into_iter().flatten() {
             events.push(self.call(&call["function"]));
         }
@@ -161,4 +179,33 @@ fn usage(chunk: &Value) -> Option<StreamEvent> {
     let completion_tokens = chunk["eval_count"].as_u64()?;
     let prompt_tokens = chunk["prompt_eval_count"].as_u64().unwrap_or(0);
     Some(StreamEvent::Usage(Usage { prompt_tokens, cached_prompt_tokens: 0, completion_tokens }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::providers::Table;
+    use genmill_core::attempt::TokenLogprob;
+
+    #[test]
+    fn some_models_are_told_how_long_to_think() {
+        let table = Table::embedded().unwrap();
+        let think = |model: &str, effort| {
+            let mut spec = crate::fixture::spec("litellm_ollama/x", "hi");
+            spec.sampling.controls.reasoning_effort = Some(effort);
+            let sent = Ollama.encode(&spec, model, table.find("ollama").unwrap(), Streaming::On);
+            serde_json::from_str::<Value>(&sent.body).unwrap()["think"].clone()
+        };
+        assert_eq!([think("qwen3", ReasoningEffort::Low), think("qwen3", ReasoningEffort::None)], [true, false]);
+        assert_eq!(think("gpt-oss:20b", ReasoningEffort::Medium), "medium");
+    }
+
+    #[test]
+    fn log_probabilities_are_read() {
+        let line =
+            br#"{"message":{"content":"a"},"logprobs":[{"token":"a","logprob":-0.5,"bytes":[97],"top_logprobs":[]}]}"#;
+        let first = TokenLogprob { token_id: None, token: "a".to_owned(), logprob: Some(-0.5), top: Vec::new() };
+        let told = Lines::default().take(line);
+        assert_eq!(told, [StreamEvent::Text("a".to_owned()), StreamEvent::Logprobs(vec![first])]);
+    }
 }

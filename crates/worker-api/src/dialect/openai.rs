@@ -2,6 +2,8 @@
 
 mod extras;
 
+pub(super) use extras::logprobs_of;
+
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
 use super::{conversation, errors, parameters, sse};
 use crate::prices::Class;
@@ -86,7 +88,7 @@ impl OpenAi {
         let rows = rows.into_iter().chain(extras::parameters(&sampling.controls));
         let model_field = provider.model_field.as_deref().unwrap_or("model");
         let mut body =
-            json!({model_field: model, "messages": conversation::each(&spec.input, |said| [extras::message(said)])});
+            json!({model_field: model, "messages": conversation::each(&spec.input, |said, _| [extras::message(said)])});
         for (field, value) in &provider.body {
             body[field] = json!(value);
         }

@@ -21,7 +21,7 @@ pub(super) struct Responses;
 
 impl Dialect for Responses {
     fn encode(&self, spec: &JobSpec, model: &str, provider: &Provider, streaming: Streaming) -> Encoded {
-        let input = conversation::each(&spec.input, items);
+        let input = conversation::each(&spec.input, |said, _| items(said));
         // Nothing is kept at the provider.
         let mut body = json!({"model": model, "input": input, "store": false});
         if streaming == Streaming::On {

@@ -125,7 +125,12 @@ pub(super) fn tool_calls(calls: &Value) -> Vec<StreamEvent> {
 
 /// Log probabilities of a choice.
 pub(super) fn logprobs(logprobs: &Value) -> Option<StreamEvent> {
-    let content = logprobs["content"].as_array().filter(|content| !content.is_empty())?;
+    logprobs_of(&logprobs["content"])
+}
+
+/// Log probabilities in a list, as others have them too.
+pub(in crate::dialect) fn logprobs_of(content: &Value) -> Option<StreamEvent> {
+    let content = content.as_array().filter(|content| !content.is_empty())?;
     Some(StreamEvent::Logprobs(content.iter().map(logprob).collect()))
 }
 
