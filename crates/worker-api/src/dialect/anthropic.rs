@@ -2,7 +2,7 @@
 
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, KeyHeader, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, images, sse};
+use super::{calls, conversation, errors, images, sse};
 use crate::providers::{Provider, Thinking};
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
 use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
@@ -94,7 +94,7 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
         (Some(effort), Thinking::Budget) => (budget(effort, sampling.max_tokens), None),
         // Unless asked, newer models do not tell what they think.
         (Some(effort), Thinking::Level) => {
-            (Some(json!({"type": "adaptive", "display": "summarized"})), Some(level(effort)))
+            (Some(json!({"type": "adaptive", "display": "summarized"})), Some(parameters::level(effort)))
         }
         (None, _) => (None, None),
     };
@@ -128,14 +128,6 @@ fn budget(effort: ReasoningEffort, max_tokens: u32) -> Option<Value> {
     };
     let budget = wanted.min(max_tokens.saturating_sub(1));
     (budget >= BUDGET_MIN).then(|| json!({"type": "enabled", "budget_tokens": budget}))
-}
-
-const fn level(effort: ReasoningEffort) -> &'static str {
-    match effort {
-        ReasoningEffort::None | ReasoningEffort::Minimal | ReasoningEffort::Low => "low",
-        ReasoningEffort::Medium => "medium",
-        ReasoningEffort::High => "high",
-    }
 }
 
 fn format(schema: Value) -> Value {
@@ -212,7 +204,7 @@ struct Message {
     /// The usage so far: its parts come at the beginning and at the end.
     usage: Value,
     /// The blocks that are calls, by their index in the message.
-    calls: Vec<u64>,
+    calls: calls::Numbered,
 }
 
 impl Message {
@@ -250,32 +242,27 @@ impl Message {
     }
 
     fn begin(&mut self, event: &Value) -> Option<StreamEvent> {
-        let (place, block) = (event["index"].as_u64()?, &event["content_block"]);
+        let block = &event["content_block"];
         if block["type"] != "tool_use" {
             let begun = of_block(0, block)?;
             let is_empty = matches!(&begun, StreamEvent::Text(text) | StreamEvent::Reasoning(text) if text.is_empty());
             return (!is_empty).then_some(begun);
         }
-        self.calls.push(place);
-        let StreamEvent::ToolCall { index, mut part } = of_block(self.calls.len() - 1, block)? else { return None };
+        let StreamEvent::ToolCall { mut part, .. } = of_block(0, block)? else { return None };
         // The arguments follow in pieces, unless there are none.
         if part.arguments == "{}" {
             part.arguments.clear();
         }
-        Some(StreamEvent::ToolCall { index, part })
+        self.calls.begin(&event["index"], part)
     }
 
     fn more(&mut self, event: &Value) -> Option<StreamEvent> {
-        let (delta, place) = (&event["delta"], event["index"].as_u64()?);
+        let delta = &event["delta"];
         let text = |field: &str| delta[field].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
         match delta["type"].as_str()? {
             "text_delta" => text("text").map(StreamEvent::Text),
             "thinking_delta" => text("thinking").map(StreamEvent::Reasoning),
-            "input_json_delta" => {
-                let index = self.calls.iter().position(|call| *call == place)?;
-                let part = ToolCall { id: String::new(), name: String::new(), arguments: text("partial_json")? };
-                Some(StreamEvent::ToolCall { index, part })
-            }
+            "input_json_delta" => self.calls.more(&event["index"], text("partial_json")?),
             _ => None,
         }
     }

@@ -4,12 +4,12 @@ mod frames;
 
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, images};
+use super::{calls, conversation, errors, images};
 use crate::providers::Provider;
 use crate::url::escaped;
 use frames::{Frame, Frames};
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
-use genmill_core::controls::{Tool, ToolCall, ToolChoice};
+use genmill_core::controls::{ReasoningEffort, Tool, ToolCall, ToolChoice};
 use genmill_core::image::{Image, MediaType, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::{ChatMessage, Role};
@@ -84,12 +84,15 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
     let sampling = &spec.sampling;
     let controls = &sampling.controls;
     let stops = parameters::list(sampling.stop.iter().take(STOPS_MAX));
+    // That it is not to think cannot be told.
+    let effort = controls.reasoning_effort.filter(|effort| *effort != ReasoningEffort::None);
     vec![
         ("max_tokens", "inferenceConfig.maxTokens", Some(json!(sampling.max_tokens))),
         ("temperature", "inferenceConfig.temperature", Some(json!(sampling.temperature))),
         ("top_p", "inferenceConfig.topP", sampling.top_p.map(|top_p| json!(top_p))),
         ("stop", "inferenceConfig.stopSequences", stops),
         ("structured_output", "outputConfig.textFormat", parameters::schema(controls).map(|schema| format(&schema))),
+        ("reasoning_effort", "outputConfig.effort", effort.map(|effort| json!(parameters::level(effort)))),
         ("tools", "toolConfig.tools", parameters::tools(controls, tool)),
         ("tool_choice", "toolConfig.toolChoice", controls.tool_choice.as_ref().and_then(tool_choice)),
         parameters::IMAGES,
@@ -173,7 +176,7 @@ fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
 struct Decoder {
     frames: Frames,
     /// The blocks that are calls, by their index in the message.
-    calls: Vec<u64>,
+    calls: calls::Numbered,
 }
 
 impl StreamDecoder for Decoder {
@@ -207,19 +210,14 @@ impl Decoder {
     }
 
     fn begin(&mut self, payload: &Value) -> Option<StreamEvent> {
-        let call = payload["start"].get("toolUse")?;
-        self.calls.push(payload["contentBlockIndex"].as_u64()?);
-        Some(StreamEvent::ToolCall { index: self.calls.len() - 1, part: begun(call) })
+        self.calls.begin(&payload["contentBlockIndex"], begun(payload["start"].get("toolUse")?))
     }
 
     fn more(&self, payload: &Value) -> Option<StreamEvent> {
         let delta = &payload["delta"];
         let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
         if let Some(arguments) = text(&delta["toolUse"]["input"]) {
-            let place = payload["contentBlockIndex"].as_u64()?;
-            let index = self.calls.iter().position(|call| *call == place)?;
-            let part = ToolCall { id: String::new(), name: String::new(), arguments };
-            return Some(StreamEvent::ToolCall { index, part });
+            return self.calls.more(&payload["contentBlockIndex"], arguments);
         }
         let thought = text(&delta["reasoningContent"]["text"]).map(StreamEvent::Reasoning);
         thought.or_else(|| text(&delta["text"]).map(StreamEvent::Text))

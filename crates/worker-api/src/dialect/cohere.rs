@@ -2,10 +2,10 @@
 
 use super::parameters;
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, images, sse};
+use super::{calls, conversation, errors, images, sse};
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage};
-use genmill_core::controls::{ReasoningEffort, ToolCall, ToolChoice};
+use genmill_core::controls::{ReasoningEffort, ToolChoice};
 use genmill_core::job::JobSpec;
 use genmill_core::request::{ChatMessage, Role};
 use serde_json::{Value, json};
@@ -49,10 +49,9 @@ impl Dialect for Cohere {
         let answer = errors::json(body, "the answer is not a chat response")?;
         let message = &answer["message"];
         let parts = message["content"].as_array().into_iter().flatten().filter_map(part);
-        let calls = message["tool_calls"].as_array().into_iter().flatten().enumerate();
-        let calls = calls.map(|(index, call)| StreamEvent::ToolCall { index, part: tool_call(call) });
         let plan = message["tool_plan"].as_str().map(|plan| StreamEvent::Reasoning(plan.to_owned()));
-        let mut events: Vec<StreamEvent> = plan.into_iter().chain(parts).chain(calls).collect();
+        let mut events: Vec<StreamEvent> =
+            plan.into_iter().chain(parts).chain(calls::all_told(&message["tool_calls"])).collect();
         events.extend(finished(&answer["finish_reason"]));
         events.extend(usage(&answer["usage"]));
         Reply::of(events)
@@ -105,9 +104,8 @@ fn tool_choice(choice: &ToolChoice) -> Option<Value> {
 
 fn message(message: &ChatMessage) -> Value {
     let mut out = json!({"role": message.role.name(), "content": images::chat_content(message)});
-    let call = |ToolCall { id, name, arguments }: &ToolCall| json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}});
     if !message.tool_calls.is_empty() {
-        out["tool_calls"] = message.tool_calls.iter().map(call).collect();
+        out["tool_calls"] = message.tool_calls.iter().map(calls::sent).collect();
         // What is said beside calls is their plan.
         if let Some(out) = out.as_object_mut() {
             let said = out.remove("content");
@@ -124,12 +122,6 @@ fn message(message: &ChatMessage) -> Value {
 fn part(part: &Value) -> Option<StreamEvent> {
     let text = |field: &str| part[field].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
     text("text").map(StreamEvent::Text).or_else(|| text("thinking").map(StreamEvent::Reasoning))
-}
-
-fn tool_call(call: &Value) -> ToolCall {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let function = &call["function"];
-    ToolCall { id: text(&call["id"]), name: text(&function["name"]), arguments: text(&function["arguments"]) }
 }
 
 fn finished(reason: &Value) -> Option<StreamEvent> {
@@ -166,7 +158,7 @@ fn events(data: &str) -> Vec<StreamEvent> {
             vec![StreamEvent::Reasoning(plan.to_owned())]
         }
         "tool-call-start" | "tool-call-delta" => {
-            vec![StreamEvent::ToolCall { index: index(), part: tool_call(&delta["message"]["tool_calls"]) }]
+            vec![calls::told((index(), &delta["message"]["tool_calls"]))]
         }
         "message-end" => {
             let failed = delta["error"].as_str().map(|error| StreamEvent::Error(ProviderError::saying(error)));

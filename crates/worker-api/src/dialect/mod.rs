@@ -4,6 +4,7 @@
 
 mod anthropic;
 mod bedrock;
+mod calls;
 mod cohere;
 #[cfg(test)]
 mod conformance;

@@ -75,9 +75,7 @@ fn think(effort: ReasoningEffort, thinking: Thinking) -> Value {
     match (effort, thinking) {
         (ReasoningEffort::None, _) => json!(false),
         (_, Thinking::Budget) => json!(true),
-        (ReasoningEffort::Minimal | ReasoningEffort::Low, Thinking::Level) => json!("low"),
-        (ReasoningEffort::Medium, Thinking::Level) => json!("medium"),
-        (ReasoningEffort::High, Thinking::Level) => json!("high"),
+        (_, Thinking::Level) => json!(parameters::level(effort)),
     }
 }
 

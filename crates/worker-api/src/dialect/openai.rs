@@ -5,7 +5,7 @@ mod extras;
 pub(super) use extras::logprobs_of;
 
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, parameters, sse};
+use super::{calls, conversation, errors, parameters, sse};
 use crate::prices::Class;
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
@@ -269,7 +269,7 @@ fn of_choice(choice: Choice) -> Vec<StreamEvent> {
         let text = text_of(content);
         let text = if text.is_empty() { said(&refusal).unwrap_or_default() } else { text };
         events.extend((!text.is_empty()).then_some(StreamEvent::Text(text)));
-        events.extend(extras::tool_calls(&tool_calls));
+        events.extend(calls::all_told(&tool_calls));
     }
     events.extend(extras::logprobs(&choice.logprobs));
     let reason = choice.finish_reason.unwrap_or_default();

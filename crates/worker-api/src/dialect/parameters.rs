@@ -1,7 +1,7 @@
 //! Which parameters a request sets, and which of them a body has room for. Never here: how a dialect writes them.
 
 use crate::providers::Provider;
-use genmill_core::controls::{Controls, StructuredOutput, Tool, ToolChoice};
+use genmill_core::controls::{Controls, ReasoningEffort, StructuredOutput, Tool, ToolChoice};
 use genmill_core::image::{Detail, Image, Source};
 use genmill_core::job::JobSpec;
 use genmill_core::request::Sampling;
@@ -124,6 +124,15 @@ pub(super) fn parsed(schema: &str) -> Value {
 /// The arguments of a call as an object; a model may have written anything, and then it is none.
 pub(super) fn object(arguments: &str) -> Value {
     serde_json::from_str(arguments).ok().filter(Value::is_object).unwrap_or_else(|| json!({}))
+}
+
+/// How much to think, in the word that several dialects have for it.
+pub(super) const fn level(effort: ReasoningEffort) -> &'static str {
+    match effort {
+        ReasoningEffort::None | ReasoningEffort::Minimal | ReasoningEffort::Low => "low",
+        ReasoningEffort::Medium => "medium",
+        ReasoningEffort::High => "high",
+    }
 }
 
 /// The tools in a dialect's form, when there are any.

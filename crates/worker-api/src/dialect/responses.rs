@@ -2,7 +2,7 @@
 
 use super::parameters::{self, arguments_schema};
 use super::{Dialect, Encoded, ProviderError, Reply, StreamDecoder, StreamEvent, Streaming};
-use super::{conversation, errors, images, sse};
+use super::{calls, conversation, errors, images, sse};
 use crate::prices::Class;
 use crate::providers::Provider;
 use genmill_core::attempt::{FinishReason, Usage, UsageDetails};
@@ -165,7 +165,7 @@ fn usage(usage: &Value) -> Option<[StreamEvent; 2]> {
 #[derive(Debug, Default)]
 struct Response {
     /// The items that are calls, by their place in the output.
-    calls: Vec<u64>,
+    calls: calls::Numbered,
 }
 
 impl Response {
@@ -178,24 +178,17 @@ impl Response {
             "response.output_text.delta" | "response.refusal.delta" => vec![StreamEvent::Text(delta())],
             "response.reasoning_summary_text.delta" => vec![StreamEvent::Reasoning(delta())],
             "response.output_item.added" if event["item"]["type"] == "function_call" => {
-                self.calls.extend(event["output_index"].as_u64());
-                let index = self.calls.len().saturating_sub(1);
-                vec![StreamEvent::ToolCall { index, part: begun(&event["item"]) }]
+                self.calls.begin(&event["output_index"], begun(&event["item"])).into_iter().collect()
             }
-            "response.function_call_arguments.delta" => self.arguments(&event, delta()).into_iter().collect(),
+            "response.function_call_arguments.delta" => {
+                self.calls.more(&event["output_index"], delta()).into_iter().collect()
+            }
             "response.completed" | "response.incomplete" | "response.failed" => {
-                ended(&event["response"], self.calls.len()).into_iter().chain([StreamEvent::Done]).collect()
+                ended(&event["response"], self.calls.count()).into_iter().chain([StreamEvent::Done]).collect()
             }
             "error" => vec![StreamEvent::Error(errors::of_value(&event))],
             _ if !event["error"].is_null() => vec![StreamEvent::Error(errors::of_value(&event))],
             _ => Vec::new(),
         }
-    }
-
-    fn arguments(&self, event: &Value, arguments: String) -> Option<StreamEvent> {
-        let place = event["output_index"].as_u64()?;
-        let index = self.calls.iter().position(|call| *call == place)?;
-        let part = ToolCall { id: String::new(), name: String::new(), arguments };
-        Some(StreamEvent::ToolCall { index, part })
     }
 }

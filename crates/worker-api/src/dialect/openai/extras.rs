@@ -1,11 +1,11 @@
 //! What chat completions have beside text: messages that call tools, tools, forms of the answer, log probabilities.
 
 use super::StreamEvent;
-use crate::dialect::images;
 use crate::dialect::parameters::{self, Row};
+use crate::dialect::{calls, images};
 use crate::providers::Want;
 use genmill_core::attempt::TokenLogprob;
-use genmill_core::controls::{Controls, ToolCall, ToolChoice};
+use genmill_core::controls::{Controls, ToolChoice};
 use genmill_core::request::ChatMessage;
 use serde_json::{Map, Value, json};
 
@@ -13,16 +13,12 @@ use serde_json::{Map, Value, json};
 pub(super) fn message(message: &ChatMessage) -> Value {
     let mut out = json!({"role": message.role.name(), "content": images::chat_content(message)});
     if !message.tool_calls.is_empty() {
-        out["tool_calls"] = message.tool_calls.iter().map(call).collect();
+        out["tool_calls"] = message.tool_calls.iter().map(calls::sent).collect();
     }
     if !message.tool_call_id.is_empty() {
         out["tool_call_id"] = json!(message.tool_call_id);
     }
     out
-}
-
-fn call(ToolCall { id, name, arguments }: &ToolCall) -> Value {
-    json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
 /// Takes from messages how closely to look at their images.
@@ -104,25 +100,6 @@ fn whole(number: f64) -> Value {
     if number.fract() == 0.0 { json!(whole) } else { json!(number) }
 }
 
-/// Calls of a message, or pieces of them.
-pub(super) fn tool_calls(calls: &Value) -> Vec<StreamEvent> {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let piece = |(place, call): (usize, &Value)| {
-        let index = call["index"].as_u64().and_then(|index| usize::try_from(index).ok()).unwrap_or(place);
-        let function = &call["function"];
-        // Some providers send the arguments as an object.
-        let arguments = match &function["arguments"] {
-            Value::Object(_) => function["arguments"].to_string(),
-            other => text(other),
-        };
-        StreamEvent::ToolCall {
-            index,
-            part: ToolCall { id: text(&call["id"]), name: text(&function["name"]), arguments },
-        }
-    };
-    calls.as_array().into_iter().flatten().enumerate().map(piece).collect()
-}
-
 /// Log probabilities of a choice.
 pub(super) fn logprobs(logprobs: &Value) -> Option<StreamEvent> {
     logprobs_of(&logprobs["content"])
@@ -151,7 +128,7 @@ mod tests {
     use super::*;
     use crate::dialect::Streaming;
     use crate::fixture::spec;
-    use genmill_core::controls::{ReasoningEffort, StructuredOutput, Tool};
+    use genmill_core::controls::{ReasoningEffort, StructuredOutput, Tool, ToolCall};
     use genmill_core::request::{Input, Role};
 
     #[test]
