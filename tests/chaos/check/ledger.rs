@@ -16,7 +16,7 @@ use super::evidence::{Epoch, Evidence, WorkerLife, epochs, model, prompt};
 use crate::chaos::history::Event;
 use crate::chaos::schedule::{Link, Process, Target};
 use genmill_client::v1;
-use genmill_core::attempt::Usage;
+use genmill_core::attempt::{Usage, UsageDetails};
 use genmill_core::money::{Picodollars, price};
 use genmill_standin::bill::Call;
 use std::collections::{BTreeMap, HashMap};
@@ -51,7 +51,7 @@ struct Account<'a> {
 fn bill(call: &Call, job: &v1::Job) -> u64 {
     let usage =
         Usage { prompt_tokens: call.prompt_tokens, completion_tokens: call.completion_tokens, cached_prompt_tokens: 0 };
-    let picodollars = model(job).map_or(Picodollars(0), |model| price(&usage, 0, &model.rates));
+    let picodollars = model(job).map_or(Picodollars(0), |model| price(&usage, &UsageDetails::default(), &model.rates));
     picodollars.to_nanodollars().0
 }
 
