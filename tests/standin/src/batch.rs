@@ -4,9 +4,10 @@
 //! A batch does what the directives of its items say that begin with `!batch-` (see `script`).
 
 mod forms;
+mod gate;
 
 use crate::chat::{self, Provider, Refusal, refuse_key};
-use crate::script::{BatchEnd, BatchScript, Lost, Script};
+use crate::script::{Bad, BatchEnd, BatchScript, Fault, Lost, Script};
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
@@ -15,12 +16,14 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 pub(crate) use forms::Form;
 use futures_util::stream;
+pub(crate) use gate::{Gate, pass};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
 
 /// A batch, for whoever counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -36,14 +39,21 @@ pub struct Made {
 }
 
 /// What is kept.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Batches {
     open: Mutex<Kept>,
+    pub(crate) gate: watch::Sender<Gate>,
+}
+
+impl Default for Batches {
+    fn default() -> Self {
+        Self { open: Mutex::default(), gate: gate::open() }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Kept {
-    files: Vec<File>,
+    files: Vec<Option<File>>,
     batches: Vec<Batch>,
     /// How often a batch with such a first item was asked for.
     asked: BTreeMap<String, u64>,
@@ -63,6 +73,8 @@ struct Item {
     body: Value,
     /// What came of it: a status and a body; `None` while it had no turn.
     result: Option<(u16, Value)>,
+    /// Its batch is refused because of it.
+    bad: Option<Bad>,
 }
 
 #[derive(Debug)]
@@ -81,6 +93,10 @@ struct Batch {
     downloads: u64,
     end: Option<BatchEnd>,
     script: BatchScript,
+    /// Looks that are answered with an error, this many still.
+    failing: u64,
+    /// The files of its results that were deleted: that of answers, that of errors.
+    deleted: [bool; 2],
 }
 
 impl Batches {
@@ -97,6 +113,19 @@ impl Batches {
             state: batch.end.as_ref().map_or("running", BatchEnd::name),
         };
         self.open().batches.iter().map(made).collect()
+    }
+
+    /// The names of the files that are kept.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let kept = self.open();
+        let items =
+            (0..).zip(&kept.files).filter(|(_, file)| file.is_some()).map(|(at, _): (usize, _)| format!("file-{at}"));
+        let results = kept.batches.iter().flat_map(|batch| {
+            let there = |errors: bool| batch.form.has_file(batch, errors) && !batch.deleted[usize::from(errors)];
+            let name = |errors: bool| format!("{}-{}", if errors { "error" } else { "output" }, batch.id);
+            [false, true].into_iter().filter(move |errors| there(*errors)).map(name)
+        });
+        items.chain(results).collect()
     }
 
     /// Ends every batch that still runs.
@@ -118,7 +147,14 @@ impl Batch {
     }
 
     fn finish(&mut self, provider: &Provider) {
-        self.stop(self.script.end.clone(), provider);
+        let bad = self.items.iter().any(|item| item.bad.is_some());
+        let end = if bad { BatchEnd::Failed("invalid_request".to_owned()) } else { self.script.end.clone() };
+        self.stop(end, provider);
+    }
+
+    /// Whether it is not known any more.
+    fn is_gone(&self) -> bool {
+        self.script.vanish.is_some_and(|looks| self.looks >= looks)
     }
 
     /// Ends in this way, unless it has ended.
@@ -142,7 +178,8 @@ impl Batch {
     }
 
     fn created_s(&self) -> u64 {
-        self.created.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+        let at = self.created.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        at.saturating_add_signed(self.script.clock_s)
     }
 
     /// Whether the results are cut off this time.
@@ -168,7 +205,7 @@ pub(crate) async fn upload(provider: Shared, headers: HeaderMap, body: Bytes) ->
         return Form::OpenAi.refuse(Refusal::new(status, "server_error", "The stand-in was told to fail."));
     }
     let mut kept = provider.batches.open();
-    kept.files.push(file);
+    kept.files.push(Some(file));
     let id = format!("file-{}", kept.files.len() - 1);
     Json(json!({"id": id, "object": "file", "purpose": "batch"})).into_response()
 }
@@ -178,23 +215,55 @@ pub(crate) async fn file(provider: Shared, Path(id): Path<String>, headers: Head
     if let Some(refusal) = refuse_key(&headers) {
         return Form::OpenAi.refuse(refusal);
     }
-    let kept = provider.batches.open();
-    match id.strip_prefix("file-").and_then(|at| kept.files.get(at.parse::<usize>().ok()?)) {
+    match provider.batches.open().file(&id) {
         Some(file) => Json(json!({"id": id, "filename": file.name, "purpose": "batch"})).into_response(),
         None => Form::OpenAi.refuse(Refusal::new(404, "not_found", "No such file.")),
     }
 }
 
-/// `GET /v1/files/{id}/content`: of results, `output-BATCH` or `error-BATCH`.
+impl Kept {
+    fn file(&self, id: &str) -> Option<&File> {
+        self.files.get(id.strip_prefix("file-")?.parse::<usize>().ok()?)?.as_ref()
+    }
+
+    /// Whether there was such a file.
+    fn delete(&mut self, id: &str) -> bool {
+        let at = id.strip_prefix("file-").and_then(|at| at.parse::<usize>().ok());
+        if let Some(at) = at {
+            return self.files.get_mut(at).is_some_and(|file| file.take().is_some());
+        }
+        let (which, of) = id.split_once('-').unwrap_or((id, ""));
+        let errors = which == "error";
+        let found = self.batches.iter_mut().find(|batch| batch.id == of && batch.form.has_file(batch, errors));
+        found.is_some_and(|batch| !std::mem::replace(&mut batch.deleted[usize::from(errors)], true))
+    }
+}
+
+/// `DELETE /v1/files/{id}`.
+pub(crate) async fn delete(provider: Shared, Path(id): Path<String>, headers: HeaderMap) -> Response {
+    if let Some(refusal) = refuse_key(&headers) {
+        return Form::OpenAi.refuse(refusal);
+    }
+    match provider.batches.open().delete(&id) {
+        true => Json(json!({"id": id, "object": "file", "deleted": true})).into_response(),
+        false => Form::OpenAi.refuse(Refusal::new(404, "not_found", "No such file.")),
+    }
+}
+
+/// `GET /v1/files/{id}/content`: of items, or of results, `output-BATCH` or `error-BATCH`.
 pub(crate) async fn content(provider: Shared, Path(id): Path<String>, headers: HeaderMap) -> Response {
     if let Some(refusal) = refuse_key(&headers) {
         return Form::OpenAi.refuse(refusal);
     }
     let mut kept = provider.batches.open();
+    if let Some(file) = kept.file(&id) {
+        return sent(file.content.clone(), false, "application/jsonl");
+    }
     let (which, of) = id.split_once('-').unwrap_or((&id, ""));
-    match kept.batches.iter_mut().find(|batch| batch.id == of) {
+    let errors = which == "error";
+    match kept.batches.iter_mut().find(|batch| batch.id == of && !batch.deleted[usize::from(errors)]) {
         Some(batch) => {
-            let text = batch.form.results(batch, which == "error");
+            let text = batch.form.results(batch, errors);
             sent(text, batch.is_cut(), "application/jsonl")
         }
         None => Form::OpenAi.refuse(Refusal::new(404, "not_found", "No such file.")),
@@ -210,8 +279,10 @@ fn create(form: Form, provider: Arc<Provider>, model: String, headers: HeaderMap
     let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
     let mut kept = provider.batches.open();
     let input = form.input(&asked);
-    let file = input.strip_prefix("file-").and_then(|at| kept.files.get(at.parse::<usize>().ok()?));
-    let items = form.items(&asked, file.map_or("", |file| &file.content));
+    let mut items = form.items(&asked, kept.file(&input).map_or("", |file| &file.content));
+    for item in &mut items {
+        item.bad = script_of(form, &item.body).and_then(|script| script.batch.bad);
+    }
     if items.is_empty() {
         return form.refuse(Refusal::new(400, "invalid_request_error", "no items"));
     }
@@ -223,6 +294,12 @@ fn create(form: Form, provider: Arc<Provider>, model: String, headers: HeaderMap
     if let Some(status) = script.batch.status.filter(|_| misbehaves) {
         return form.refuse(chat::failed(status, &script.fault));
     }
+    let bad: Vec<usize> = items.iter().enumerate().filter(|(_, item)| item.bad.is_some()).map(|(at, _)| at).collect();
+    if let (Some(at), true) = (bad.first(), form != Form::OpenAi) {
+        let words = if items[*at].bad == Some(Bad::Named) { form.names(&bad) } else { "Bad request.".to_owned() };
+        return form.refuse(Refusal::new(400, "invalid_request_error", &words));
+    }
+    let end = if misbehaves { script.batch.end.clone() } else { BatchEnd::Completed };
     let batch = Batch {
         form,
         id: form.id(kept.batches.len()),
@@ -235,7 +312,9 @@ fn create(form: Form, provider: Arc<Provider>, model: String, headers: HeaderMap
         looks: 0,
         downloads: 0,
         end: None,
-        script: script.batch.clone(),
+        failing: script.batch.poll.map_or(0, |_| script.times.unwrap_or(u64::MAX)),
+        script: BatchScript { end, ..script.batch },
+        deleted: [false; 2],
     };
     let told = form.told(&batch, &host(&headers)).to_string();
     kept.batches.push(batch);
@@ -262,6 +341,13 @@ fn look(form: Form, provider: Arc<Provider>, id: String, headers: HeaderMap) -> 
     let Some(batch) = kept.batches.iter_mut().find(|batch| batch.form == form && form.id_of(batch) == id) else {
         return form.refuse(Refusal::new(404, "not_found", "No such batch."));
     };
+    if batch.failing > 0 {
+        batch.failing -= 1;
+        return form.refuse(chat::failed(batch.script.poll.unwrap_or(500), &Fault::default()));
+    }
+    if batch.is_gone() {
+        return form.refuse(Refusal::new(404, "not_found", "No such batch."));
+    }
     batch.advance(&provider);
     // With Gemini the results come along; that it has ended is told whole once.
     let cut = form == Form::Gemini && batch.end.is_some() && {
@@ -277,7 +363,8 @@ fn list(form: Form, provider: Arc<Provider>, address: Uri, headers: HeaderMap) -
         return form.refuse(refusal);
     }
     let kept = provider.batches.open();
-    let batches: Vec<&Batch> = kept.batches.iter().rev().filter(|batch| batch.form == form).collect();
+    let batches = kept.batches.iter().rev().filter(|batch| batch.form == form && !batch.is_gone());
+    let batches: Vec<&Batch> = batches.collect();
     Json(form.page(&batches, &address, &host(&headers))).into_response()
 }
 

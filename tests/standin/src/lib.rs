@@ -18,8 +18,10 @@ mod token;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use axum::serve::ListenerExt as _;
+use batch::Gate;
 pub use batch::Made;
 use bill::{Bill, Books, Call, Received};
 use std::io;
@@ -149,6 +151,28 @@ impl Standin {
         self.provider.batches.made()
     }
 
+    /// The names of the files that are kept: those of items, and of results that there are.
+    #[must_use]
+    pub fn files(&self) -> Vec<String> {
+        self.provider.batches.files()
+    }
+
+    /// Holds up the next call that makes a batch before it is read, until [`Standin::release_creation`].
+    pub fn hold_creation(&self) {
+        self.provider.batches.gate.send_replace(Gate::Armed);
+    }
+
+    /// Whether a call is held up.
+    #[must_use]
+    pub fn holds_creation(&self) -> bool {
+        *self.provider.batches.gate.borrow() == Gate::Holds
+    }
+
+    /// Lets a call go on that was held up.
+    pub fn release_creation(&self) {
+        self.provider.batches.gate.send_replace(Gate::Open);
+    }
+
     /// Ends every batch that still runs.
     pub fn end_batches(&self) {
         self.provider.batches.end(&self.provider);
@@ -173,7 +197,7 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/v1/messages/batches/{id}/cancel", post(batch::anthropic_cancel))
         .route("/v1/messages/batches/{id}/results", get(batch::anthropic_results))
         .route("/v1/files", post(batch::upload))
-        .route("/v1/files/{id}", get(batch::file))
+        .route("/v1/files/{id}", get(batch::file).delete(batch::delete))
         .route("/v1/files/{id}/content", get(batch::content))
         .route("/v1/batches", get(batch::openai_list).post(batch::openai))
         .route("/v1/batches/{id}", get(batch::openai_look))
@@ -200,5 +224,6 @@ fn router(provider: Arc<chat::Provider>) -> Router {
         .route("/v1/models", get(chat::models))
         .route("/bill", get(chat::bill))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(from_fn_with_state(Arc::clone(&provider), batch::pass))
         .with_state(provider)
 }

@@ -44,13 +44,19 @@
 //! | `!batch-lost` | is made, but the answer is a 500; with `=cut` half an answer, with `=stall` none; `times=N`: the first N times |
 //! | `!batch-upload=N` | its file is refused with this status |
 //! | `!batch-looks=N`, `!batch-ms=MS` | still runs when looked at the first N times, until MS after it was made |
-//! | `!batch-end=X` | ends as `expired` or `cancelled`, else is failed with the code X |
+//! | `!batch-end=X` | ends as `expired` or `cancelled`, else is failed with the code X; `times=N`: the first N times |
 //! | `!batch-partial=N` | when it ends early, the first N items had their turn (else half of them) |
 //! | `!batch-cut=N` | what is read of its results breaks off the first N times |
+//! | `!batch-truncate` | the second line of its results is cut off |
+//! | `!batch-poll=N` | looks at it are answered with this status; `times=N`: the first N |
+//! | `!batch-vanish=N` | is not known any more after N looks |
+//! | `!batch-clock=S` | is said to be made S seconds later (or, below 0, before) |
 //! | `!batch-garbled` | results in reverse, twice, cut off, of nobody's items, with CR LF |
 //! | `!batch-nameless` | its results do not tell whose they are |
 //! | `!batch-forgets` | its metadata is not told (OpenAI) |
 //! | `!batch-elsewhere` | its results are said to be at another host (Anthropic) |
+//!
+//! `!batch-bad`, in any item, makes its provider refuse all of the batch; `!batch-bad=named`, and name the item.
 
 use crate::limit::Rate;
 
@@ -90,6 +96,16 @@ pub struct BatchScript {
     pub partial: Option<usize>,
     /// What is read of its results breaks off so often.
     pub cut: u64,
+    /// It is refused because of the item that has the directive.
+    pub bad: Option<Bad>,
+    /// Looks at it fail with this status.
+    pub poll: Option<u16>,
+    /// It is gone after so many looks.
+    pub vanish: Option<u64>,
+    /// How far the clock is off by which it was made, in seconds.
+    pub clock_s: i64,
+    /// A line of its results is cut off.
+    pub truncate: bool,
     /// Its results are in disorder.
     pub garbled: bool,
     /// Its results do not tell whose they are.
@@ -98,6 +114,15 @@ pub struct BatchScript {
     pub forgets: bool,
     /// Its results are said to be at another host.
     pub elsewhere: bool,
+}
+
+/// How a batch is refused because of one item.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bad {
+    /// Nobody says which.
+    Unnamed,
+    /// The refusal names it.
+    Named,
 }
 
 /// How a batch that was made is not said to be.
@@ -266,6 +291,11 @@ impl Script {
             }
             "batch-partial" => batch.partial = value.parse().ok(),
             "batch-cut" => batch.cut = number(),
+            "batch-bad" => batch.bad = Some(if value == "named" { Bad::Named } else { Bad::Unnamed }),
+            "batch-poll" => batch.poll = value.parse().ok(),
+            "batch-vanish" => batch.vanish = value.parse().ok(),
+            "batch-clock" => batch.clock_s = value.parse().unwrap_or_default(),
+            "batch-truncate" => batch.truncate = true,
             "batch-garbled" => batch.garbled = true,
             "batch-nameless" => batch.nameless = true,
             "batch-forgets" => batch.forgets = true,

@@ -2,7 +2,7 @@
 
 use super::{Batch, File, Item};
 use crate::chat::Refusal;
-use crate::script::BatchEnd;
+use crate::script::{Bad, BatchEnd};
 use crate::shape::{Anthropic, Gemini, OpenAi, Shape};
 use axum::http::Uri;
 use axum::response::Response;
@@ -36,6 +36,25 @@ impl Form {
 
     pub(super) fn refuse(self, refusal: Refusal) -> Response {
         refusal.respond(self.shape())
+    }
+
+    /// Names items, counted from 0.
+    pub(super) fn names(self, places: &[usize]) -> String {
+        let name = |place: &usize| match self {
+            Self::Gemini => format!("Invalid value at 'batch.input_config.requests.requests[{place}].request'"),
+            _ => format!("requests.{place}.params: Input should be better"),
+        };
+        places.iter().map(name).collect::<Vec<_>>().join("; ")
+    }
+
+    /// Whether there is a file of answers, or of errors.
+    pub(super) fn has_file(self, batch: &Batch, errors: bool) -> bool {
+        let files = matches!(self, Self::OpenAi | Self::Mistral) && batch.end.is_some();
+        files && !self.is_failed(batch) && !self.results(batch, errors).is_empty()
+    }
+
+    fn is_failed(self, batch: &Batch) -> bool {
+        self == Self::OpenAi && matches!(batch.end, Some(BatchEnd::Failed(_)))
     }
 
     pub(super) fn id(self, place: usize) -> String {
@@ -83,7 +102,7 @@ impl Form {
                 Self::Anthropic => (&item["custom_id"], item["params"].clone()),
                 Self::Gemini => (&item["metadata"]["key"], item["request"].clone()),
             };
-            Item { custom_id: name.as_str().unwrap_or_default().to_owned(), body, result: None }
+            Item { custom_id: name.as_str().unwrap_or_default().to_owned(), body, result: None, bad: None }
         };
         each.into_iter().map(item).collect()
     }
@@ -144,7 +163,10 @@ impl Form {
             }
             (_, None) => None,
         };
-        let lines: Vec<String> = batch.items.iter().filter_map(line).map(|line| line.to_string()).collect();
+        let mut lines: Vec<String> = batch.items.iter().filter_map(line).map(|line| line.to_string()).collect();
+        if let Some(second) = lines.get_mut(1).filter(|_| batch.script.truncate) {
+            second.truncate(second.len() / 2);
+        }
         if batch.script.garbled { garbled(&lines) } else { lines.iter().map(|line| format!("{line}\n")).collect() }
     }
 }
@@ -167,8 +189,7 @@ fn openai(batch: &Batch) -> Value {
         None => "in_progress",
         Some(end) => end.name(),
     };
-    let ended = batch.end.is_some();
-    let any = |errors: bool| ended && !batch.form.results(batch, errors).is_empty();
+    let any = |errors: bool| batch.form.has_file(batch, errors);
     let mut told = json!({
         "id": batch.id, "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": batch.input,
         "completion_window": "24h", "status": status, "created_at": batch.created_s(), "metadata": batch.metadata,
@@ -180,9 +201,13 @@ fn openai(batch: &Batch) -> Value {
         told["metadata"] = Value::Null;
     }
     if let Some(BatchEnd::Failed(code)) = &batch.end {
-        let error = json!({"code": code, "message": "The stand-in was told to fail.", "line": 1});
-        told["errors"] = json!({"object": "list", "data": [error]});
-        told["error_file_id"] = Value::Null;
+        let error = |line: Value| json!({"code": code, "message": "The stand-in was told to fail.", "line": line});
+        let bad = batch.items.iter().enumerate().filter(|(_, item)| item.bad == Some(Bad::Named));
+        let mut errors: Vec<Value> = bad.map(|(at, _)| error(json!(at + 1))).collect();
+        if errors.is_empty() {
+            errors.push(error(Value::Null));
+        }
+        told["errors"] = json!({"object": "list", "data": errors});
     }
     told
 }
@@ -195,7 +220,7 @@ fn mistral(batch: &Batch) -> Value {
         Some(BatchEnd::Cancelled) => "CANCELLED",
         Some(BatchEnd::Failed(_)) => "FAILED",
     };
-    let any = |errors: bool| batch.end.is_some() && !batch.form.results(batch, errors).is_empty();
+    let any = |errors: bool| batch.form.has_file(batch, errors);
     let errors = match &batch.end {
         Some(BatchEnd::Failed(code)) => json!([{"message": code, "count": 1}]),
         _ => json!([]),
