@@ -11,7 +11,8 @@ use genmill_core::money::{Cost, Picodollars};
 use genmill_core::state::State;
 use genmill_core::time::UnixMs;
 use genmill_queue::{
-    BatchRecord, BatchState, Ended, Finish, Held, Kept, Lease, Member, Moved, NewJob, Options, Parking, Queue, Room,
+    Advance, BatchRecord, BatchState, Ended, Finish, Held, Kept, Lease, Member, Moved, NewJob, Options, Parking, Queue,
+    Room,
 };
 use genmill_tests::redis_server::RedisServer;
 use genmill_tests::specs::{now, plain, worker};
@@ -83,9 +84,14 @@ impl Bench {
         self.queue.hold_batches(self.lane, &worker(name), LEASE_MS, 9, held).await.unwrap()
     }
 
-    async fn advance(&self, name: &str, epoch: u32, state: BatchState, tried: bool, remote: Option<&str>) -> Moved {
+    async fn advance(&self, name: &str, epoch: u32, advance: Advance<'_>) -> Moved {
         let batch = (TAG, Epoch(epoch));
-        self.queue.advance_batch(self.lane, &worker(name), batch, state, tried, remote).await.unwrap()
+        self.queue.advance_batch(self.lane, &worker(name), batch, 0, advance).await.unwrap()
+    }
+
+    async fn part(&self, name: &str, epoch: u32, part: &str, after_ms: u64, jobs: &[Held]) -> Moved {
+        let batch = (TAG, Epoch(epoch));
+        self.queue.part_batch(self.lane, &worker(name), batch, (part, after_ms), jobs).await.unwrap()
     }
 
     async fn close(&self, name: &str, epoch: u32) -> Moved {
@@ -170,16 +176,16 @@ async fn one_that_was_cancelled_or_has_expired_ends_at_once_and_what_it_cost_is_
 #[tokio::test]
 async fn a_batch_that_nobody_holds_is_taken_over_as_it_was_left() {
     let (bench, ids) = Bench::parked(0).await;
-    assert_eq!(bench.advance("w", 1, BatchState::Intent, true, None).await, Moved::On);
+    assert_eq!(bench.advance("w", 1, Advance::Submitting).await, Moved::On);
     let (_, taken) = bench.hold("other", &[]).await;
     let [batch] = &taken[..] else { panic!("{taken:?}") };
     assert_eq!((batch.tag.as_str(), batch.epoch, batch.state), (TAG, Epoch(2), BatchState::Intent));
     assert!(batch.tried && batch.remote.is_none() && batch.jobs == 2 && batch.model == spec().model);
     // The one before cannot say anything any more.
     assert_eq!(bench.hold("w", &[(TAG, Epoch(1))]).await, (vec![None], vec![]));
-    assert_eq!(bench.advance("w", 1, BatchState::Submitted, false, Some("its")).await, Moved::Lost);
+    assert_eq!(bench.advance("w", 1, Advance::Submitted("its")).await, Moved::Lost);
     assert_eq!(bench.close("w", 1).await, Moved::Lost);
-    assert_eq!(bench.advance("other", 2, BatchState::Submitted, false, Some("mine")).await, Moved::On);
+    assert_eq!(bench.advance("other", 2, Advance::Submitted("mine")).await, Moved::On);
     let batches = bench.queue.batches(bench.lane).await.unwrap();
     assert_eq!((batches[0].state, batches[0].remote.as_deref()), (BatchState::Submitted, Some("mine")));
     assert!(!batches[0].tried);
@@ -195,14 +201,25 @@ async fn a_batch_that_is_being_submitted_takes_no_more_jobs() {
     let id = bench.submit(spec()).await;
     let leases = bench.claim("w").await;
     assert_eq!(bench.park("other", LEASE_MS, &leases).await, None, "it is not theirs");
-    assert_eq!(bench.advance("w", 1, BatchState::Intent, true, None).await, Moved::On);
+    assert_eq!(bench.advance("w", 1, Advance::Submitting).await, Moved::On);
     assert_eq!(bench.park("w", LEASE_MS, &leases).await, None);
-    assert_eq!(bench.advance("w", 1, BatchState::Intent, false, None).await, Moved::On);
+    // Nor does one that surely was not submitted: what it is made of may be with its provider already.
+    assert_eq!(bench.advance("w", 1, Advance::Full).await, Moved::On);
+    assert_eq!(bench.park("w", LEASE_MS, &leases).await, None);
+    let batches = bench.queue.batches(bench.lane).await.unwrap();
+    assert_eq!((batches[0].full, batches[0].tried, bench.members().await.len()), (true, false, 2));
+    assert_eq!(bench.states(&[id]).await, [State::Running]);
+}
+
+#[tokio::test]
+async fn jobs_go_into_a_batch_that_is_filled_as_often_as_it_is_said() {
+    let (mut bench, _) = Bench::parked(LEASE_MS).await;
+    bench.submit(spec()).await;
+    let leases = bench.claim("w").await;
     assert_eq!(bench.park("w", LEASE_MS, &leases).await, Some(vec![true]));
     assert_eq!(bench.park("w", LEASE_MS, &leases).await, Some(vec![true]), "it may be said again");
     assert_eq!(bench.members().await.len(), 3);
     assert_eq!(bench.hold("w", &[(TAG, Epoch(1))]).await.0, [Some(3)]);
-    assert_eq!(bench.states(&[id]).await, [State::Running]);
 }
 
 #[tokio::test]
@@ -215,4 +232,66 @@ async fn a_job_that_was_cancelled_while_it_was_claimed_does_not_go_into_a_batch(
     assert_eq!(bench.states(&[id]).await, [State::Cancelled]);
     assert!(bench.members().await.is_empty());
     assert_eq!((bench.running().await, bench.close("w", 1).await), ((0, 0), Moved::On));
+}
+
+#[tokio::test]
+async fn every_step_that_is_written_down_renews_the_hold() {
+    let (bench, _) = Bench::parked(0).await;
+    let batch = (TAG, Epoch(1));
+    let advanced = bench.queue.advance_batch(bench.lane, &worker("w"), batch, LEASE_MS, Advance::Submitting).await;
+    assert_eq!(advanced.unwrap(), Moved::On);
+    assert!(bench.hold("other", &[]).await.1.is_empty());
+    assert_eq!(bench.advance("w", 1, Advance::Submitted("its")).await, Moved::On);
+    assert_eq!(bench.hold("other", &[]).await.1[0].remote.as_deref(), Some("its"));
+}
+
+#[tokio::test]
+async fn a_batch_is_not_cleared_while_jobs_of_it_are_wanted() {
+    let (bench, _) = Bench::parked(LEASE_MS).await;
+    bench.advance("w", 1, Advance::Submitted("its")).await;
+    bench.advance("w", 1, Advance::Collecting).await;
+    assert_eq!(bench.advance("w", 1, Advance::Clearing).await, Moved::NotDone);
+    for member in bench.members().await {
+        bench.finish(&member, &done()).await;
+    }
+    assert_eq!(bench.advance("other", 1, Advance::Clearing).await, Moved::Lost);
+    assert_eq!(bench.advance("w", 1, Advance::Clearing).await, Moved::On);
+    let batches = bench.queue.batches(bench.lane).await.unwrap();
+    assert_eq!((batches[0].state, batches[0].remote.as_deref()), (BatchState::Clearing, Some("its")));
+    assert_eq!(bench.close("w", 1).await, Moved::On);
+}
+
+#[tokio::test]
+async fn jobs_that_are_parted_from_a_batch_go_on_in_another_one() {
+    let (bench, ids) = Bench::parked(LEASE_MS).await;
+    let held: Vec<Held> = bench.members().await.iter().map(|member| member.held).collect();
+    assert_eq!(bench.part("other", 1, "part", 0, &held).await, Moved::Lost);
+    for _ in 0..2 {
+        // It may be said again.
+        assert_eq!(bench.part("w", 1, "part", 0, &held[1..]).await, Moved::On);
+        assert_eq!(bench.members().await.iter().map(|member| member.held).collect::<Vec<_>>(), held[..1]);
+    }
+    assert_eq!(bench.hold("w", &[(TAG, Epoch(1))]).await.0, [Some(1)]);
+    let batches = bench.queue.batches(bench.lane).await.unwrap();
+    let part = batches.iter().find(|batch| batch.tag == "part").unwrap();
+    assert_eq!((part.epoch, part.state, part.jobs), (Epoch(1), BatchState::Intent, 1), "whoever looks has it");
+    assert!(part.full && !part.tried && part.remote.is_none() && part.model == spec().model);
+    // Said again now, it takes nothing from whoever has it.
+    assert_eq!(bench.part("w", 1, "part", 0, &held[1..]).await, Moved::On);
+    let part = ("part", Epoch(1));
+    assert_eq!(bench.hold("w", &[part]).await.0, [Some(1)]);
+    // Its job ends from there and nowhere else.
+    let member = bench.queue.batch_members(bench.lane, "part").await.unwrap().jobs.remove(0);
+    assert_eq!((member.held, member.wanted), (held[1], true));
+    assert_eq!(bench.finish(&member, &done()).await, Kept::LeaseLost);
+    let ended = Ended { held: member.held, started_at: member.started_at, finish: &done() };
+    let kept = bench.queue.finish(bench.lane, &WorkerId::of_batch("part"), &[ended]).await.unwrap();
+    assert_eq!((kept, bench.states(&ids).await[1]), (vec![Kept::Kept], State::Succeeded));
+    assert_eq!(bench.queue.close_batch(bench.lane, &worker("w"), part).await.unwrap(), Moved::On);
+    assert_eq!(bench.running().await, (0, 1));
+    // One that is to wait is nobody's until then.
+    assert_eq!(bench.part("w", 1, "later", LEASE_MS, &held[..1]).await, Moved::On);
+    assert_eq!((bench.close("w", 1).await, bench.hold("w", &[]).await.1), (Moved::On, vec![]));
+    bench.queue.cancel(bench.lane, &ids[..1]).await.unwrap();
+    assert_eq!((bench.states(&ids).await[0], bench.running().await), (State::Cancelled, (0, 0)));
 }

@@ -113,6 +113,7 @@ fn in_batch(batch: &v1::Batch) -> String {
         v1::BatchState::Intent => "is being filled or submitted".to_owned(),
         v1::BatchState::Submitted => format!("is at the provider as {}", batch.provider_batch),
         v1::BatchState::Collecting => format!("has ended as {}, results are being read", batch.provider_batch),
+        v1::BatchState::Clearing => format!("is done as {}, its files are being deleted", batch.provider_batch),
         v1::BatchState::Unspecified => "is in an unknown state".to_owned(),
     };
     format!("batch {tag} of {model} since {since}, {jobs} of its jobs wanted still: {stage}")

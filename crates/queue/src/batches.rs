@@ -25,16 +25,48 @@ pub enum BatchState {
     Submitted,
     /// It has ended there, and what came of it is being read.
     Collecting,
+    /// All of its jobs have ended, and what it left behind is being deleted.
+    Clearing,
 }
 
 impl BatchState {
-    const ALL: [Self; 3] = [Self::Intent, Self::Submitted, Self::Collecting];
+    const ALL: [Self; 4] = [Self::Intent, Self::Submitted, Self::Collecting, Self::Clearing];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Intent => "intent",
             Self::Submitted => "submitted",
             Self::Collecting => "collecting",
+            Self::Clearing => "clearing",
+        }
+    }
+}
+
+/// A step of a batch, as it is written down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advance<'a> {
+    /// It takes no more jobs, and was surely not submitted.
+    Full,
+    /// It is about to be submitted.
+    Submitting,
+    /// Its provider has it, under this name.
+    Submitted(&'a str),
+    /// It has ended there.
+    Collecting,
+    /// None of its jobs is wanted any more.
+    Clearing,
+}
+
+impl Advance<'_> {
+    /// Its state then; what is said of its submission: `0` surely none, `1` one was begun, nothing: it is beyond that; its
+    /// provider's name of it, where that is new.
+    const fn written(&self) -> (BatchState, &'static str, &str) {
+        match self {
+            Self::Full => (BatchState::Intent, "0", ""),
+            Self::Submitting => (BatchState::Intent, "1", ""),
+            Self::Submitted(remote) => (BatchState::Submitted, "", remote),
+            Self::Collecting => (BatchState::Collecting, "", ""),
+            Self::Clearing => (BatchState::Clearing, "", ""),
         }
     }
 }
@@ -71,6 +103,8 @@ pub struct BatchRecord {
     pub made_at: UnixMs,
     /// Until when it is filled.
     pub filled_until: UnixMs,
+    /// It takes no more jobs.
+    pub full: bool,
     /// Somebody began to submit it and did not say what came of that.
     pub tried: bool,
     /// The provider's name of it.
@@ -129,7 +163,8 @@ fn record(tag: String, stored: &Stored) -> Result<BatchRecord, QueueError> {
         key: text("ky").map(|key| KeyId::from_stored(key.clone())),
         made_at: UnixMs(number("cr")?),
         filled_until: UnixMs(number("sl")?),
-        tried: stored.contains_key("tr"),
+        full: stored.contains_key("tr"),
+        tried: text("tr").is_some_and(|begun| begun == "1"),
         remote: text("rm").cloned(),
         jobs: number("lv").unwrap_or(0),
         tag,
@@ -183,11 +218,17 @@ impl Queue {
             .invoke_async(&mut connection)
             .await
             .map_err(|source| QueueError::from_redis("holding batches", source))?;
-        let taken = taken.into_iter().map(|(tag, stored)| record(tag, &stored)).collect::<Result<_, _>>()?;
+        // One that cannot be read must not hold up the others.
+        let read = |(tag, stored): (String, Stored)| {
+            record(tag, &stored)
+                .inspect_err(|error| tracing::error!(error = error.in_full(), "left a batch alone"))
+                .ok()
+        };
+        let taken = taken.into_iter().filter_map(read).collect();
         Ok((wanted.into_iter().map(|wanted| u64::try_from(wanted).ok()).collect(), taken))
     }
 
-    /// Writes down that a batch is now in `state`; `tried` while it is being submitted, `remote` once its provider has it.
+    /// Writes down how far a batch is, and holds it for another `lease_ms`.
     ///
     /// # Errors
     /// [`QueueError`] when Redis does not answer.
@@ -196,11 +237,12 @@ impl Queue {
         lane: LaneNumber,
         worker: &WorkerId,
         batch: (&str, Epoch),
-        state: BatchState,
-        tried: bool,
-        remote: Option<&str>,
+        lease_ms: u64,
+        advance: Advance<'_>,
     ) -> Result<Moved, QueueError> {
-        self.move_batch(lane, worker, batch, state.name(), tried, remote.unwrap_or_default()).await
+        let (state, begun, remote) = advance.written();
+        let written = [state.name(), begun, remote, if state == BatchState::Clearing { "1" } else { "0" }];
+        self.move_batch(lane, worker, batch, lease_ms, written).await
     }
 
     /// Ends a batch none of whose jobs is wanted any more.
@@ -213,7 +255,7 @@ impl Queue {
         worker: &WorkerId,
         batch: (&str, Epoch),
     ) -> Result<Moved, QueueError> {
-        self.move_batch(lane, worker, batch, "", false, "").await
+        self.move_batch(lane, worker, batch, 0, ["", "", "", "1"]).await
     }
 
     async fn move_batch(
@@ -221,13 +263,12 @@ impl Queue {
         lane: LaneNumber,
         worker: &WorkerId,
         (tag, epoch): (&str, Epoch),
-        state: &str,
-        tried: bool,
-        remote: &str,
+        lease_ms: u64,
+        written: [&str; 4],
     ) -> Result<Moved, QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.advance_batch.key(self.keys.lane(lane));
-        call.arg(worker.as_str()).arg(tag).arg(epoch.0).arg(state).arg(u8::from(tried)).arg(remote);
+        call.arg(worker.as_str()).arg(tag).arg(epoch.0).arg(lease_ms).arg(&written[..]);
         let moved: u8 = call
             .invoke_async(&mut connection)
             .await
@@ -237,6 +278,34 @@ impl Queue {
             0 => Ok(Moved::Lost),
             _ => Ok(Moved::NotDone),
         }
+    }
+
+    /// Moves jobs of a batch into a new one, `part`, which takes no others and was surely not submitted. Whoever looks for
+    /// batches after `after_ms` takes it over. Those that are not in the batch any more are left out. May be repeated.
+    ///
+    /// # Errors
+    /// [`QueueError`] when Redis does not answer.
+    pub async fn part_batch(
+        &self,
+        lane: LaneNumber,
+        worker: &WorkerId,
+        (tag, epoch): (&str, Epoch),
+        (part, after_ms): (&str, u64),
+        jobs: &[Held],
+    ) -> Result<Moved, QueueError> {
+        // All in one call: a batch has at most some ten thousand, and a part that is there is whole.
+        let mut connection = self.connection.clone();
+        let mut call = self.scripts.part_batch.key(self.keys.lane(lane));
+        call.arg(worker.as_str()).arg(tag).arg(epoch.0).arg(part).arg(after_ms).arg(BatchState::Intent.name());
+        call.arg(WorkerId::of_batch(tag).as_str()).arg(WorkerId::of_batch(part).as_str());
+        for held in jobs {
+            call.arg(held.id.as_bytes()).arg(held.epoch.0);
+        }
+        let parted: bool = call
+            .invoke_async(&mut connection)
+            .await
+            .map_err(|source| QueueError::from_redis("parting a batch", source))?;
+        Ok(if parted { Moved::On } else { Moved::Lost })
     }
 
     /// The jobs of a batch of which nothing has come yet, without those that were purged meanwhile.

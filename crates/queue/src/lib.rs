@@ -27,7 +27,7 @@ mod upkeep;
 mod work;
 
 pub use answers::Keep;
-pub use batches::{BatchRecord, BatchState, Member, Members, Moved, Parking};
+pub use batches::{Advance, BatchRecord, BatchState, Member, Members, Moved, Parking};
 pub use dead::{Purge, Redrive, Redriven};
 pub use demand::Demand;
 pub use error::QueueError;

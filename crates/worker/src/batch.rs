@@ -1,21 +1,24 @@
 //! One batch, from being full to its last result: submit, search, look, collect, close.
 //!
-//! Never here: which jobs go into it (`batching`).
+//! Never here: which jobs go into it (`batching`), and what follows from a refusal of all of it (`refusal`).
 
 use crate::attempt::bounded;
-use crate::batches::{Arrived, Batch, Found, Item, PerformBatches, Stage, Unsubmitted};
+use crate::batches::{Arrived, Batch, Found, Item, PerformBatches, Refusal, Stage, Unsubmitted};
 use crate::batching::Batching;
+use crate::hold::{Hold, Moment};
 use genmill_core::attempt::{Failure, FailureClass, Outcome};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::judge::{Policy, Throttle, judge};
 use genmill_core::money::Cost;
 use genmill_daemon::random::random_u64;
-use genmill_queue::{BatchRecord, BatchState, Ended, Finish, Held, Kept, Member, Members, Moved, Queue, QueueError};
+use genmill_queue::{
+    Advance, BatchRecord, BatchState, Ended, Finish, Held, Kept, Member, Members, Moved, Queue, QueueError,
+};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 
 /// How many results are written down together.
@@ -28,13 +31,27 @@ const PAUSE_MAX: Duration = Duration::from_secs(300);
 /// A search is repeated so often until it is believed that a batch is not there.
 const SEARCHES: u32 = 3;
 
+/// So many times in a row a provider may not know a batch, or tell of it what is not understood. Then it is given up.
+const STRANGE_MAX: u32 = 6;
+
+/// So many times in a row what a batch left behind may not be deleted. Then it stays.
+const CLEARINGS: u32 = 3;
+
 /// What the holder of a batch and its task tell each other.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Told {
     /// It takes no more jobs.
     pub(crate) full: Notify,
     /// How many of its jobs are wanted still.
     pub(crate) wanted: AtomicU64,
+    /// Until when it is surely held.
+    pub(crate) until: watch::Sender<Moment>,
+}
+
+impl Told {
+    pub(crate) fn new(wanted: u64, until: Moment) -> Self {
+        Self { full: Notify::new(), wanted: AtomicU64::new(wanted), until: watch::Sender::new(until) }
+    }
 }
 
 /// A batch that this worker holds.
@@ -43,14 +60,17 @@ pub(crate) struct Driver<P> {
     pub(crate) performer: Arc<P>,
     pub(crate) worker: WorkerId,
     pub(crate) lane: LaneNumber,
+    pub(crate) lease_ms: u64,
     pub(crate) policy: Policy,
     pub(crate) times: Batching,
     pub(crate) record: BatchRecord,
     pub(crate) told: Arc<Told>,
+    /// How often in a row a step failed.
+    pub(crate) failed: u32,
 }
 
 /// What follows from a step.
-enum Next {
+pub(crate) enum Next {
     /// The next one, at once.
     Now,
     /// The same, after its usual pause.
@@ -65,34 +85,34 @@ impl<P: PerformBatches> Driver<P> {
     /// Does with it whatever is next, until it is done or lost. May be dropped between any two answers: whoever takes over
     /// goes on from what is written down.
     pub(crate) async fn run(mut self, filled_until: Instant) {
-        if self.record.state == BatchState::Intent && !self.record.tried {
+        if self.record.state == BatchState::Intent && !self.record.full {
             // Whichever comes first.
             drop(timeout_at(filled_until, self.told.full.notified()).await);
         }
-        let (mut failed, mut searches, mut cancelled) = (0, 0, false);
+        let (mut searches, mut cancelled) = (0, false);
         loop {
             let next = match self.record.state {
                 BatchState::Intent if self.record.tried => self.search(&mut searches).await,
                 BatchState::Intent => self.submit().await,
                 BatchState::Submitted => self.look(&mut cancelled).await,
                 BatchState::Collecting => self.collect().await,
+                BatchState::Clearing => self.clear().await,
             };
             let pause = match next {
                 Ok(Next::Over) => return,
                 Ok(Next::Now) => {
-                    failed = 0;
+                    self.failed = 0;
                     continue;
                 }
                 Ok(Next::Later(pause)) => {
-                    failed = 0;
+                    self.failed = 0;
                     pause
                 }
                 Ok(Next::Failed(failure)) => {
                     let (tag, model, message) = (&self.record.tag, &self.record.model, &failure.message);
                     tracing::warn!(tag, %model, class = ?failure.class, message, "a batch cannot go on; trying again");
-                    let asked = failure.retry_after_ms.map(Duration::from_millis).unwrap_or_default();
-                    failed += 1;
-                    (PAUSE_FIRST * 2_u32.saturating_pow(failed - 1)).min(PAUSE_MAX).max(asked)
+                    self.failed += 1;
+                    pause_after(self.failed, &failure)
                 }
                 Err(error) => {
                     tracing::warn!(
@@ -109,25 +129,46 @@ impl<P: PerformBatches> Driver<P> {
 
     /// Submits it. That it is about to be is written down first, so that nobody ever submits it a second time unseen.
     async fn submit(&mut self) -> Result<Next, QueueError> {
-        if self.advance(BatchState::Intent, true, None).await? == Moved::Lost {
+        if self.advance(Advance::Full).await? == Moved::Lost {
             return Ok(Next::Over);
         }
-        self.record.tried = true;
-        let members = self.members().await?;
-        let wanted: Vec<Member> = members.jobs.into_iter().filter(|member| member.wanted).collect();
+        let wanted = self.wanted().await?;
         if wanted.is_empty() {
             return self.close().await;
         }
-        let (tag, model, jobs) = (&self.record.tag, &self.record.model, wanted.len());
         let batch = self.batch(&wanted);
-        match self.performer.submit(&batch).await {
+        let prepared = match self.performer.prepare(&batch).await {
+            Ok(prepared) => prepared,
+            Err(refusal) => return self.refused(wanted, refusal).await,
+        };
+        let left: Vec<Held> = prepared.left.into_iter().map(|(id, epoch)| Held { id, epoch }).collect();
+        // Before it is submitted: a job must not wait for a batch that it is not in.
+        if self.part(&left, Duration::ZERO).await? == Moved::Lost
+            || self.advance(Advance::Submitting).await? == Moved::Lost
+        {
+            return Ok(Next::Over);
+        }
+        self.record.tried = true;
+        let jobs = wanted.len() - left.len();
+        let hold = Hold::new(self.told.until.subscribe(), self.lease_ms / 3);
+        let made = self.performer.create(&batch, prepared.ready, &hold).await;
+        let (tag, model) = (&self.record.tag, &self.record.model);
+        match made {
             Ok(remote) => {
                 tracing::info!(tag, %model, jobs, remote, "submitted a batch");
                 self.is_submitted(remote).await
             }
-            Err(Unsubmitted::Refused(failure)) => {
-                tracing::warn!(tag, %model, jobs, class = ?failure.class, message = failure.loggable(), "a batch was refused");
-                self.fail(wanted, &failure, Some(Cost::NOTHING)).await
+            Err(Unsubmitted::Refused(refusal)) => {
+                let Refusal { failure, named } = &refusal;
+                let message = failure.loggable();
+                tracing::warn!(tag, %model, jobs, class = ?failure.class, message, named = named.len(), "a batch was refused");
+                let wanted = wanted.into_iter().filter(|member| !left.contains(&member.held)).collect();
+                self.refused(wanted, refusal).await
+            }
+            Err(Unsubmitted::Late) => {
+                tracing::warn!(tag, %model, "did not submit a batch: the hold on it did not last");
+                self.record.tried = false;
+                Ok(Next::Later(PAUSE_FIRST))
             }
             Err(Unsubmitted::Unclear(failure)) => Ok(Next::Failed(failure)),
         }
@@ -136,7 +177,9 @@ impl<P: PerformBatches> Driver<P> {
     /// Looks whether it was submitted by somebody who could not say so.
     async fn search(&mut self, searches: &mut u32) -> Result<Next, QueueError> {
         let members = self.members().await?;
-        let found = match self.performer.find(&self.batch(&members.jobs)).await {
+        let others = self.queue.batches(self.lane).await?.into_iter().filter_map(|batch| batch.remote);
+        let others: Vec<String> = others.collect();
+        let found = match self.performer.find(&self.batch(&members.jobs), &others).await {
             Ok(found) => found,
             Err(failure) => return Ok(Next::Failed(failure)),
         };
@@ -154,11 +197,9 @@ impl<P: PerformBatches> Driver<P> {
             }
             Found::NotThere => {
                 *searches = 0;
+                // That it was surely not submitted is written down with its next try.
                 self.record.tried = false;
-                match self.advance(BatchState::Intent, false, None).await? {
-                    Moved::Lost => Ok(Next::Over),
-                    Moved::On | Moved::NotDone => Ok(Next::Now),
-                }
+                Ok(Next::Now)
             }
             Found::Never(why) => {
                 let message = format!(
@@ -166,8 +207,7 @@ impl<P: PerformBatches> Driver<P> {
                      the provider; `genmill redrive` submits its jobs anew"
                 );
                 tracing::error!(tag, %model, message, "stopped a batch");
-                let wanted = members.jobs.into_iter().filter(|member| member.wanted).collect();
-                self.fail(wanted, &Failure::new(FailureClass::Internal, message), None).await
+                self.give_up(message).await
             }
         }
     }
@@ -175,7 +215,7 @@ impl<P: PerformBatches> Driver<P> {
     async fn is_submitted(&mut self, remote: String) -> Result<Next, QueueError> {
         // Until this is written down it would have to be searched for.
         loop {
-            match self.advance(BatchState::Submitted, false, Some(&remote)).await {
+            match self.advance(Advance::Submitted(&remote)).await {
                 Ok(Moved::Lost) => return Ok(Next::Over),
                 Ok(Moved::On | Moved::NotDone) => break,
                 Err(error) if error.is_passing() => {
@@ -198,7 +238,7 @@ impl<P: PerformBatches> Driver<P> {
         let (batch, remote) = (self.batch(&[]), self.remote());
         let stage = match self.performer.look(&batch, &remote).await {
             Ok(stage) => stage,
-            Err(failure) => return Ok(Next::Failed(failure)),
+            Err(failure) => return self.strange(failure).await,
         };
         let (tag, model) = (&self.record.tag, &self.record.model);
         match stage {
@@ -211,22 +251,45 @@ impl<P: PerformBatches> Driver<P> {
                 })
             }
             Stage::Works => Ok(Next::Later(self.times.poll)),
-            Stage::Ended => match self.advance(BatchState::Collecting, false, Some(&remote)).await? {
+            Stage::Ended => match self.advance(Advance::Collecting).await? {
                 Moved::Lost => Ok(Next::Over),
                 Moved::On | Moved::NotDone => {
                     self.record.state = BatchState::Collecting;
                     Ok(Next::Now)
                 }
             },
-            Stage::Refused(failure) => {
-                tracing::warn!(tag, %model, remote, class = ?failure.class, message = failure.loggable(), "a batch was refused");
-                let wanted = self.members().await?.jobs.into_iter().filter(|member| member.wanted).collect();
-                self.fail(wanted, &failure, Some(Cost::NOTHING)).await
+            Stage::Refused(refusal) => {
+                let Refusal { failure, named } = &refusal;
+                let message = failure.loggable();
+                tracing::warn!(tag, %model, remote, class = ?failure.class, message, named = named.len(), "a batch was refused");
+                let wanted = self.wanted().await?;
+                self.refused(wanted, refusal).await
             }
         }
     }
 
-    /// Writes down what came of its jobs. Those of which nothing came wait for another batch; nobody is to blame.
+    /// It failed in a way that a provider's passing trouble does not: for some time it may come to be told right.
+    async fn strange(&mut self, failure: Failure) -> Result<Next, QueueError> {
+        let lasting = matches!(failure.class, FailureClass::NotFound | FailureClass::Invalid);
+        if !lasting || self.failed < STRANGE_MAX {
+            return Ok(Next::Failed(failure));
+        }
+        let message = format!(
+            "what came of batch {} cannot be read, which may have been paid for: {}. `genmill redrive` submits its jobs anew",
+            self.remote(),
+            failure.message
+        );
+        tracing::error!(tag = self.record.tag, model = %self.record.model, message, "gave a batch up");
+        self.give_up(message).await
+    }
+
+    /// Fails all of its jobs, at a cost that nobody knows.
+    async fn give_up(&mut self, message: String) -> Result<Next, QueueError> {
+        let wanted = self.wanted().await?;
+        self.fail(wanted, &Failure::new(FailureClass::Internal, message), None).await
+    }
+
+    /// Writes down what came of its jobs. Those of which nothing was told wait for another batch; nobody is to blame.
     async fn collect(&mut self) -> Result<Next, QueueError> {
         let members = self.members().await?.jobs;
         let (batch, remote) = (self.batch(&members), self.remote());
@@ -244,12 +307,42 @@ impl<P: PerformBatches> Driver<P> {
         let (read, written) = tokio::join!(self.performer.collect(&batch, &remote, sender), written);
         let count = written?;
         if let Err(failure) = read {
-            return Ok(Next::Failed(failure));
+            return self.strange(failure).await;
         }
-        let missing: Vec<Member> = self.members().await?.jobs.into_iter().filter(|member| member.wanted).collect();
+        let missing = self.wanted().await?;
         let (tag, model) = (&self.record.tag, &self.record.model);
         tracing::info!(tag, %model, results = count, missing = missing.len(), "read the results of a batch");
         self.end(missing, |_| Outcome::HandedBack, Some(Cost::NOTHING)).await?;
+        self.ended().await
+    }
+
+    /// What follows when none of its jobs is wanted any more.
+    pub(crate) async fn ended(&mut self) -> Result<Next, QueueError> {
+        if self.record.remote.is_none() {
+            return self.close().await;
+        }
+        match self.advance(Advance::Clearing).await? {
+            Moved::Lost => Ok(Next::Over),
+            // Whatever could not be ended is tried again.
+            Moved::NotDone => Ok(Next::Later(PAUSE_FIRST)),
+            Moved::On => {
+                self.record.state = BatchState::Clearing;
+                Ok(Next::Now)
+            }
+        }
+    }
+
+    /// Deletes what it has left at its provider, as far as that goes.
+    async fn clear(&mut self) -> Result<Next, QueueError> {
+        let (batch, remote) = (self.batch(&[]), self.remote());
+        match self.performer.clear(&batch, &remote).await {
+            Err(failure) if failure.class.is_retried() && self.failed < CLEARINGS => return Ok(Next::Failed(failure)),
+            Err(failure) => {
+                let (tag, model, message) = (&self.record.tag, &self.record.model, &failure.message);
+                tracing::warn!(tag, %model, remote, class = ?failure.class, message, "the files of a batch stay at its provider");
+            }
+            Ok(()) => {}
+        }
         self.close().await
     }
 
@@ -270,7 +363,7 @@ impl<P: PerformBatches> Driver<P> {
     }
 
     /// Ends jobs, all alike.
-    async fn end(
+    pub(crate) async fn end(
         &self,
         members: Vec<Member>,
         outcome: impl Fn(&Member) -> Outcome,
@@ -281,9 +374,14 @@ impl<P: PerformBatches> Driver<P> {
         self.finish(&members.iter().map(ended).collect::<Vec<_>>()).await
     }
 
-    async fn fail(&self, members: Vec<Member>, failure: &Failure, cost: Option<Cost>) -> Result<Next, QueueError> {
+    pub(crate) async fn fail(
+        &mut self,
+        members: Vec<Member>,
+        failure: &Failure,
+        cost: Option<Cost>,
+    ) -> Result<Next, QueueError> {
         self.end(members, |_| Outcome::Failed(failure.clone()), cost).await?;
-        self.close().await
+        self.ended().await
     }
 
     fn judged(&self, outcome: Outcome, failures: u32, cost: Option<Cost>) -> Finish {
@@ -318,6 +416,11 @@ impl<P: PerformBatches> Driver<P> {
         Ok(members)
     }
 
+    /// Its jobs that are wanted.
+    async fn wanted(&self) -> Result<Vec<Member>, QueueError> {
+        Ok(self.members().await?.jobs.into_iter().filter(|member| member.wanted).collect())
+    }
+
     async fn close(&self) -> Result<Next, QueueError> {
         match self.queue.close_batch(self.lane, &self.worker, (&self.record.tag, self.record.epoch)).await? {
             Moved::On | Moved::Lost => Ok(Next::Over),
@@ -326,9 +429,14 @@ impl<P: PerformBatches> Driver<P> {
         }
     }
 
-    async fn advance(&self, state: BatchState, tried: bool, remote: Option<&str>) -> Result<Moved, QueueError> {
+    pub(crate) async fn advance(&self, advance: Advance<'_>) -> Result<Moved, QueueError> {
         let batch = (self.record.tag.as_str(), self.record.epoch);
-        self.queue.advance_batch(self.lane, &self.worker, batch, state, tried, remote).await
+        let until = Moment::now().later(self.lease_ms);
+        let moved = self.queue.advance_batch(self.lane, &self.worker, batch, self.lease_ms, advance).await?;
+        if moved == Moved::On {
+            self.told.until.send_replace(until);
+        }
+        Ok(moved)
     }
 
     fn remote(&self) -> String {
@@ -346,4 +454,10 @@ impl<P: PerformBatches> Driver<P> {
             items: members.iter().map(item).collect(),
         }
     }
+}
+
+/// How long a batch is left alone after so many failures in a row.
+fn pause_after(failed: u32, failure: &Failure) -> Duration {
+    let asked = failure.retry_after_ms.map(Duration::from_millis).unwrap_or_default();
+    (PAUSE_FIRST * 2_u32.saturating_pow(failed.saturating_sub(1).min(16))).min(PAUSE_MAX).max(asked)
 }

@@ -2,6 +2,7 @@
 //!
 //! Never here: which jobs a batch has and what has become of it (`genmill-queue`), nor what to do next.
 
+use crate::hold::Hold;
 use genmill_core::attempt::{Failure, Performed};
 use genmill_core::gate::KeyId;
 use genmill_core::ids::{Epoch, JobId};
@@ -50,11 +51,37 @@ pub struct Item {
     pub spec: JobSpec,
 }
 
-/// Why a batch was not submitted.
+/// A batch whose items are ready to go, or are with the provider already; the batch itself is not made.
+#[derive(Debug)]
+pub struct Prepared<T> {
+    /// What it is made with.
+    pub ready: T,
+    /// The items that have no room in it.
+    pub left: Vec<(JobId, Epoch)>,
+}
+
+/// A refusal of a whole batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Why.
+    pub failure: Failure,
+    /// The items that the provider named as its reason, each with what it said of it.
+    pub named: Vec<((JobId, Epoch), Failure)>,
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        Self { failure, named: Vec::new() }
+    }
+}
+
+/// Why a batch was not made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unsubmitted {
-    /// It surely was not.
-    Refused(Failure),
+    /// It surely was not: its provider refused.
+    Refused(Refusal),
+    /// It surely was not: the hold on it ended before.
+    Late,
     /// Nobody knows: it may have been.
     Unclear(Failure),
 }
@@ -80,7 +107,7 @@ pub enum Stage {
     /// It has ended: by itself, by its time, or cancelled. What came of it can be read.
     Ended,
     /// It refused all of it, and nothing can be read.
-    Refused(Failure),
+    Refused(Refusal),
 }
 
 /// What came of a job of a batch.
@@ -99,23 +126,38 @@ pub trait PerformBatches: Send + Sync + 'static {
     /// The lanes whose jobs it submits in batches. Asked once, at the start.
     fn batch_offers(&self) -> Vec<BatchOffer>;
 
-    /// Submits a batch: its provider's name of it.
-    fn submit(&self, batch: &Batch) -> impl Future<Output = Result<String, Unsubmitted>> + Send;
+    /// What a batch is made with.
+    type Ready: Send + Sync;
 
-    /// Looks whether a batch was submitted by a worker that could not say so.
-    fn find(&self, batch: &Batch) -> impl Future<Output = Result<Found, Failure>> + Send;
+    /// Does all that comes before a batch is made, and may be done in vain.
+    fn prepare(&self, batch: &Batch) -> impl Future<Output = Result<Prepared<Self::Ready>, Refusal>> + Send;
+
+    /// Makes a batch: its provider's name of it. Nothing that could make it leaves when `hold` does not last any more.
+    fn create(
+        &self,
+        batch: &Batch,
+        ready: Self::Ready,
+        hold: &Hold,
+    ) -> impl Future<Output = Result<String, Unsubmitted>> + Send;
+
+    /// Looks whether a batch was submitted by a worker that could not say so. It is none of those that its provider names
+    /// `others`.
+    fn find(&self, batch: &Batch, others: &[String]) -> impl Future<Output = Result<Found, Failure>> + Send;
 
     /// How far the provider is with the batch that it names `remote`. Needs no items.
     fn look(&self, batch: &Batch, remote: &str) -> impl Future<Output = Result<Stage, Failure>> + Send;
 
-    /// Reads what came of a batch that has ended, and sends each result on. Jobs of which nothing came, because the batch
-    /// ended before their turn, are not sent; neither are results of jobs that are no items.
+    /// Reads what came of a batch that has ended, and sends on what came of each item: handed back where the batch ended
+    /// before its turn. Results of jobs that are no items are left out.
     fn collect(
         &self,
         batch: &Batch,
         remote: &str,
         results: mpsc::Sender<Arrived>,
     ) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Deletes what a batch has left at its provider, when nobody will read it any more. Needs no items.
+    fn clear(&self, batch: &Batch, remote: &str) -> impl Future<Output = Result<(), Failure>> + Send;
 
     /// Asks the provider to end a batch early. What is done by then can be read. Needs no items.
     fn cancel(&self, batch: &Batch, remote: &str) -> impl Future<Output = Result<(), Failure>> + Send;

@@ -4,7 +4,9 @@
 
 use crate::batch::{Driver, Told};
 use crate::batches::{BatchOffer, PerformBatches};
+use crate::hold::Moment;
 use crate::lane::LEAVE_WITHIN;
+use crate::refusal::tag_of;
 use crate::run::Options;
 use futures_util::future::join_all;
 use genmill_core::gate::KeyId;
@@ -140,10 +142,14 @@ impl<P: PerformBatches> BatchLane<P> {
         let held: Vec<(String, Epoch)> = self.holds.iter().map(|(tag, holds)| (tag.clone(), holds.epoch)).collect();
         let named: Vec<(&str, Epoch)> = held.iter().map(|(tag, epoch)| (tag.as_str(), *epoch)).collect();
         let most = BATCHES_MAX.saturating_sub(held.len());
+        let until = Moment::now().later(self.options.lease_ms);
         let (wanted, taken) = self.queue.hold_batches(self.number, worker, self.options.lease_ms, most, &named).await?;
         for ((tag, _), wanted) in held.iter().zip(wanted) {
             match (wanted, self.holds.get(tag)) {
-                (Some(wanted), Some(holds)) => holds.told.wanted.store(wanted, Ordering::Relaxed),
+                (Some(wanted), Some(holds)) => {
+                    holds.told.wanted.store(wanted, Ordering::Relaxed);
+                    holds.told.until.send_replace(until);
+                }
                 (None, Some(holds)) if !holds.task.is_finished() => {
                     tracing::warn!(tag, "another worker holds this batch now");
                     holds.task.abort();
@@ -155,24 +161,25 @@ impl<P: PerformBatches> BatchLane<P> {
         for record in taken {
             tracing::info!(tag = record.tag, model = %record.model, state = ?record.state, "took over a batch");
             let left = record.filled_until.ms_since(UnixMs(now_unix_ms())).min(millis(self.times.fill));
-            self.hold(record, Instant::now() + Duration::from_millis(left));
+            self.hold(record, Instant::now() + Duration::from_millis(left), until);
         }
         Ok(())
     }
 
-    fn hold(&mut self, record: BatchRecord, filled_until: Instant) {
-        let told = Arc::<Told>::default();
-        told.wanted.store(record.jobs.max(1), Ordering::Relaxed);
+    fn hold(&mut self, record: BatchRecord, filled_until: Instant, until: Moment) {
+        let told = Arc::new(Told::new(record.jobs.max(1), until));
         let (tag, epoch) = (record.tag.clone(), record.epoch);
         let driver = Driver {
             queue: self.queue.clone(),
             performer: self.performer.clone(),
             worker: self.options.worker.clone(),
             lane: self.number,
+            lease_ms: self.options.lease_ms,
             policy: self.options.policy,
             times: self.times,
             record,
             told: told.clone(),
+            failed: 0,
         };
         let task = self.tasks.spawn(driver.run(filled_until));
         self.holds.insert(tag, Holds { epoch, told, task });
@@ -219,11 +226,13 @@ impl<P: PerformBatches> BatchLane<P> {
             };
             if fresh {
                 let until = Instant::now() + self.times.fill;
-                self.filled.insert(model.clone(), Filled { tag: tag_of(first), until, jobs: 0, bytes: 0 });
+                let tag = tag_of(first.held(), None);
+                self.filled.insert(model.clone(), Filled { tag, until, jobs: 0, bytes: 0 });
             }
             let Some(filled) = self.filled.get_mut(model) else { return Ok(()) };
             let count = fits(&self.offer, filled.jobs, filled.bytes, left.iter().map(bytes_of));
             let (now, later) = left.split_at(count);
+            let held_until = Moment::now().later(self.options.lease_ms);
             if !now.is_empty() {
                 let parking = Parking {
                     tag: &filled.tag,
@@ -246,7 +255,7 @@ impl<P: PerformBatches> BatchLane<P> {
             }
             let (tag, until, jobs) = (filled.tag.clone(), filled.until, filled.jobs as u64);
             if fresh {
-                self.hold(self.made(&tag, model, jobs), until);
+                self.hold(self.made(&tag, model, jobs), until, held_until);
             }
             left = later;
             if !left.is_empty() {
@@ -271,6 +280,7 @@ impl<P: PerformBatches> BatchLane<P> {
             key: self.offer.key.clone(),
             made_at: now,
             filled_until: now,
+            full: false,
             tried: false,
             remote: None,
             jobs,
@@ -308,12 +318,6 @@ fn fits(offer: &BatchOffer, jobs: usize, bytes: usize, next: impl Iterator<Item 
     });
     let count = sums.take(offer.items_max.saturating_sub(jobs)).take_while(|sum| *sum <= offer.bytes_max).count();
     if jobs == 0 { count.max(1) } else { count }
-}
-
-/// The tag of a batch that begins with a job. A job is under each epoch in one batch only, so nobody has used it.
-fn tag_of(first: &Lease) -> String {
-    let id: String = first.id.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("{id}{:08x}", first.epoch.0)
 }
 
 #[cfg(test)]

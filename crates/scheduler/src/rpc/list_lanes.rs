@@ -58,6 +58,7 @@ fn batch(batch: BatchRecord) -> v1::Batch {
         BatchState::Intent => v1::BatchState::Intent,
         BatchState::Submitted => v1::BatchState::Submitted,
         BatchState::Collecting => v1::BatchState::Collecting,
+        BatchState::Clearing => v1::BatchState::Clearing,
     };
     v1::Batch {
         tag: batch.tag,

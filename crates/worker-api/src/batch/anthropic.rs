@@ -4,7 +4,8 @@
 //! <https://platform.claude.com/docs/en/api/creating-message-batches>
 
 use super::{
-    Answer, Answered, BatchApi, Carrier, Form, Listed, Page, Request, Source, State, Submission, Tag, rfc3339, text,
+    Answer, Answered, BatchApi, Carrier, Form, Listed, Page, Request, Source, State, Submission, Tag, Turns, rfc3339,
+    text,
 };
 use crate::dialect::Encoded;
 use crate::url::escaped;
@@ -78,7 +79,9 @@ impl BatchApi for Anthropic {
         let batches = answer["data"].as_array().into_iter().flatten();
         let listed = |batch: &Value| {
             let (tag, created) = (Tag::InResults(self.state(batch)), rfc3339(&batch["created_at"]));
-            Some(Listed { remote: text(&batch["id"])?, tag, created })
+            let counts = batch["request_counts"].as_object();
+            let items = counts.map(|counts| counts.values().filter_map(Value::as_u64).fold(0, u64::saturating_add));
+            Some(Listed { remote: text(&batch["id"])?, tag, created, items })
         };
         let next = text(&answer["last_id"]).filter(|_| answer["has_more"] == true);
         Page { batches: batches.filter_map(listed).collect(), next }
@@ -94,8 +97,7 @@ impl BatchApi for Anthropic {
             return State::Works;
         }
         let sources = text(&answer["results_url"]).map(|at| Source { at, form: Form::Lines });
-        // Each item tells for itself whether it had its turn.
-        State::Ended { sources: sources.into_iter().collect(), early: true }
+        State::Ended { sources: sources.into_iter().collect(), turns: Turns::Told }
     }
 
     fn cancel(&self, remote: &str) -> Request {

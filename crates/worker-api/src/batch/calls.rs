@@ -1,5 +1,6 @@
 //! The calls of batches to a provider. Never here: which are made, and what follows from what they tell.
 
+use super::held::Left;
 use super::split::{Elements, RECORD_BYTES_MAX, Splitter};
 use super::{Method, Request, Source};
 use crate::call::{lost, refusal, was_sent};
@@ -10,6 +11,7 @@ use crate::http::{self, Http, Lost, Response, Trouble, Unsent};
 use crate::perform::Limits;
 use ::http::header::CONTENT_TYPE;
 use ::http::{Method as Verb, StatusCode};
+use genmill_worker::hold::Hold;
 use serde_json::Value;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -29,8 +31,19 @@ const UNCLEAR: &[StatusCode] = &[StatusCode::REQUEST_TIMEOUT, StatusCode::CONFLI
 pub(super) struct Failed {
     /// Why.
     pub(super) fault: Fault,
-    /// Whether it surely was not carried out.
-    pub(super) undone: bool,
+    /// Whether it was carried out.
+    pub(super) carried_out: CarriedOut,
+}
+
+/// Whether a call that came to nothing was carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CarriedOut {
+    /// Surely not.
+    No,
+    /// Surely not, because the hold on its batch ended before it had left.
+    Late,
+    /// Nobody knows.
+    Perhaps,
 }
 
 /// Calls to one provider.
@@ -47,8 +60,21 @@ impl Calls<'_> {
     /// Makes a call whose answer is a JSON document, from which lists of results are left out. What a refusal quotes of
     /// what was `said` is cut out.
     pub(super) async fn json(&self, request: Request, said: &[&str]) -> Result<Value, Failed> {
-        let response = self.send(request, said).await?;
-        let unclear = |fault| Failed { fault, undone: false };
+        self.told(self.send(request, said, None).await?).await
+    }
+
+    /// The same for a call that leaves under a hold only.
+    pub(super) async fn json_under(&self, hold: &Hold, request: Request, said: &[&str]) -> Result<Value, Failed> {
+        self.told(self.send(request, said, Some(hold)).await?).await
+    }
+
+    /// Makes a call of whose answer only the status counts.
+    pub(super) async fn done(&self, request: Request) -> Result<(), Fault> {
+        self.send(request, &[], None).await.map(drop).map_err(|failed| failed.fault)
+    }
+
+    async fn told(&self, response: Response) -> Result<Value, Failed> {
+        let unclear = |fault| Failed { fault, carried_out: CarriedOut::Perhaps };
         let mut document = Elements::new(RECORD_BYTES_MAX);
         self.read(response, |bytes| drop(document.push(bytes))).await.map_err(unclear)?;
         let strange = || unclear(self.fault(Kind::Transient, "answered with something that is no JSON"));
@@ -58,7 +84,7 @@ impl Calls<'_> {
 
     /// Opens results.
     pub(super) async fn results(&self, source: &Source) -> Result<Results<'_>, Fault> {
-        let response = self.send(Request::get(source.at.clone()), &[]).await.map_err(|failed| failed.fault)?;
+        let response = self.send(Request::get(source.at.clone()), &[], None).await.map_err(|failed| failed.fault)?;
         Ok(Results {
             calls: self,
             response: Some(response),
@@ -67,21 +93,29 @@ impl Calls<'_> {
     }
 
     /// The answer to a request, when it is a success.
-    async fn send(&self, request: Request, said: &[&str]) -> Result<Response, Failed> {
-        let undone = |fault| Failed { fault, undone: true };
+    async fn send(&self, request: Request, said: &[&str], hold: Option<&Hold>) -> Result<Response, Failed> {
+        let undone = |fault| Failed { fault, carried_out: CarriedOut::No };
         let url = self.url(&request.path).map_err(undone)?;
         let size = u32::try_from(request.body.len() / UPLOAD_BYTES_PER_S).unwrap_or(u32::MAX);
         let patience = self.limits.first_byte.unwrap_or(SILENCE).saturating_add(Duration::from_secs(size.into()));
+        let left = Left::default();
+        let perhaps = || match hold {
+            Some(hold) if !left.is_so() && !hold.lasts() => CarriedOut::Late,
+            Some(_) if !left.is_so() => CarriedOut::No,
+            _ => CarriedOut::Perhaps,
+        };
         let call = self.call(request, &url).map_err(|error| undone(lost(self.endpoint, &error)))?;
+        let call = hold.iter().fold(call, |call, hold| call.gated(left.under(hold)));
         let response = match timeout(patience, self.http.send(self.endpoint, call)).await {
             Ok(Ok(response)) => response,
             Ok(Err(Unsent::Fault(fault))) => return Err(undone(fault)),
             Ok(Err(Unsent::Lost(error))) => {
-                return Err(Failed { fault: lost(self.endpoint, &error), undone: !was_sent(&error) });
+                let carried_out = if was_sent(&error) { perhaps() } else { CarriedOut::No };
+                return Err(Failed { fault: lost(self.endpoint, &error), carried_out });
             }
             Err(_) => {
                 let what = format!("sent nothing for {} s", patience.as_secs());
-                return Err(Failed { fault: self.fault(Kind::Timeout, &what), undone: false });
+                return Err(Failed { fault: self.fault(Kind::Timeout, &what), carried_out: perhaps() });
             }
         };
         let status = response.status();
@@ -90,7 +124,8 @@ impl Calls<'_> {
             return Ok(response);
         }
         let fault = refusal(self.endpoint, self.dialect, said, self.silence(), response).await;
-        Err(Failed { fault, undone: !status.is_server_error() && !UNCLEAR.contains(&status) })
+        let unclear = status.is_server_error() || UNCLEAR.contains(&status);
+        Err(Failed { fault, carried_out: if unclear { perhaps() } else { CarriedOut::No } })
     }
 
     /// A request as it is sent.
@@ -98,6 +133,7 @@ impl Calls<'_> {
         let method = match request.method {
             Method::Get => Verb::GET,
             Method::Post => Verb::POST,
+            Method::Delete => Verb::DELETE,
         };
         // Nothing is no JSON.
         let kind = (!request.body.is_empty()).then_some((CONTENT_TYPE.as_str(), request.content_type.as_str()));

@@ -4,7 +4,8 @@
 //! <https://ai.google.dev/api/batch-api>
 
 use super::{
-    Answer, Answered, BatchApi, Carrier, Form, Listed, Page, Request, Source, State, Submission, Tag, rfc3339, text,
+    Answer, Answered, BatchApi, Carrier, Form, Listed, Page, Request, Source, State, Submission, Tag, Turns, rfc3339,
+    text,
 };
 use crate::dialect::Encoded;
 use crate::url::escaped;
@@ -81,7 +82,8 @@ impl BatchApi for Gemini {
         let batches = answer["operations"].as_array().into_iter().flatten();
         let listed = |batch: &Value| {
             let tag = text(&batch["metadata"]["displayName"]).map_or(Tag::Other, Tag::Is);
-            Some(Listed { remote: text(&batch["name"])?, tag, created: rfc3339(&batch["metadata"]["createTime"]) })
+            let created = rfc3339(&batch["metadata"]["createTime"]);
+            Some(Listed { remote: text(&batch["name"])?, tag, created, items: None })
         };
         Page { batches: batches.filter_map(listed).collect(), next: text(&answer["nextPageToken"]) }
     }
@@ -96,16 +98,17 @@ impl BatchApi for Gemini {
         // It is spelled BATCH_STATE_… and JOB_STATE_….
         let state = told.unwrap_or_default().rsplit_once("STATE_").map_or("", |(_, state)| state);
         let cancelled = answer["error"]["code"] == CANCELLED;
-        let early = match state {
-            "SUCCEEDED" => false,
-            "CANCELLED" | "EXPIRED" => true,
+        let turns = match state {
+            "SUCCEEDED" => Turns::All,
+            "CANCELLED" | "EXPIRED" => Turns::Some,
             "FAILED" => return failed(&answer["error"]),
             _ if answer["done"] != true => return State::Works,
-            _ if answer["error"].is_null() || cancelled => cancelled,
+            _ if cancelled => Turns::Some,
+            _ if answer["error"].is_null() => Turns::All,
             _ => return failed(&answer["error"]),
         };
         let remote = self.name(answer).unwrap_or_default();
-        State::Ended { sources: vec![Source { at: self.batch(&remote), form: Form::Elements }], early }
+        State::Ended { sources: vec![Source { at: self.batch(&remote), form: Form::Elements }], turns }
     }
 
     fn cancel(&self, remote: &str) -> Request {
@@ -155,5 +158,5 @@ fn refused(error: &Value) -> Answer {
 
 fn failed(error: &Value) -> State {
     let (status, body) = status(error);
-    State::Refused { status, body }
+    State::Refused { status, body, lines: Vec::new(), items: None }
 }

@@ -2,8 +2,10 @@
 //!
 //! <https://docs.mistral.ai/capabilities/batch/>
 
-use super::openai::{files, result};
-use super::{Answered, BatchApi, Carrier, Listed, Page, Request, State, Submission, TAG, Tag, text, unix_s, uploaded};
+use super::openai::{named_files, result, sources};
+use super::{
+    Answered, BatchApi, Carrier, Listed, Page, Request, State, Submission, TAG, Tag, Turns, text, unix_s, uploaded,
+};
 use crate::dialect::Encoded;
 use crate::url::escaped;
 use genmill_core::time::UnixMs;
@@ -15,6 +17,9 @@ const PAGE: usize = 100;
 
 /// The last point in time that RFC 3339 can spell.
 const SPELLED_MAX_MS: u64 = 253_402_300_799_999;
+
+/// The fields that name files of results.
+const RESULTS: [&str; 2] = ["output_file", "error_file"];
 
 /// The API.
 #[derive(Debug)]
@@ -74,19 +79,25 @@ impl BatchApi for Mistral {
     }
 
     fn state(&self, answer: &Value) -> State {
-        let sources = files(answer, ["output_file", "error_file"]);
-        let early = match answer["status"].as_str().unwrap_or_default() {
-            "SUCCESS" => false,
-            "TIMEOUT_EXCEEDED" | "CANCELLED" => true,
+        let sources = sources(answer, RESULTS);
+        let turns = match answer["status"].as_str().unwrap_or_default() {
+            "SUCCESS" => Turns::All,
+            "TIMEOUT_EXCEEDED" | "CANCELLED" => Turns::Some,
             "FAILED" if sources.is_empty() => {
                 // Whether the fault lies in the items is not told.
-                return State::Refused { status: 200, body: json!({"error": answer["errors"][0]}).to_string() };
+                let body = json!({"error": answer["errors"][0]}).to_string();
+                return State::Refused { status: 200, body, lines: Vec::new(), items: None };
             }
-            "FAILED" => true,
+            "FAILED" => Turns::Some,
             // Queued, running, cancellation requested.
             _ => return State::Works,
         };
-        State::Ended { sources, early }
+        State::Ended { sources, turns }
+    }
+
+    fn files(&self, answer: &Value) -> Vec<String> {
+        let inputs = answer["input_files"].as_array().into_iter().flatten().filter_map(text);
+        inputs.chain(named_files(answer, RESULTS)).collect()
     }
 
     fn cancel(&self, remote: &str) -> Request {
@@ -100,5 +111,5 @@ impl BatchApi for Mistral {
 
 fn listed(job: &Value) -> Option<Listed> {
     let tag = job["metadata"][TAG].as_str().map_or(Tag::Other, |tag| Tag::Is(tag.to_owned()));
-    Some(Listed { remote: text(&job["id"])?, tag, created: unix_s(&job["created_at"]) })
+    Some(Listed { remote: text(&job["id"])?, tag, created: unix_s(&job["created_at"]), items: None })
 }

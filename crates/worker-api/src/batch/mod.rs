@@ -7,7 +7,9 @@
 mod anthropic;
 mod calls;
 mod gemini;
+mod held;
 mod mistral;
+mod named;
 mod openai;
 pub mod perform;
 mod results;
@@ -16,6 +18,7 @@ mod split;
 mod tests;
 
 use crate::dialect::Encoded;
+use crate::url::escaped;
 use genmill_core::ids::{Epoch, JobId};
 use genmill_core::time::UnixMs;
 use serde_json::Value;
@@ -46,10 +49,26 @@ pub fn custom_id(id: JobId, epoch: Epoch) -> String {
 
 /// Whether a text has the form of such a name.
 fn is_custom_id(text: &str) -> bool {
+    parts(text).is_some()
+}
+
+/// The digits of the job and of the epoch in such a name.
+fn parts(text: &str) -> Option<(&str, &str)> {
     let digits = |text: &str, of: fn(&u8) -> bool| !text.is_empty() && text.as_bytes().iter().all(of);
-    text.split_once('_').is_some_and(|(id, epoch)| {
-        id.len() == 32 && digits(id, u8::is_ascii_hexdigit) && digits(epoch, u8::is_ascii_digit)
-    })
+    text.split_once('_')
+        .filter(|(id, epoch)| id.len() == 32 && digits(id, u8::is_ascii_hexdigit) && digits(epoch, u8::is_ascii_digit))
+}
+
+/// Whom such a name is of.
+fn read_custom_id(text: &str) -> Option<(JobId, Epoch)> {
+    let (id, epoch) = parts(text)?;
+    let id = JobId::from_bytes(&u128::from_str_radix(id, 16).ok()?.to_be_bytes())?;
+    Some((id, Epoch(epoch.parse().ok()?)))
+}
+
+/// Where a file is.
+fn file_at(id: &str) -> String {
+    format!("/files/{}", escaped(id))
 }
 
 /// A batch that is to be submitted.
@@ -68,6 +87,8 @@ pub enum Method {
     Get,
     /// It is made or changed.
     Post,
+    /// It is deleted.
+    Delete,
 }
 
 /// A request, but for the base URL, the key and what every request of a provider has.
@@ -86,6 +107,10 @@ pub struct Request {
 impl Request {
     fn get(path: String) -> Self {
         Self { method: Method::Get, path, content_type: String::new(), body: String::new() }
+    }
+
+    fn delete(path: String) -> Self {
+        Self { method: Method::Delete, ..Self::get(path) }
     }
 
     fn post(path: String, body: String) -> Self {
@@ -151,8 +176,8 @@ pub enum State {
     Ended {
         /// Where its results are.
         sources: Vec<Source>,
-        /// Whether it ended before all of its items had their turn.
-        early: bool,
+        /// Which items had their turn.
+        turns: Turns,
     },
     /// The provider refused all of it, and with which status and body such a refusal would have come as an answer.
     Refused {
@@ -160,7 +185,31 @@ pub enum State {
         status: u16,
         /// The body.
         body: String,
+        /// The items that it names as its reason.
+        lines: Vec<Line>,
+        /// Where the items can be read.
+        items: Option<Source>,
     },
+}
+
+/// Which items of a batch that has ended had their turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turns {
+    /// All: what is told of none is lost.
+    All,
+    /// Each is told of, and whether it had its turn.
+    Told,
+    /// Those that are told of: the batch ended early.
+    Some,
+}
+
+/// An item that a provider names as the reason of its refusal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Its place in the file, counted from 1.
+    pub number: u64,
+    /// The body with which it would have been refused by itself.
+    pub body: String,
 }
 
 /// A batch in a list.
@@ -172,6 +221,8 @@ pub struct Listed {
     pub tag: Tag,
     /// When it was created, when told.
     pub created: Option<UnixMs>,
+    /// How many items it has, when told.
+    pub items: Option<u64>,
 }
 
 /// What a list tells of a batch's tag.
@@ -258,6 +309,11 @@ pub trait BatchApi: Sync {
 
     /// What is told there.
     fn state(&self, answer: &Value) -> State;
+
+    /// The files that a batch leaves behind, of whom this is told.
+    fn files(&self, _answer: &Value) -> Vec<String> {
+        Vec::new()
+    }
 
     /// The request that ends a batch early.
     fn cancel(&self, remote: &str) -> Request;

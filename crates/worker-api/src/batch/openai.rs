@@ -3,8 +3,8 @@
 //! <https://platform.openai.com/docs/api-reference/batch>
 
 use super::{
-    Answer, Answered, BatchApi, Carrier, Form, Listed, Page, Request, Source, State, Submission, TAG, Tag, text,
-    unix_s, uploaded,
+    Answer, Answered, BatchApi, Carrier, Form, Line, Listed, Page, Request, Source, State, Submission, TAG, Tag, Turns,
+    file_at, text, unix_s, uploaded,
 };
 use crate::dialect::Encoded;
 use crate::url::escaped;
@@ -18,6 +18,9 @@ const GIVEN_UP: &[&str] = &["batch_expired", "batch_cancelled"];
 
 /// The code of a batch that is refused because others have to be done first.
 const TOO_MUCH: &str = "token_limit_exceeded";
+
+/// The fields that name files of results.
+const RESULTS: [&str; 2] = ["output_file_id", "error_file_id"];
 
 /// The API.
 #[derive(Debug)]
@@ -71,14 +74,18 @@ impl BatchApi for OpenAi {
     }
 
     fn state(&self, answer: &Value) -> State {
-        let early = match answer["status"].as_str().unwrap_or_default() {
-            "completed" => false,
-            "expired" | "cancelled" => true,
+        let turns = match answer["status"].as_str().unwrap_or_default() {
+            "completed" => Turns::All,
+            "expired" | "cancelled" => Turns::Some,
             "failed" => return refused(answer),
             // Validating, in progress, finalizing, cancelling.
             _ => return State::Works,
         };
-        State::Ended { sources: files(answer, ["output_file_id", "error_file_id"]), early }
+        State::Ended { sources: sources(answer, RESULTS), turns }
+    }
+
+    fn files(&self, answer: &Value) -> Vec<String> {
+        text(&answer["input_file_id"]).into_iter().chain(named_files(answer, RESULTS)).collect()
     }
 
     fn cancel(&self, remote: &str) -> Request {
@@ -100,27 +107,42 @@ fn listed(batch: &Value) -> Option<Listed> {
     let tag = match (metadata, &batch["input_file_id"]) {
         (Some(metadata), _) => metadata.get(TAG).and_then(text).map_or(Tag::Other, Tag::Is),
         // Whoever forgets metadata has it in the name of a file.
-        (None, Value::String(file)) => Tag::InNameOf(format!("/files/{}", escaped(file))),
+        (None, Value::String(file)) => Tag::InNameOf(file_at(file)),
         (None, _) => Tag::Other,
     };
-    Some(Listed { remote: text(&batch["id"])?, tag, created: unix_s(&batch["created_at"]) })
+    Some(Listed { remote: text(&batch["id"])?, tag, created: unix_s(&batch["created_at"]), items: None })
 }
 
 fn refused(answer: &Value) -> State {
-    let error = &answer["errors"]["data"][0];
-    let status = if error["code"] == TOO_MUCH { 429 } else { 400 };
-    State::Refused { status, body: json!({ "error": error }).to_string() }
+    let errors = answer["errors"]["data"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let body = |error: &Value| json!({ "error": error }).to_string();
+    let status = if errors.iter().any(|error| error["code"] == TOO_MUCH) { 429 } else { 400 };
+    let line = |error: &Value| Some(Line { number: error["line"].as_u64()?, body: body(error) });
+    State::Refused {
+        status,
+        body: body(errors.first().unwrap_or(&Value::Null)),
+        lines: errors.iter().filter(|_| status == 400).filter_map(line).collect(),
+        items: text(&answer["input_file_id"]).map(|id| content(&id)),
+    }
+}
+
+fn content(file: &str) -> Source {
+    Source { at: format!("{}/content", file_at(file)), form: Form::Lines }
 }
 
 /// The files of results, as far as there are any.
-pub(super) fn files(answer: &Value, fields: [&str; 2]) -> Vec<Source> {
-    let file = |id: String| Source { at: format!("/files/{}/content", escaped(&id)), form: Form::Lines };
-    fields.into_iter().filter_map(|field| text(&answer[field])).map(file).collect()
+pub(super) fn named_files(answer: &Value, fields: [&str; 2]) -> impl Iterator<Item = String> {
+    fields.into_iter().filter_map(|field| text(&answer[field]))
+}
+
+/// Where the results are.
+pub(super) fn sources(answer: &Value, fields: [&str; 2]) -> Vec<Source> {
+    named_files(answer, fields).map(|file| content(&file)).collect()
 }
 
 /// A line of a file of results.
 #[derive(Deserialize)]
-struct Line<'a> {
+struct Told<'a> {
     custom_id: String,
     #[serde(borrow, default)]
     response: Option<Response<'a>>,
@@ -138,7 +160,7 @@ struct Response<'a> {
 
 /// What a line of a file of results says.
 pub(super) fn result(record: &[u8]) -> Option<Answered> {
-    let line: Line<'_> = serde_json::from_slice(record).ok()?;
+    let line: Told<'_> = serde_json::from_slice(record).ok()?;
     let code = line.error["code"].as_str().unwrap_or_default();
     let status = line.response.as_ref().and_then(|response| response.status_code);
     let body = line.response.as_ref().and_then(|response| response.body).map(|body| body.get().to_owned());

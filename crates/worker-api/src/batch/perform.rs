@@ -1,8 +1,11 @@
 //! Submits, finds, looks at and reads batches. Never here: which jobs they have, and what is done next (`genmill-worker`).
 
-use super::calls::{Calls, Failed};
+use super::calls::{Calls, CarriedOut, Failed};
+use super::named::named;
 use super::results::Collecting;
-use super::{BatchApi, Carrier, Listed, Request, Source, State, Submission, Tag, custom_id};
+use super::{
+    BatchApi, Carrier, Line, Listed, Request, Source, State, Submission, Tag, Turns, custom_id, file_at, read_custom_id,
+};
 use crate::auth::Credentials;
 use crate::call::{said, told, unsupported};
 use crate::catalog::Endpoint;
@@ -11,13 +14,17 @@ use crate::failure::{Fault, Kind};
 use crate::perform::Performer;
 use crate::wait::asked_ms;
 use genmill_core::attempt::{Failure, FailureClass};
+use genmill_core::ids::{Epoch, JobId};
 use genmill_core::job::JobSpec;
 use genmill_core::model::Lane;
 use genmill_core::time::UnixMs;
 use genmill_daemon::clock::now_unix_ms;
-use genmill_worker::batches::{Arrived, Batch, BatchOffer, Found, PerformBatches, Stage, Unsubmitted};
+use genmill_worker::batches::{
+    Arrived, Batch, BatchOffer, Found, PerformBatches, Prepared, Refusal, Stage, Unsubmitted,
+};
+use genmill_worker::hold::Hold;
 use http::HeaderMap;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -31,8 +38,11 @@ const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The name of a batch that no provider was told of, because none of its items can be asked.
 const NOTHING: &str = "nothing";
 
-/// How far a provider's clock may be behind.
+/// How far a provider's clock may be behind, where nothing but time tells what cannot be the batch that is sought.
 const CLOCKS: Duration = Duration::from_secs(10 * 60);
+
+/// The same where its tag tells.
+const CLOCKS_TAGGED: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How many pages of a list are read in search of a batch.
 const PAGES_MAX: usize = 1_000;
@@ -72,7 +82,20 @@ pub(super) struct Desk<'a> {
     submission: Submission<'a>,
 }
 
+/// What a batch is made with.
+#[derive(Debug)]
+pub struct Ready {
+    /// The request that makes it; `None` when none of its items can be asked.
+    request: Option<Request>,
+    /// The file that has its items.
+    file: Option<String>,
+    /// Its items, in their order.
+    items: Vec<(JobId, Epoch)>,
+}
+
 impl PerformBatches for Performer {
+    type Ready = Ready;
+
     fn batch_offers(&self) -> Vec<BatchOffer> {
         let offer = |(lane, endpoint): (&Lane, &Endpoint)| {
             let api = self.batch_api(lane)?;
@@ -86,12 +109,16 @@ impl PerformBatches for Performer {
         self.catalog.endpoints.iter().filter_map(offer).collect()
     }
 
-    async fn submit(&self, batch: &Batch) -> Result<String, Unsubmitted> {
-        self.desk(batch).map_err(Unsubmitted::Refused)?.submit(batch).await
+    async fn prepare(&self, batch: &Batch) -> Result<Prepared<Ready>, Refusal> {
+        self.desk(batch)?.prepare(batch).await
     }
 
-    async fn find(&self, batch: &Batch) -> Result<Found, Failure> {
-        self.desk(batch)?.find(batch).await
+    async fn create(&self, batch: &Batch, ready: Ready, hold: &Hold) -> Result<String, Unsubmitted> {
+        self.desk(batch).map_err(|failure| Unsubmitted::Refused(failure.into()))?.create(batch, ready, hold).await
+    }
+
+    async fn find(&self, batch: &Batch, others: &[String]) -> Result<Found, Failure> {
+        self.desk(batch)?.find(batch, others).await
     }
 
     async fn look(&self, batch: &Batch, remote: &str) -> Result<Stage, Failure> {
@@ -102,23 +129,42 @@ impl PerformBatches for Performer {
         Ok(match desk.state(remote).await? {
             State::Works => Stage::Works,
             State::Ended { .. } => Stage::Ended,
-            State::Refused { status, body } => Stage::Refused(desk.refused(status, &body, &[]).into_failure()),
+            State::Refused { status, body, lines, items } => Stage::Refused(Refusal {
+                failure: desk.refused(status, &body, &[]).into_failure(),
+                named: match items {
+                    Some(items) if !lines.is_empty() => desk.named_in(&items, status, &lines).await?,
+                    _ => Vec::new(),
+                },
+            }),
         })
     }
 
     async fn collect(&self, batch: &Batch, remote: &str, results: mpsc::Sender<Arrived>) -> Result<(), Failure> {
         let desk = self.desk(batch)?;
-        let (sources, early) = match remote {
-            NOTHING => (Vec::new(), false),
+        let (sources, turns) = match remote {
+            NOTHING => (Vec::new(), Turns::All),
             _ => match desk.state(remote).await? {
-                State::Ended { sources, early } => (sources, early),
-                State::Refused { .. } => (Vec::new(), false),
+                State::Ended { sources, turns } => (sources, turns),
+                State::Refused { .. } => (Vec::new(), Turns::Some),
                 State::Works => {
                     return Err(desk.calls.fault(Kind::Transient, "works on the batch still").into_failure());
                 }
             },
         };
-        Collecting::new(&desk, &batch.items, early, results).collect(&sources).await
+        Collecting::new(&desk, &batch.items, turns, results).collect(&sources).await
+    }
+
+    async fn clear(&self, batch: &Batch, remote: &str) -> Result<(), Failure> {
+        if remote == NOTHING {
+            return Ok(());
+        }
+        let desk = self.desk(batch)?;
+        let answer = match desk.json(Request::get(desk.api.batch(remote))).await {
+            // Whoever deleted it has seen to that.
+            Err(failure) if failure.class == FailureClass::NotFound => return Ok(()),
+            told => told?,
+        };
+        desk.delete(&desk.api.files(&answer)).await
     }
 
     async fn cancel(&self, batch: &Batch, remote: &str) -> Result<(), Failure> {
@@ -163,42 +209,116 @@ impl Desk<'_> {
         self.bytes_max() - 64 * 1024
     }
 
-    async fn submit(&self, batch: &Batch) -> Result<String, Unsubmitted> {
-        let (carrier, mut path) = (self.api.carrier(self.submission), None);
-        let texts = batch.items.iter().filter_map(|item| {
+    async fn prepare(&self, batch: &Batch) -> Result<Prepared<Ready>, Refusal> {
+        let mut packing = Packing::new(self.api.carrier(self.submission), self.api.items_max(), self.bytes_max());
+        let (mut path, mut items, mut left) = (None, Vec::new(), Vec::new());
+        for item in &batch.items {
             // Why one is left out is told when results are collected.
-            let encoded = self.encoded(&item.spec).ok()?;
-            let text = self.api.item(&custom_id(item.id, item.epoch), &encoded);
-            path.get_or_insert(encoded.path);
-            Some(text)
-        });
-        let (body, count) = packed(&carrier, texts, self.api.items_max().min(ITEMS_MAX), self.bytes_max());
-        let Some(path) = path.filter(|_| count > 0) else { return Ok(NOTHING.to_owned()) };
-        let said: Vec<&str> = batch.items.iter().flat_map(|item| said(&item.spec)).collect();
-        let (content_type, creates) = (carrier.content_type, self.api.creation(self.submission, &path, "").is_none());
-        let mut request = Request { content_type, ..Request::post(carrier.path, body) };
-        if !creates {
-            // Whatever became of a file, it is no batch.
-            let refused = |fault: Fault| Unsubmitted::Refused(fault.into_failure());
-            let answer = self.calls.json(request, &said).await.map_err(|failed| refused(failed.fault))?;
-            let file = self.api.name(&answer);
-            let creation = file.and_then(|file| self.api.creation(self.submission, &path, &file));
-            let nameless = || refused(self.calls.fault(Kind::Transient, "took a file and did not tell its name"));
+            let Ok(encoded) = self.encoded(&item.spec) else { continue };
+            let name = (item.id, item.epoch);
+            if packing.add(&self.api.item(&custom_id(item.id, item.epoch), &encoded)) {
+                items.push(name);
+                path.get_or_insert(encoded.path);
+            } else {
+                left.push(name);
+            }
+        }
+        let Some(path) = path else { return Ok(Prepared { ready: Ready { request: None, file: None, items }, left }) };
+        let mut request = packing.finish();
+        let mut file = None;
+        if self.api.creation(self.submission, &path, "").is_some() {
+            let answer = self.calls.json(request, &said_in(batch)).await;
+            let answer = answer.map_err(|failed| self.refusal(failed.fault, &items))?;
+            file = self.api.name(&answer);
+            let creation = file.as_deref().and_then(|file| self.api.creation(self.submission, &path, file));
+            let nameless = || self.calls.fault(Kind::Transient, "took a file and did not tell its name").into_failure();
             request = creation.ok_or_else(nameless)?;
         }
-        let answer = self.calls.json(request, &said).await.map_err(unsubmitted)?;
-        let nameless = || self.calls.fault(Kind::Transient, "made a batch and did not tell its name").into_failure();
-        let remote = self.api.name(&answer).ok_or_else(|| Unsubmitted::Unclear(nameless()))?;
-        Ok(remote)
+        Ok(Prepared { ready: Ready { request: Some(request), file, items }, left })
     }
 
-    async fn find(&self, batch: &Batch) -> Result<Found, Failure> {
-        let since = UnixMs(batch.since.0.saturating_sub(millis(CLOCKS)));
+    async fn create(&self, batch: &Batch, ready: Ready, hold: &Hold) -> Result<String, Unsubmitted> {
+        let Some(request) = ready.request else { return Ok(NOTHING.to_owned()) };
+        match self.calls.json_under(hold, request, &said_in(batch)).await {
+            Ok(answer) => {
+                let nameless =
+                    || self.calls.fault(Kind::Transient, "made a batch and did not tell its name").into_failure();
+                self.api.name(&answer).ok_or_else(|| Unsubmitted::Unclear(nameless()))
+            }
+            Err(Failed { fault, carried_out: CarriedOut::Perhaps }) => Err(Unsubmitted::Unclear(fault.into_failure())),
+            Err(Failed { fault, carried_out }) => {
+                // Another one is made with another file.
+                if let Err(failure) = self.delete(ready.file.as_slice()).await {
+                    tracing::warn!(tag = batch.tag, message = failure.message, "a file stays at its provider");
+                }
+                let refusal = self.refusal(fault, &ready.items);
+                Err(if carried_out == CarriedOut::Late { Unsubmitted::Late } else { Unsubmitted::Refused(refusal) })
+            }
+        }
+    }
+
+    /// A refusal, and which of the items it names.
+    fn refusal(&self, fault: Fault, items: &[(JobId, Epoch)]) -> Refusal {
+        let failure = fault.into_failure();
+        let named = named(&failure.message).into_iter().filter_map(|place| items.get(place).copied());
+        Refusal { named: named.map(|item| (item, failure.clone())).collect(), failure }
+    }
+
+    /// The items on lines of what was submitted, each with what is said of it. None where that cannot be read any more.
+    async fn named_in(
+        &self,
+        submitted: &Source,
+        status: u16,
+        lines: &[Line],
+    ) -> Result<Vec<((JobId, Epoch), Failure)>, Failure> {
+        let said: BTreeMap<u64, &Line> = lines.iter().map(|line| (line.number, line)).collect();
+        let (mut number, mut named) = (0, Vec::new());
+        let read = async {
+            let mut results = self.calls.results(submitted).await?;
+            while let Some(records) = results.next().await? {
+                for record in records {
+                    number += 1;
+                    let name = said.get(&number).zip(record.and_then(|record| name_of(&record)));
+                    if let Some((line, name)) = name {
+                        named.push((name, self.refused(status, &line.body, &[]).into_failure()));
+                    }
+                }
+            }
+            Ok::<(), Fault>(())
+        };
+        match read.await.map_err(Fault::into_failure) {
+            Err(failure) if failure.class.is_retried() => Err(failure),
+            Ok(()) | Err(_) => Ok(named),
+        }
+    }
+
+    /// Deletes files. Of what cannot be deleted, the first failure.
+    async fn delete(&self, files: &[String]) -> Result<(), Failure> {
+        let mut deleted = Ok(());
+        for file in files {
+            let done = self.calls.done(Request::delete(file_at(file))).await.map_err(Fault::into_failure);
+            deleted = deleted.and(done.or_else(|failure| match failure.class {
+                FailureClass::NotFound => Ok(()),
+                _ => Err(failure),
+            }));
+        }
+        deleted
+    }
+
+    async fn find(&self, batch: &Batch, others: &[String]) -> Result<Found, Failure> {
+        let before = |clocks| UnixMs(batch.since.0.saturating_sub(millis(clocks)));
+        let (since, listed_since) = (before(CLOCKS), before(CLOCKS_TAGGED));
+        let others: HashSet<&str> = others.iter().map(String::as_str).collect();
         let (mut next, mut runs) = (None, false);
         for _ in 0..PAGES_MAX {
-            let answer = self.json(Request::get(self.api.list(since, next.as_deref()))).await?;
+            let answer = self.json(Request::get(self.api.list(listed_since, next.as_deref()))).await?;
             let page = self.api.page(&answer, next.as_deref());
-            let may_be = |listed: &&Listed| listed.created.is_none_or(|created| created >= since);
+            let may_be = |listed: &&Listed| {
+                let old =
+                    matches!(listed.tag, Tag::InResults(_)) && listed.created.is_some_and(|created| created < since);
+                let more = listed.items.is_some_and(|items| items > batch.items.len() as u64);
+                !old && !more && !others.contains(listed.remote.as_str())
+            };
             for listed in page.batches.iter().filter(may_be) {
                 match self.is_it(listed, batch).await? {
                     Is::It => return Ok(Found::Here(listed.remote.clone())),
@@ -292,29 +412,50 @@ enum Is {
     Never(String),
 }
 
-/// The items between what is around them, as many as have room, and how many those are.
-fn packed(
-    carrier: &Carrier,
-    texts: impl Iterator<Item = String>,
-    items_max: usize,
-    bytes_max: usize,
-) -> (String, usize) {
-    let (mut body, mut count) = (carrier.opening.clone(), 0);
-    for text in texts.take(items_max) {
-        if body.len() + carrier.between.len() + text.len() + carrier.closing.len() > bytes_max {
-            break;
-        }
-        body.push_str(if count == 0 { "" } else { carrier.between });
-        body.push_str(&text);
-        count += 1;
-    }
-    body.push_str(&carrier.closing);
-    (body, count)
+/// What jobs of a batch say.
+fn said_in(batch: &Batch) -> Vec<&str> {
+    batch.items.iter().flat_map(|item| said(&item.spec)).collect()
 }
 
-fn unsubmitted(failed: Failed) -> Unsubmitted {
-    let of = if failed.undone { Unsubmitted::Refused } else { Unsubmitted::Unclear };
-    of(failed.fault.into_failure())
+/// Whom a line of what was submitted is of.
+fn name_of(line: &[u8]) -> Option<(JobId, Epoch)> {
+    let line: serde_json::Value = serde_json::from_slice(line).ok()?;
+    read_custom_id(line["custom_id"].as_str()?)
+}
+
+/// The items between what is around them, as many as have room.
+#[derive(Debug)]
+struct Packing {
+    carrier: Carrier,
+    body: String,
+    count: usize,
+    items_max: usize,
+    bytes_max: usize,
+}
+
+impl Packing {
+    fn new(carrier: Carrier, items_max: usize, bytes_max: usize) -> Self {
+        let items_max = items_max.min(ITEMS_MAX);
+        Self { body: carrier.opening.clone(), carrier, count: 0, items_max, bytes_max }
+    }
+
+    /// Whether it had room.
+    fn add(&mut self, item: &str) -> bool {
+        let between = if self.count == 0 { "" } else { self.carrier.between };
+        let bytes = self.body.len() + between.len() + item.len() + self.carrier.closing.len();
+        if self.count >= self.items_max || bytes > self.bytes_max {
+            return false;
+        }
+        self.body.push_str(between);
+        self.body.push_str(item);
+        self.count += 1;
+        true
+    }
+
+    fn finish(mut self) -> Request {
+        self.body.push_str(&self.carrier.closing);
+        Request { content_type: self.carrier.content_type, ..Request::post(self.carrier.path, self.body) }
+    }
 }
 
 fn millis(time: Duration) -> u64 {

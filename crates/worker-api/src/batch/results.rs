@@ -1,7 +1,7 @@
 //! Reads what a batch came to, and tells of each item once. Never here: where it is to be read (`perform`).
 
 use super::perform::Desk;
-use super::{Answer, Answered, Source, custom_id, is_custom_id};
+use super::{Answer, Answered, Source, Turns, custom_id, is_custom_id};
 use crate::call::{Ended, said, told};
 use crate::collect::Collected;
 use crate::failure::{Fault, Kind};
@@ -17,8 +17,7 @@ use tokio::sync::mpsc;
 /// The reading of what a batch came to.
 pub(super) struct Collecting<'a> {
     desk: &'a Desk<'a>,
-    /// Whether the batch ended before all of its items had their turn.
-    early: bool,
+    turns: Turns,
     /// The items of which nothing was told yet.
     wanted: BTreeMap<String, &'a Item>,
     results: mpsc::Sender<Arrived>,
@@ -29,9 +28,9 @@ pub(super) struct Collecting<'a> {
 }
 
 impl<'a> Collecting<'a> {
-    pub(super) fn new(desk: &'a Desk<'a>, items: &'a [Item], early: bool, results: mpsc::Sender<Arrived>) -> Self {
+    pub(super) fn new(desk: &'a Desk<'a>, items: &'a [Item], turns: Turns, results: mpsc::Sender<Arrived>) -> Self {
         let wanted = items.iter().map(|item| (custom_id(item.id, item.epoch), item)).collect();
-        Self { desk, early, wanted, results, understood: 0, strange: 0 }
+        Self { desk, turns, wanted, results, understood: 0, strange: 0 }
     }
 
     pub(super) async fn collect(mut self, sources: &[Source]) -> Result<(), Failure> {
@@ -47,7 +46,7 @@ impl<'a> Collecting<'a> {
             let what = "told what a batch came to in a way that is not understood";
             return Err(self.desk.calls.fault(Kind::Invalid, what).into_failure());
         }
-        self.tell_unasked().await
+        self.tell_rest().await
     }
 
     /// Sends on what can be read at one source, each result once.
@@ -69,7 +68,7 @@ impl<'a> Collecting<'a> {
         self.understood += 1;
         // One may come twice, or be of a job that is not wanted any more.
         let Some(item) = self.wanted.get(&answered.custom_id).copied() else { return Ok(()) };
-        let Some(performed) = self.performed(item, answered) else { return Ok(()) };
+        let performed = self.performed(item, answered);
         self.wanted.remove(&answered.custom_id);
         self.send(item, performed).await
     }
@@ -79,8 +78,8 @@ impl<'a> Collecting<'a> {
         sent.map_err(|_| Failure::new(FailureClass::Transient, "what a batch came to is not taken any more"))
     }
 
-    /// What came of an item; `None` when it had no turn.
-    fn performed(&self, item: &Item, answered: &Answered) -> Option<Performed> {
+    /// What came of an item.
+    fn performed(&self, item: &Item, answered: &Answered) -> Performed {
         let calls = &self.desk.calls;
         let sampling = &item.spec.sampling;
         let mut collected = Collected::new(&sampling.stop).of_samples(sampling.controls.samples());
@@ -93,7 +92,7 @@ impl<'a> Collecting<'a> {
                 Err(error) => Ended::Broken(told(calls.endpoint, 200, error, &said(&item.spec))),
             },
             Answer::Refused { status, body } => Ended::Refused(self.desk.refused(*status, body, &said(&item.spec))),
-            Answer::GivenUp if self.early => return None,
+            Answer::GivenUp if self.turns != Turns::All => return no_turn(),
             Answer::GivenUp => Ended::Refused(calls.fault(Kind::Transient, "gave the request up")),
         };
         collected.left_out(&self.desk.encode(&item.spec).left_out);
@@ -104,7 +103,7 @@ impl<'a> Collecting<'a> {
         if let Outcome::Generated(generation) = &mut performed.outcome {
             generation.first_token_ms = None;
         }
-        Some(performed)
+        performed
     }
 
     /// What an item cost, at the price of batches. Never an estimate.
@@ -119,14 +118,30 @@ impl<'a> Collecting<'a> {
         amount.map(Cost::exact)
     }
 
-    /// Tells of the items that were not submitted, because they cannot be asked.
-    async fn tell_unasked(&self) -> Result<(), Failure> {
+    /// Tells of the items of which the provider told nothing.
+    async fn tell_rest(&self) -> Result<(), Failure> {
         for item in self.wanted.values() {
-            if let Err(fault) = self.desk.encoded(&item.spec) {
-                let outcome = Outcome::Failed(fault.into_failure());
-                self.send(item, Performed { outcome, cost: Some(Cost::NOTHING), observation: None }).await?;
-            }
+            let performed = match (self.desk.encoded(&item.spec), self.turns) {
+                // It was not submitted, because it cannot be asked.
+                (Err(fault), _) => failed(fault, Some(Cost::NOTHING)),
+                (Ok(_), Turns::Some) => no_turn(),
+                // It may have been paid for. That counts as a failure, lest it be so again and again.
+                (Ok(_), Turns::All | Turns::Told) => {
+                    let what = "ended a batch and did not tell what came of the request";
+                    failed(self.desk.calls.fault(Kind::Transient, what), None)
+                }
+            };
+            self.send(item, performed).await?;
         }
         Ok(())
     }
+}
+
+fn failed(fault: Fault, cost: Option<Cost>) -> Performed {
+    Performed { outcome: Outcome::Failed(fault.into_failure()), cost, observation: None }
+}
+
+/// The batch ended before its turn.
+fn no_turn() -> Performed {
+    Performed { outcome: Outcome::HandedBack, cost: Some(Cost::NOTHING), observation: None }
 }

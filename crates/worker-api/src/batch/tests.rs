@@ -102,7 +102,8 @@ fn what_is_understood() {
     for (name, api) in BATCH_APIS {
         let json = |file: &str| serde_json::from_slice::<Value>(&recorded(&format!("{name}.{file}.json"))).unwrap();
         let (made, ended) = (json("made"), json("ended"));
-        let told = (api.name(&made), api.state(&made), api.state(&ended), api.page(&json("list"), None));
+        let told =
+            (api.name(&made), api.state(&made), api.state(&ended), api.files(&ended), api.page(&json("list"), None));
         insta::assert_debug_snapshot!(format!("told_{name}"), told);
         let (document, form) = results_of(name);
         let (_, dialect) = provider(name);
@@ -126,7 +127,8 @@ fn every_state_is_known() {
     let check = |name: &str, answer: Value, expect: &str| {
         let told = match find(name).unwrap().state(&answer) {
             State::Works => "works".to_owned(),
-            State::Ended { early, .. } => if early { "early" } else { "ended" }.to_owned(),
+            State::Ended { turns: Turns::All, .. } => "ended".to_owned(),
+            State::Ended { .. } => "early".to_owned(),
             State::Refused { status, .. } => status.to_string(),
         };
         assert_eq!(told, expect, "{name}: {answer}");
@@ -184,6 +186,7 @@ fn an_items_name_suits_every_provider() {
     assert_eq!(name, format!("{}_4294967295", id.to_string().replace('-', "")));
     assert!(name.len() <= 64 && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_'));
     assert!(is_custom_id(&name));
+    assert_eq!(read_custom_id(&name), Some((id, Epoch(u32::MAX))));
     assert!(!["", "nobody", "_1", &name[..33], &name[1..], &format!("{name}x")].into_iter().any(is_custom_id));
 }
 
@@ -213,6 +216,8 @@ proptest! {
                 api.page(&answer, Some(&text));
                 api.batch(&text);
                 api.cancel(&text);
+                api.files(&answer);
+                named::named(&text);
                 api.list(UnixMs(u64::MAX), Some(&text));
             }
         }

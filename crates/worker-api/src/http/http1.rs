@@ -6,7 +6,7 @@
 //! Never here: making connections (`connect`), and when they are used again (`pool`).
 
 use super::framing::{Framing, Head, Malformed, head};
-use super::message::{self, Lost, Parts, Request, Response};
+use super::message::{self, Gate, Lost, Parts, Request, Response, Shut};
 use super::pool::Home;
 use bytes::buf::Chain;
 use bytes::{Buf, Bytes};
@@ -40,7 +40,17 @@ thread_local! {
 }
 
 /// What is left of a request to be sent.
-type Unsent = Chain<Bytes, Bytes>;
+struct Unsent {
+    bytes: Chain<Bytes, Bytes>,
+    /// The last of it, if it is not to leave without being asked about.
+    last: Option<(Bytes, Gate)>,
+}
+
+impl Unsent {
+    fn is_all_sent(&self) -> bool {
+        self.last.is_none() && !self.bytes.has_remaining()
+    }
+}
 
 /// What bytes travel through.
 pub(super) trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -76,7 +86,7 @@ impl Connection {
         let mut unsent = self.written(request);
         let (head, rest) = self.head(&mut unsent).await.map_err(Lost::exchange)?;
         // An answer that came before all was sent leaves the rest unread at the other end.
-        let reusable = head.keeps_open && !unsent.has_remaining();
+        let reusable = head.keeps_open && unsent.is_all_sent();
         let mut body =
             Body { connection: Some(self), framing: head.framing, early: Bytes::new(), home: reusable.then_some(home) };
         body.begin(&rest).map_err(Lost::exchange)?;
@@ -85,7 +95,9 @@ impl Connection {
 
     /// A request as it travels.
     fn written(&self, mut request: Request) -> Unsent {
-        let body = std::mem::take(&mut request.body);
+        let mut body = std::mem::take(&mut request.body);
+        let last = request.gate.take().map(|gate| (body.split_off(body.len().saturating_sub(1)), gate));
+        let length = body.len() + last.as_ref().map_or(0, |(last, _)| last.len());
         let Parts { method, url, headers, .. } = &*request;
         let path = &url[Position::BeforePath..Position::AfterQuery];
         let target =
@@ -94,8 +106,8 @@ impl Connection {
         out.extend_from_slice(format!("{method} {target} HTTP/1.1\r\n").as_bytes());
         let mut own = HeaderMap::with_capacity(3);
         own.extend(HeaderValue::from_str(authority(url)).ok().map(|host| (HOST, host)));
-        if !body.is_empty() || *method == Method::POST {
-            own.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        if length > 0 || *method == Method::POST {
+            own.insert(CONTENT_LENGTH, HeaderValue::from(length));
         }
         own.extend(self.via.clone().flatten().map(|proof| (PROXY_AUTHORIZATION, proof)));
         for (name, value) in own.iter().chain(headers) {
@@ -105,11 +117,11 @@ impl Connection {
             out.extend_from_slice(b"\r\n");
         }
         out.extend_from_slice(b"\r\n");
-        if body.len() > TOGETHER_BYTES {
-            return Bytes::from(out).chain(body);
+        if body.len() <= TOGETHER_BYTES {
+            out.extend_from_slice(&body);
+            body = Bytes::new();
         }
-        out.extend_from_slice(&body);
-        Bytes::from(out).chain(Bytes::new())
+        Unsent { bytes: Bytes::from(out).chain(body), last }
     }
 
     /// Writes what is `unsent` and reads at the same time, until the head of an answer is there; with it, what came
@@ -121,18 +133,23 @@ impl Connection {
         poll_fn(|cx| {
             while broken.is_none() && !flushed {
                 let wire = Pin::new(&mut self.wire);
-                let written = if unsent.has_remaining() {
-                    poll_write_buf(wire, cx, unsent).map_ok(|_| false)
+                let written = if unsent.bytes.has_remaining() {
+                    poll_write_buf(wire, cx, &mut unsent.bytes).map_ok(|_| false)
                 } else {
                     wire.poll_flush(cx).map_ok(|()| true)
                 };
                 match written {
-                    Poll::Ready(Ok(true)) => {
-                        flushed = true;
-                        // Not needed while the answer is waited for.
-                        *unsent = Bytes::new().chain(Bytes::new());
-                    }
                     Poll::Ready(Ok(false)) => {}
+                    Poll::Ready(Ok(true)) => {
+                        let last = match unsent.last.take() {
+                            Some((_, gate)) if !gate.is_open() => return Poll::Ready(Err(Shut.into())),
+                            Some((last, _)) => last,
+                            None => Bytes::new(),
+                        };
+                        flushed = last.is_empty();
+                        // What was sent is not needed while the answer is waited for.
+                        unsent.bytes = last.chain(Bytes::new());
+                    }
                     // Whoever closes while it is written to may have said why before.
                     Poll::Ready(Err(error)) => broken = Some(error),
                     Poll::Pending => break,
@@ -174,6 +191,8 @@ enum Broken {
     Io(#[from] io::Error),
     #[error("it does not speak HTTP")]
     Malformed(#[from] Malformed),
+    #[error(transparent)]
+    Shut(#[from] Shut),
 }
 
 /// The host that a URL names, with its port where that is not the usual one.
@@ -344,6 +363,35 @@ mod tests {
         let (_, written) = asked(get(), Some(Some(HeaderValue::from_static("Basic x"))), reply).await;
         assert!(written.starts_with("GET http://a.b:81/c%20d?e=f HTTP/1.1\r\nhost: a.b:81\r\n"), "{written}");
         assert!(written.contains("proxy-authorization: Basic x\r\n"), "{written}");
+    }
+
+    #[tokio::test]
+    async fn the_last_byte_leaves_only_if_it_may() {
+        for (body, first) in [("12345".to_owned(), 4), ("x".repeat(100_000), 99_999)] {
+            for open in [true, false] {
+                let (near, mut far) = duplex(1_000_000);
+                let request = Request::post("http://a.b/c", body.clone()).unwrap().gated(move || open);
+                let exchange = Connection::new(Box::new(near), None).exchange(request, Home::nowhere());
+                let server = async {
+                    let mut written = Vec::new();
+                    let length = if open { body.len() } else { usize::MAX };
+                    while far.read_buf(&mut written).await.unwrap() > 0 {
+                        if String::from_utf8_lossy(&written)
+                            .split_once("\r\n\r\n")
+                            .is_some_and(|(_, b)| b.len() == length)
+                        {
+                            far.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+                            break;
+                        }
+                    }
+                    String::from_utf8(written).unwrap()
+                };
+                let (answered, written) = tokio::join!(exchange, server);
+                let (head, sent) = written.split_once("\r\n\r\n").unwrap();
+                assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");
+                assert_eq!((answered.is_ok(), sent.len()), (open, if open { body.len() } else { first }));
+            }
+        }
     }
 
     #[tokio::test]

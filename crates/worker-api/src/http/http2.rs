@@ -1,6 +1,6 @@
 //! HTTP/2, by the crate h2: connections that many requests share. Never here: when another connection is opened (`pool`).
 
-use super::message::{self, Lost, Request, Response, Stage};
+use super::message::{self, Gate, Lost, Request, Response, Shut, Stage};
 use super::tasks::Tasks;
 use bytes::Bytes;
 use h2::client::{Builder, SendRequest};
@@ -133,10 +133,11 @@ impl Connection {
             biased;
             answered = &mut answer => answered,
             // Whoever answers before the whole body is there has seen enough of it.
-            sent = send(&mut stream, request.body.clone()) => match sent {
+            sent = send(&mut stream, request.body.clone(), request.gate.as_ref()) => match sent {
                 Ok(()) => answer.await,
+                Err(Unfinished::Shut(shut)) => return Err(Lost::exchange(shut).into()),
                 // The answer tells more than that it was not wanted.
-                Err(error) => answer.await.map_err(|_| error),
+                Err(Unfinished::Lost(error)) => answer.await.map_err(|_| error),
             },
         };
         match answered {
@@ -165,16 +166,32 @@ async fn silence(pings: Option<PingPong>) -> io::Error {
     }
 }
 
-/// Sends a body as fast as it is taken.
-async fn send(stream: &mut SendStream<Bytes>, mut body: Bytes) -> Result<(), h2::Error> {
+/// Why a body was not sent to its end.
+#[derive(Debug, thiserror::Error)]
+enum Unfinished {
+    #[error(transparent)]
+    Lost(#[from] h2::Error),
+    #[error(transparent)]
+    Shut(#[from] Shut),
+}
+
+/// Sends a body as fast as it is taken, its last byte through the gate.
+async fn send(stream: &mut SendStream<Bytes>, mut body: Bytes, gate: Option<&Gate>) -> Result<(), Unfinished> {
     while !body.is_empty() {
         stream.reserve_capacity(body.len());
-        let room = match poll_fn(|cx| stream.poll_capacity(cx)).await {
-            Some(room) => room?,
-            // The stream has ended; the answer tells why.
-            None => return Ok(()),
-        };
-        let piece = body.split_to(room.min(body.len()));
+        let mut room = stream.capacity();
+        if room == 0 {
+            let Some(more) = poll_fn(|cx| stream.poll_capacity(cx)).await else {
+                // The stream has ended; the answer tells why.
+                return Ok(());
+            };
+            room = more?;
+        }
+        let ungated = if gate.is_some() && body.len() > 1 { body.len() - 1 } else { body.len() };
+        let piece = body.split_to(room.min(ungated));
+        if body.is_empty() && gate.is_some_and(|gate| !gate.is_open()) {
+            return Err(Shut.into());
+        }
         stream.send_data(piece, body.is_empty())?;
     }
     Ok(())

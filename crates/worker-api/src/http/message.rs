@@ -5,6 +5,7 @@ use bytes::Bytes;
 use http::header::{ACCEPT, CONTENT_TYPE, HeaderName, HeaderValue, USER_AGENT};
 use http::{HeaderMap, Method, StatusCode};
 use std::error::Error;
+use std::sync::Arc;
 use url::Url;
 
 /// Who calls, for a provider's logs; some refuse callers without a name.
@@ -21,7 +22,23 @@ pub struct Parts {
     pub(crate) url: Url,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
+    pub(crate) gate: Option<Gate>,
 }
+
+/// Asked right before the last byte of a body leaves, without which nobody can do anything with it: whether it may.
+#[derive(Clone)]
+pub(crate) struct Gate(Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl Gate {
+    pub(super) fn is_open(&self) -> bool {
+        (self.0)()
+    }
+}
+
+/// A gate was shut.
+#[derive(Debug, thiserror::Error)]
+#[error("called off before the last of it was sent")]
+pub(super) struct Shut;
 
 impl Request {
     /// A request for what is at `url`.
@@ -52,7 +69,13 @@ impl Request {
     pub(crate) fn new(method: Method, url: &str, body: Bytes) -> Result<Self, Lost> {
         let url = Url::parse(url).map_err(|error| Lost::at(Stage::Request, error))?;
         let defaults = [(ACCEPT, HeaderValue::from_static("*/*")), (USER_AGENT, HeaderValue::from_static(AGENT))];
-        Ok(Self(Box::new(Parts { method, url, headers: defaults.into_iter().collect(), body })))
+        Ok(Self(Box::new(Parts { method, url, headers: defaults.into_iter().collect(), body, gate: None })))
+    }
+
+    /// The same, of whose body, if it has one, the last byte leaves only if `may_leave` says so at that time.
+    pub(crate) fn gated(mut self, may_leave: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.gate = Some(Gate(Arc::new(may_leave)));
+        self
     }
 
     /// The same with one more header, or another value for it.

@@ -2,13 +2,12 @@
 
 use super::*;
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rcgen::{CertifiedKey, generate_simple_self_signed};
-use std::convert::Infallible;
 use std::io::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use tempfile::NamedTempFile;
@@ -30,8 +29,13 @@ struct Server {
     connections: Arc<AtomicUsize>,
 }
 
-/// Says how many requests its connection has had before, once `together` are there.
-async fn serve(count: usize, together: Arc<tokio::sync::Barrier>) -> Result<http::Response<Full<Bytes>>, Infallible> {
+/// Says how many requests its connection has had before, once this one is whole and `together` are there.
+async fn serve(
+    request: http::Request<Incoming>,
+    count: usize,
+    together: Arc<tokio::sync::Barrier>,
+) -> Result<http::Response<Full<Bytes>>, hyper::Error> {
+    request.into_body().collect().await?;
     together.wait().await;
     Ok(http::Response::new(Full::new(Bytes::from(count.to_string()))))
 }
@@ -60,8 +64,8 @@ impl Server {
                     let Ok(stream) = tls.accept(stream).await else { return };
                     counted.fetch_add(1, Relaxed);
                     let requests = AtomicUsize::new(0);
-                    let service = service_fn(move |_: http::Request<Incoming>| {
-                        serve(requests.fetch_add(1, Relaxed), Arc::clone(&together))
+                    let service = service_fn(move |request: http::Request<Incoming>| {
+                        serve(request, requests.fetch_add(1, Relaxed), Arc::clone(&together))
                     });
                     let stream = TokioIo::new(stream);
                     if protocol == "h2" {
@@ -112,6 +116,20 @@ async fn requests_share_connections_where_the_provider_speaks_http2() {
     // As few as have room for all, but for those that were opened before it was known how many take how much.
     let opened = server.connections.load(Relaxed);
     assert!((4..=7).contains(&opened), "{opened}");
+}
+
+#[tokio::test]
+async fn what_is_called_off_over_http2_does_not_arrive() {
+    let server = Server::start("h2", 1, 1).await;
+    let http = server.http();
+    for (may_leave, expect) in [(true, Some("0")), (false, None), (true, Some("2"))] {
+        let request = Request::post(&server.url, "12345").unwrap().gated(move || may_leave);
+        let answered = async {
+            let mut response = http.send_unproven(request).await?;
+            Ok::<_, Lost>(response.chunk().await?.unwrap_or_default())
+        };
+        assert_eq!(answered.await.ok().as_deref(), expect.map(str::as_bytes), "{may_leave}");
+    }
 }
 
 #[tokio::test]
