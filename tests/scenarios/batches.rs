@@ -3,11 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::{Client, Request, v1};
-use genmill_tests::daemons::Daemon;
+use genmill_tests::daemons::{Daemon, Start};
 use genmill_tests::place::{MODEL, Place, check_all_succeeded_once, client, results, submit_all};
 use genmill_tests::redis_server::RedisServer;
 use rustix::process::Signal;
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::time::{Duration, SystemTime};
 use tokio::time::timeout;
 
@@ -42,6 +43,17 @@ impl Mill {
         let client = client(&self.scheduler).await;
         until(async || client.is_available(MODEL).await.unwrap()).await;
         client
+    }
+
+    /// How a worker is started that also calls Anthropic, whose batches have their items in the call that makes them.
+    fn anthropic(&self, log: &str) -> Start {
+        let start = self.place.start("genmill-worker-api").env("GENMILL__REDIS__URL", &self.redis.url());
+        let start = start.env("ANTHROPIC_API_KEY", "sk-test").env("ANTHROPIC_BASE_URL", &self.place.provider.origin());
+        start.logs_to(File::create(self.place.path().join(log)).unwrap())
+    }
+
+    fn said(&self, log: &str, words: &str) -> bool {
+        std::fs::read_to_string(self.place.path().join(log)).unwrap().contains(words)
     }
 
     /// How many batches and items the provider was given.
@@ -201,4 +213,115 @@ async fn a_batch_is_refused_where_there_are_none() {
     let client = mill.client().await;
     let refused = client.submit(requests(1, "x").remove(0)).await.unwrap_err().to_string();
     assert!(refused.contains("cannot be asked in batches"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_was_stopped_in_the_middle_of_a_call_does_not_make_a_second_batch() {
+    const CLAUDE: &str = "litellm_claude-haiku-4-5";
+    let mill = Mill::new().await;
+    std::fs::write(mill.place.path().join("configs/litellm_models.yaml"), "models: [claude-haiku-4-5]").unwrap();
+    let mut first = mill.anthropic("first.log").until_ready().unwrap();
+    let client = client(&mill.scheduler).await;
+    until(async || client.is_available(CLAUDE).await.unwrap()).await;
+    // More than what lies between a worker and its provider can hold.
+    let long = "word ".repeat(200_000);
+    let request =
+        |n| Request::new(CLAUDE).prompt(format!("!batch-ms=3600000 {n} {long}")).experiment("e").max_tokens(9);
+    mill.place.provider.hold_creation();
+    let ids = submit_all(&client, (0..16).map(|n| request(n).mode(v1::Mode::Batch)).collect()).await;
+    until(async || mill.place.provider.holds_creation()).await;
+    first.signal(Signal::STOP).unwrap();
+    let second = mill.anthropic("second.log").until_ready().unwrap();
+    until(async || mill.made() == (1, 16)).await;
+    assert!(mill.said("second.log", "took over a batch"));
+    // Now the call of the first one can go on, and nobody tells it that it must not.
+    mill.redis.signal(Signal::STOP).unwrap();
+    mill.place.provider.release_creation();
+    first.signal(Signal::CONT).unwrap();
+    until(async || mill.made().0 > 1 || mill.said("first.log", "the hold on it did not last")).await;
+    mill.redis.signal(Signal::CONT).unwrap();
+    first.signal(Signal::TERM).unwrap();
+    assert!(first.wait(WITHIN).unwrap().success());
+    mill.place.provider.end_batches();
+    check_all_succeeded_once(&all(&client).await, &ids);
+    assert_eq!((mill.made(), mill.place.provider.bill().calls), ((1, 16), 16));
+    drop(second);
+}
+
+/// Ten jobs, one of which has this prompt, once all have ended: those that failed; what the provider was given.
+async fn one_bad_of_ten(prompt: &str) -> (Mill, Vec<v1::Job>, Vec<usize>) {
+    let mill = Mill::new().await;
+    let _worker = mill.worker();
+    let client = mill.client().await;
+    let mut mixed = requests(9, "x");
+    mixed.insert(6, requests(1, prompt).remove(0));
+    submit_all(&client, mixed).await;
+    let jobs = all(&client).await;
+    assert_eq!(jobs.len(), 10);
+    until(async || lane(&client).await.batches.is_empty()).await;
+    assert_eq!(mill.place.provider.files(), [""; 0], "what a batch leaves behind is deleted");
+    let (failed, rest): (Vec<v1::Job>, Vec<v1::Job>) =
+        jobs.into_iter().partition(|job| job.state() == v1::JobState::Failed);
+    assert!(rest.iter().all(|job| job.state() == v1::JobState::Succeeded && job.failures == 0 && job.attempts == 1));
+    let made = mill.place.provider.batches().iter().map(|batch| batch.items.len()).collect();
+    (mill, failed, made)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_a_refusal_names_fails_alone() {
+    let (_mill, failed, made) = one_bad_of_ten("!batch-bad=named").await;
+    assert_eq!((failed.len(), failed[0].failures, made), (1, 1, vec![10, 9]));
+    assert!(failed[0].error.as_ref().unwrap().message.contains("refused the request"), "{:?}", failed[0].error);
+    assert_eq!(failed[0].cost.as_ref().unwrap().nanodollars, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_refusal_names_no_job_the_batch_is_halved_until_one_is_left() {
+    let (_mill, failed, mut made) = one_bad_of_ten("!batch-bad").await;
+    assert_eq!(failed.len(), 1);
+    made.sort_unstable();
+    // The bad one is among two of five, or alone or among two of the other three.
+    assert!(
+        matches!(made[..], [1, 1, 2, 3, 5, 5, 10] | [1, 2, 2, 3, 5, 5, 10] | [1, 1, 1, 2, 2, 3, 5, 5, 10]),
+        "{made:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_a_provider_has_no_room_for_waits() {
+    let (_mill, failed, made) = one_bad_of_ten("!batch-end=token_limit_exceeded times=1").await;
+    assert_eq!((failed.len(), made), (0, vec![10, 10]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn looks_that_fail_do_not_end_a_batch() {
+    let (_mill, failed, made) = one_bad_of_ten("!batch-poll=500 times=2").await;
+    assert_eq!((failed.len(), made), (0, vec![10]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_gone_is_not_paid_for_twice() {
+    let mill = Mill::new().await;
+    let _worker = mill.worker();
+    let client = mill.client().await;
+    submit_all(&client, requests(3, "!batch-looks=9 !batch-vanish=2")).await;
+    let jobs = all(&client).await;
+    for job in jobs {
+        let error = job.error.unwrap().message;
+        assert!(error.contains("cannot be read") && error.contains("genmill redrive"), "{error}");
+        assert_eq!(job.cost, None, "nobody knows");
+    }
+    assert_eq!(mill.made(), (1, 3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_result_is_broken_is_done_again_and_the_others_are_not() {
+    let mill = Mill::new().await;
+    let _worker = mill.worker();
+    let client = mill.client().await;
+    submit_all(&client, requests(3, "!batch-truncate x")).await;
+    let jobs = all(&client).await;
+    assert!(jobs.iter().all(|job| job.state() == v1::JobState::Succeeded));
+    assert_eq!(jobs.iter().map(|job| job.failures).sum::<u32>(), 1);
+    assert_eq!(mill.made(), (2, 4));
 }

@@ -32,7 +32,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(300);
 const SEARCHES: u32 = 3;
 
 /// So many times in a row a provider may not know a batch, or tell of it what is not understood. Then it is given up.
-const STRANGE_MAX: u32 = 6;
+const STRANGE_MAX: u32 = 20;
 
 /// So many times in a row what a batch left behind may not be deleted. Then it stays.
 const CLEARINGS: u32 = 3;
@@ -77,6 +77,8 @@ pub(crate) enum Next {
     Later(Duration),
     /// The same, when whoever failed may have come back.
     Failed(Failure),
+    /// The same, after its usual pause: it failed in a way that trouble which passes does not.
+    Strange(Failure),
     /// Nothing: it is done, or somebody else holds it.
     Over,
 }
@@ -109,10 +111,12 @@ impl<P: PerformBatches> Driver<P> {
                     pause
                 }
                 Ok(Next::Failed(failure)) => {
-                    let (tag, model, message) = (&self.record.tag, &self.record.model, &failure.message);
-                    tracing::warn!(tag, %model, class = ?failure.class, message, "a batch cannot go on; trying again");
-                    self.failed += 1;
+                    self.note(&failure);
                     pause_after(self.failed, &failure)
+                }
+                Ok(Next::Strange(failure)) => {
+                    self.note(&failure);
+                    self.times.poll
                 }
                 Err(error) => {
                     tracing::warn!(
@@ -125,6 +129,12 @@ impl<P: PerformBatches> Driver<P> {
             };
             sleep(pause).await;
         }
+    }
+
+    fn note(&mut self, failure: &Failure) {
+        let (tag, model, message) = (&self.record.tag, &self.record.model, &failure.message);
+        tracing::warn!(tag, %model, class = ?failure.class, message, "a batch cannot go on; trying again");
+        self.failed += 1;
     }
 
     /// Submits it. That it is about to be is written down first, so that nobody ever submits it a second time unseen.
@@ -268,11 +278,13 @@ impl<P: PerformBatches> Driver<P> {
         }
     }
 
-    /// It failed in a way that a provider's passing trouble does not: for some time it may come to be told right.
+    /// It could not be looked at, or read. What will never be is given up after some time.
     async fn strange(&mut self, failure: Failure) -> Result<Next, QueueError> {
-        let lasting = matches!(failure.class, FailureClass::NotFound | FailureClass::Invalid);
-        if !lasting || self.failed < STRANGE_MAX {
+        if !matches!(failure.class, FailureClass::NotFound | FailureClass::Invalid) {
             return Ok(Next::Failed(failure));
+        }
+        if self.failed < STRANGE_MAX {
+            return Ok(Next::Strange(failure));
         }
         let message = format!(
             "what came of batch {} cannot be read, which may have been paid for: {}. `genmill redrive` submits its jobs anew",
