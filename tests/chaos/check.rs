@@ -7,7 +7,7 @@ mod fairness;
 mod ledger;
 mod life;
 
-pub use evidence::{Evidence, FINAL_WATCH, Settings};
+pub use evidence::{Evidence, FINAL_WATCH, Settings, prompt};
 pub use fairness::{Fairness, fairness};
 pub use ledger::{Books, books};
 

@@ -47,8 +47,8 @@ impl BatchState {
 pub enum Advance<'a> {
     /// It takes no more jobs, and was surely not submitted.
     Full,
-    /// It is about to be submitted.
-    Submitting,
+    /// It is about to be submitted, without these jobs: they were cancelled, or expired, before.
+    Submitting(&'a [Held]),
     /// Its provider has it, under this name.
     Submitted(&'a str),
     /// It has ended there.
@@ -63,7 +63,7 @@ impl Advance<'_> {
     const fn written(&self) -> (BatchState, &'static str, &str) {
         match self {
             Self::Full => (BatchState::Intent, "0", ""),
-            Self::Submitting => (BatchState::Intent, "1", ""),
+            Self::Submitting(_) => (BatchState::Intent, "1", ""),
             Self::Submitted(remote) => (BatchState::Submitted, "", remote),
             Self::Collecting => (BatchState::Collecting, "", ""),
             Self::Clearing => (BatchState::Clearing, "", ""),
@@ -242,7 +242,8 @@ impl Queue {
     ) -> Result<Moved, QueueError> {
         let (state, begun, remote) = advance.written();
         let written = [state.name(), begun, remote, if state == BatchState::Clearing { "1" } else { "0" }];
-        self.move_batch(lane, worker, batch, lease_ms, written).await
+        let without = if let Advance::Submitting(without) = advance { without } else { &[] };
+        self.move_batch(lane, worker, batch, lease_ms, (written, without)).await
     }
 
     /// Ends a batch none of whose jobs is wanted any more.
@@ -255,7 +256,7 @@ impl Queue {
         worker: &WorkerId,
         batch: (&str, Epoch),
     ) -> Result<Moved, QueueError> {
-        self.move_batch(lane, worker, batch, 0, ["", "", "", "1"]).await
+        self.move_batch(lane, worker, batch, 0, (["", "", "", "1"], &[])).await
     }
 
     async fn move_batch(
@@ -264,11 +265,14 @@ impl Queue {
         worker: &WorkerId,
         (tag, epoch): (&str, Epoch),
         lease_ms: u64,
-        written: [&str; 4],
+        (written, without): ([&str; 4], &[Held]),
     ) -> Result<Moved, QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.advance_batch.key(self.keys.lane(lane));
         call.arg(worker.as_str()).arg(tag).arg(epoch.0).arg(lease_ms).arg(&written[..]);
+        for held in without {
+            call.arg(held.id.as_bytes());
+        }
         let moved: u8 = call
             .invoke_async(&mut connection)
             .await

@@ -142,7 +142,8 @@ impl<P: PerformBatches> Driver<P> {
         if self.advance(Advance::Full).await? == Moved::Lost {
             return Ok(Next::Over);
         }
-        let wanted = self.wanted().await?;
+        let (wanted, unwanted): (Vec<Member>, Vec<Member>) =
+            self.members().await?.jobs.into_iter().partition(|member| member.wanted);
         if wanted.is_empty() {
             return self.close().await;
         }
@@ -152,9 +153,10 @@ impl<P: PerformBatches> Driver<P> {
             Err(refusal) => return self.refused(wanted, refusal).await,
         };
         let left: Vec<Held> = prepared.left.into_iter().map(|(id, epoch)| Held { id, epoch }).collect();
-        // Before it is submitted: a job must not wait for a batch that it is not in.
+        let unwanted: Vec<Held> = unwanted.iter().map(|member| member.held).collect();
+        // Before it is submitted: no job must wait for a batch that it is not in, or have a part in what that costs.
         if self.part(&left, Duration::ZERO).await? == Moved::Lost
-            || self.advance(Advance::Submitting).await? == Moved::Lost
+            || self.advance(Advance::Submitting(&unwanted)).await? == Moved::Lost
         {
             return Ok(Next::Over);
         }

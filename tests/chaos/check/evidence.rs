@@ -96,7 +96,8 @@ pub(super) fn epochs(job: &v1::Job) -> BTreeMap<u32, Epoch<'_>> {
 }
 
 /// What a job asks its provider: the last part of what the stand-in takes for the content of a call.
-pub(super) fn prompt(job: &v1::Job) -> &str {
+#[must_use]
+pub fn prompt(job: &v1::Job) -> &str {
     use v1::generation_request::Input;
     match job.request.as_ref().and_then(|request| request.input.as_ref()) {
         Some(Input::Prompt(prompt)) => prompt,

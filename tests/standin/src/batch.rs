@@ -25,6 +25,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
+/// How long a batch runs at least at which nobody looks.
+const UNSEEN: Duration = Duration::from_secs(2);
+
 /// A batch, for whoever counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Made {
@@ -146,6 +149,13 @@ impl Batch {
         }
     }
 
+    /// Ends when it is time, though nobody looks at it.
+    fn age(&mut self, provider: &Provider) {
+        if self.script.looks == 0 && self.begun.elapsed() >= UNSEEN.max(Duration::from_millis(self.script.ms)) {
+            self.finish(provider);
+        }
+    }
+
     fn finish(&mut self, provider: &Provider) {
         let bad = self.items.iter().any(|item| item.bad.is_some());
         let end = if bad { BatchEnd::Failed("invalid_request".to_owned()) } else { self.script.end.clone() };
@@ -200,11 +210,12 @@ pub(crate) async fn upload(provider: Shared, headers: HeaderMap, body: Bytes) ->
     let Some(file) = forms::uploaded(kind, &String::from_utf8_lossy(&body)) else {
         return Form::OpenAi.refuse(Refusal::new(400, "invalid_request_error", "no file with the purpose batch"));
     };
-    let script = forms::lines(&file.content).into_iter().find_map(|item| script_of(Form::OpenAi, &item["body"]));
-    if let Some(status) = script.unwrap_or_default().batch.upload {
+    let items = forms::lines(&file.content);
+    let script = items.iter().find_map(|item| script_of(Form::OpenAi, &item["body"])).unwrap_or_default();
+    let mut kept = provider.batches.open();
+    if let Some(status) = script.batch.upload.filter(|_| kept.is_to_fail(&format!("file {}", items[0]), &script)) {
         return Form::OpenAi.refuse(Refusal::new(status, "server_error", "The stand-in was told to fail."));
     }
-    let mut kept = provider.batches.open();
     kept.files.push(Some(file));
     let id = format!("file-{}", kept.files.len() - 1);
     Json(json!({"id": id, "object": "file", "purpose": "batch"})).into_response()
@@ -224,6 +235,13 @@ pub(crate) async fn file(provider: Shared, Path(id): Path<String>, headers: Head
 impl Kept {
     fn file(&self, id: &str) -> Option<&File> {
         self.files.get(id.strip_prefix("file-")?.parse::<usize>().ok()?)?.as_ref()
+    }
+
+    /// Whether a call with this content misbehaves, this time.
+    fn is_to_fail(&mut self, content: &str, script: &Script) -> bool {
+        let nth = self.asked.entry(content.to_owned()).or_default();
+        *nth += 1;
+        script.times.is_none_or(|times| *nth <= times)
     }
 
     /// Whether there was such a file.
@@ -288,9 +306,7 @@ fn create(form: Form, provider: Arc<Provider>, model: String, headers: HeaderMap
     }
     let model = if model.is_empty() { asked["model"].as_str().unwrap_or_default().to_owned() } else { model };
     let script = items.iter().find_map(|item| script_of(form, &item.body)).unwrap_or_default();
-    let nth = kept.asked.entry(items[0].body.to_string()).or_default();
-    *nth += 1;
-    let misbehaves = script.times.is_none_or(|times| *nth <= times);
+    let misbehaves = kept.is_to_fail(&items[0].body.to_string(), &script);
     if let Some(status) = script.batch.status.filter(|_| misbehaves) {
         return form.refuse(chat::failed(status, &script.fault));
     }
@@ -362,7 +378,8 @@ fn list(form: Form, provider: Arc<Provider>, address: Uri, headers: HeaderMap) -
     if let Some(refusal) = refuse_key(&headers) {
         return form.refuse(refusal);
     }
-    let kept = provider.batches.open();
+    let mut kept = provider.batches.open();
+    kept.batches.iter_mut().for_each(|batch| batch.age(&provider));
     let batches = kept.batches.iter().rev().filter(|batch| batch.form == form && !batch.is_gone());
     let batches: Vec<&Batch> = batches.collect();
     Json(form.page(&batches, &address, &host(&headers))).into_response()

@@ -42,7 +42,7 @@
 //! |---|---|
 //! | `!batch-status=N` | is not made: this status and an error; `times=N`: the first N times |
 //! | `!batch-lost` | is made, but the answer is a 500; with `=cut` half an answer, with `=stall` none; `times=N`: the first N times |
-//! | `!batch-upload=N` | its file is refused with this status |
+//! | `!batch-upload=N` | its file is refused with this status; `times=N`: the first N times |
 //! | `!batch-looks=N`, `!batch-ms=MS` | still runs when looked at the first N times, until MS after it was made |
 //! | `!batch-end=X` | ends as `expired` or `cancelled`, else is failed with the code X; `times=N`: the first N times |
 //! | `!batch-partial=N` | when it ends early, the first N items had their turn (else half of them) |
