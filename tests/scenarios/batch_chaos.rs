@@ -1,7 +1,7 @@
 //! Batches while workers are killed, stopped and drained and their connections cut, held and refused, with providers that
 //! lose answers, refuse, expire and break results: no job is lost, none is asked twice under one epoch, what is billed is booked.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test ends where something is not as it should be")]
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_client::{Client, Request, v1};
 use genmill_standin::script::Script;

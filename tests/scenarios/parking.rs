@@ -176,11 +176,17 @@ async fn one_that_was_cancelled_or_has_expired_ends_at_once_and_what_it_cost_is_
 #[tokio::test]
 async fn a_batch_that_nobody_holds_is_taken_over_as_it_was_left() {
     let (bench, ids) = Bench::parked(0).await;
-    assert_eq!(bench.advance("w", 1, Advance::Submitting(&[])).await, Moved::On);
+    assert_eq!(bench.advance("w", 1, Advance::Submitting { items: 2, without: &[] }).await, Moved::On);
     let (_, taken) = bench.hold("other", &[]).await;
     let [batch] = &taken[..] else { panic!("{taken:?}") };
     assert_eq!((batch.tag.as_str(), batch.epoch, batch.state), (TAG, Epoch(2), BatchState::Intent));
-    assert!(batch.tried && batch.remote.is_none() && batch.jobs == 2 && batch.model == spec().model);
+    assert!(
+        batch.tried
+            && batch.items == Some(2)
+            && batch.remote.is_none()
+            && batch.jobs == 2
+            && batch.model == spec().model
+    );
     // The one before cannot say anything any more.
     assert_eq!(bench.hold("w", &[(TAG, Epoch(1))]).await, (vec![None], vec![]));
     assert_eq!(bench.advance("w", 1, Advance::Submitted("its")).await, Moved::Lost);
@@ -201,7 +207,7 @@ async fn a_batch_that_is_being_submitted_takes_no_more_jobs() {
     let id = bench.submit(spec()).await;
     let leases = bench.claim("w").await;
     assert_eq!(bench.park("other", LEASE_MS, &leases).await, None, "it is not theirs");
-    assert_eq!(bench.advance("w", 1, Advance::Submitting(&[])).await, Moved::On);
+    assert_eq!(bench.advance("w", 1, Advance::Submitting { items: 2, without: &[] }).await, Moved::On);
     assert_eq!(bench.park("w", LEASE_MS, &leases).await, None);
     // Nor does one that surely was not submitted: what it is made of may be with its provider already.
     assert_eq!(bench.advance("w", 1, Advance::Full).await, Moved::On);
@@ -240,7 +246,10 @@ async fn a_job_that_was_cancelled_before_is_not_in_what_is_submitted() {
     bench.queue.cancel(bench.lane, &ids[..1]).await.unwrap();
     let cancelled = bench.members().await.into_iter().find(|member| !member.wanted).unwrap();
     for _ in 0..2 {
-        assert_eq!(bench.advance("w", 1, Advance::Submitting(&[cancelled.held])).await, Moved::On);
+        assert_eq!(
+            bench.advance("w", 1, Advance::Submitting { items: 2, without: &[cancelled.held] }).await,
+            Moved::On
+        );
         assert_eq!(bench.members().await.iter().map(|member| member.held.id).collect::<Vec<_>>(), ids[1..]);
     }
 }
@@ -249,7 +258,10 @@ async fn a_job_that_was_cancelled_before_is_not_in_what_is_submitted() {
 async fn every_step_that_is_written_down_renews_the_hold() {
     let (bench, _) = Bench::parked(0).await;
     let batch = (TAG, Epoch(1));
-    let advanced = bench.queue.advance_batch(bench.lane, &worker("w"), batch, LEASE_MS, Advance::Submitting(&[])).await;
+    let advanced = bench
+        .queue
+        .advance_batch(bench.lane, &worker("w"), batch, LEASE_MS, Advance::Submitting { items: 2, without: &[] })
+        .await;
     assert_eq!(advanced.unwrap(), Moved::On);
     assert!(bench.hold("other", &[]).await.1.is_empty());
     assert_eq!(bench.advance("w", 1, Advance::Submitted("its")).await, Moved::On);

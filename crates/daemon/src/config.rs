@@ -278,7 +278,8 @@ pub struct Api {
     pub batch_fill_ms: u64,
     /// How long between two looks at a batch that a provider works on.
     pub batch_poll_ms: u64,
-    /// How long is searched for a batch that may have been submitted by a worker that died, before it is submitted again.
+    /// How long is searched for a batch that may have been submitted by a worker that died, before it is submitted again. Longer
+    /// than a provider may take to list what it has accepted.
     pub batch_settle_ms: u64,
     /// Which models answer in place of others that fail.
     pub fallbacks: Vec<Fallback>,

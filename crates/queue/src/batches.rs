@@ -47,8 +47,13 @@ impl BatchState {
 pub enum Advance<'a> {
     /// It takes no more jobs, and was surely not submitted.
     Full,
-    /// It is about to be submitted, without these jobs: they were cancelled, or expired, before.
-    Submitting(&'a [Held]),
+    /// It is about to be submitted.
+    Submitting {
+        /// How many items it has then.
+        items: usize,
+        /// Its jobs that are not among them, because they were cancelled or expired before.
+        without: &'a [Held],
+    },
     /// Its provider has it, under this name.
     Submitted(&'a str),
     /// It has ended there.
@@ -63,7 +68,7 @@ impl Advance<'_> {
     const fn written(&self) -> (BatchState, &'static str, &str) {
         match self {
             Self::Full => (BatchState::Intent, "0", ""),
-            Self::Submitting(_) => (BatchState::Intent, "1", ""),
+            Self::Submitting { .. } => (BatchState::Intent, "1", ""),
             Self::Submitted(remote) => (BatchState::Submitted, "", remote),
             Self::Collecting => (BatchState::Collecting, "", ""),
             Self::Clearing => (BatchState::Clearing, "", ""),
@@ -107,6 +112,8 @@ pub struct BatchRecord {
     pub full: bool,
     /// Somebody began to submit it and did not say what came of that.
     pub tried: bool,
+    /// How many items it had when it was last about to be submitted.
+    pub items: Option<u64>,
     /// The provider's name of it.
     pub remote: Option<String>,
     /// How many of its jobs are wanted still.
@@ -165,6 +172,7 @@ fn record(tag: String, stored: &Stored) -> Result<BatchRecord, QueueError> {
         filled_until: UnixMs(number("sl")?),
         full: stored.contains_key("tr"),
         tried: text("tr").is_some_and(|begun| begun == "1"),
+        items: number("it").ok(),
         remote: text("rm").cloned(),
         jobs: number("lv").unwrap_or(0),
         tag,
@@ -241,8 +249,12 @@ impl Queue {
         advance: Advance<'_>,
     ) -> Result<Moved, QueueError> {
         let (state, begun, remote) = advance.written();
-        let written = [state.name(), begun, remote, if state == BatchState::Clearing { "1" } else { "0" }];
-        let without = if let Advance::Submitting(without) = advance { without } else { &[] };
+        let (items, without) = match advance {
+            Advance::Submitting { items, without } => (items.to_string(), without),
+            _ => (String::new(), &[] as &[Held]),
+        };
+        let done = if state == BatchState::Clearing { "1" } else { "0" };
+        let written = [state.name(), begun, remote, done, &items];
         self.move_batch(lane, worker, batch, lease_ms, (written, without)).await
     }
 
@@ -256,7 +268,7 @@ impl Queue {
         worker: &WorkerId,
         batch: (&str, Epoch),
     ) -> Result<Moved, QueueError> {
-        self.move_batch(lane, worker, batch, 0, (["", "", "", "1"], &[])).await
+        self.move_batch(lane, worker, batch, 0, (["", "", "", "1", ""], &[])).await
     }
 
     async fn move_batch(
@@ -265,7 +277,7 @@ impl Queue {
         worker: &WorkerId,
         (tag, epoch): (&str, Epoch),
         lease_ms: u64,
-        (written, without): ([&str; 4], &[Held]),
+        (written, without): ([&str; 5], &[Held]),
     ) -> Result<Moved, QueueError> {
         let mut connection = self.connection.clone();
         let mut call = self.scripts.advance_batch.key(self.keys.lane(lane));

@@ -30,7 +30,7 @@
 //! | `NS:{N}:g:LEAF:PREFIX` | string | when a prefix group started, expiring |
 //! | `NS:{N}:leases` | sorted set | running jobs, by end of lease |
 //! | `NS:{N}:batches` | sorted set | batches of a lane whose jobs go out in such, by when nobody holds them any more |
-//! | `NS:{N}:bt:TAG` | hash | a batch: `st` state, `wk` who holds it, `ep` how often it was taken over, `md` model, `ky` key, `cr` made, `sl` filled until, `tr` it takes no more jobs, and 1: it was being submitted, `rm` the provider's name of it, `lv` jobs that are wanted still |
+//! | `NS:{N}:bt:TAG` | hash | a batch: `st` state, `wk` who holds it, `ep` how often it was taken over, `md` model, `ky` key, `cr` made, `sl` filled until, `tr` it takes no more jobs, and 1: it was being submitted, `it` with how many items, `rm` the provider's name of it, `lv` jobs that are wanted still |
 //! | `NS:{N}:bj:TAG` | sorted set | its jobs, by the epoch under which they are in it |
 //! | `NS:{N}:delayed` | sorted set | delayed jobs, by due time |
 //! | `NS:{N}:deadlines` | sorted set | unfinished jobs with a deadline, by it |

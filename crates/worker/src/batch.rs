@@ -8,7 +8,7 @@ use crate::batching::Batching;
 use crate::hold::{Hold, Moment};
 use genmill_core::attempt::{Failure, FailureClass, Outcome};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
-use genmill_core::judge::{Policy, Throttle, judge};
+use genmill_core::judge::{Policy, RETRY_AFTER_MS_MAX, Throttle, judge};
 use genmill_core::money::Cost;
 use genmill_daemon::random::random_u64;
 use genmill_queue::{
@@ -153,14 +153,16 @@ impl<P: PerformBatches> Driver<P> {
             Err(refusal) => return self.refused(wanted, refusal).await,
         };
         let left: Vec<Held> = prepared.left.into_iter().map(|(id, epoch)| Held { id, epoch }).collect();
+        let items = prepared.items;
         let unwanted: Vec<Held> = unwanted.iter().map(|member| member.held).collect();
         // Before it is submitted: no job must wait for a batch that it is not in, or have a part in what that costs.
         if self.part(&left, Duration::ZERO).await? == Moved::Lost
-            || self.advance(Advance::Submitting(&unwanted)).await? == Moved::Lost
+            || self.advance(Advance::Submitting { items, without: &unwanted }).await? == Moved::Lost
         {
             return Ok(Next::Over);
         }
         self.record.tried = true;
+        self.record.items = u64::try_from(items).ok();
         let jobs = wanted.len() - left.len();
         let hold = Hold::new(self.told.until.subscribe(), self.lease_ms / 3);
         let made = self.performer.create(&batch, prepared.ready, &hold).await;
@@ -458,13 +460,14 @@ impl<P: PerformBatches> Driver<P> {
     }
 
     fn batch(&self, members: &[Member]) -> Batch {
-        let BatchRecord { tag, model, key, made_at, .. } = &self.record;
+        let BatchRecord { tag, model, key, made_at, items, .. } = &self.record;
         let item = |member: &Member| Item { id: member.held.id, epoch: member.held.epoch, spec: member.spec.clone() };
         Batch {
             tag: tag.clone(),
             model: model.clone(),
             key: key.clone(),
             since: *made_at,
+            submitted: *items,
             items: members.iter().map(item).collect(),
         }
     }
@@ -472,6 +475,27 @@ impl<P: PerformBatches> Driver<P> {
 
 /// How long a batch is left alone after so many failures in a row.
 fn pause_after(failed: u32, failure: &Failure) -> Duration {
-    let asked = failure.retry_after_ms.map(Duration::from_millis).unwrap_or_default();
+    let asked = Duration::from_millis(failure.retry_after_ms.unwrap_or(0).min(RETRY_AFTER_MS_MAX));
     (PAUSE_FIRST * 2_u32.saturating_pow(failed.saturating_sub(1).min(16))).min(PAUSE_MAX).max(asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_provider_that_fails_is_left_alone_for_longer_each_time_and_as_long_as_it_asks() {
+        let check = |failed, asked_ms, expect_s| {
+            let failure = Failure::new(FailureClass::Transient, "x").retry_after_ms(asked_ms);
+            assert_eq!(pause_after(failed, &failure), Duration::from_secs(expect_s), "{failed} {asked_ms:?}");
+        };
+        check(1, None, 2);
+        check(2, None, 4);
+        check(8, None, 256);
+        check(9, None, 300);
+        check(u32::MAX, None, 300);
+        check(1, Some(60_000), 60);
+        check(1, Some(u64::MAX), 24 * 3_600);
+        check(9, Some(1), 300);
+    }
 }

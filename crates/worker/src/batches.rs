@@ -36,6 +36,8 @@ pub struct Batch {
     pub key: Option<KeyId>,
     /// It was not submitted before.
     pub since: UnixMs,
+    /// With how many items it was submitted, if it was.
+    pub submitted: Option<u64>,
     /// Its jobs that are wanted still.
     pub items: Vec<Item>,
 }
@@ -56,6 +58,8 @@ pub struct Item {
 pub struct Prepared<T> {
     /// What it is made with.
     pub ready: T,
+    /// How many items it has.
+    pub items: usize,
     /// The items that have no room in it.
     pub left: Vec<(JobId, Epoch)>,
 }

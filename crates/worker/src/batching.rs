@@ -29,8 +29,12 @@ const CLAIM_EVERY: Duration = Duration::from_secs(1);
 /// How many jobs are claimed together.
 const CLAIM_MAX: u32 = 500;
 
-/// So many batches of a lane are held at most. Further jobs wait in the queue, where they can be cancelled for nothing.
+/// So many batches of a lane are held at most when another one is begun. Further jobs wait in the queue, where they can be cancelled for nothing.
 const BATCHES_MAX: usize = 20;
+
+/// So many of a lane are held at most with those that were taken over: what another worker has left, and parts of batches that
+/// were refused, must not wait for a day until others have ended.
+const HELD_MAX: usize = 2 * BATCHES_MAX;
 
 /// How batches are timed.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +145,7 @@ impl<P: PerformBatches> BatchLane<P> {
         self.queue.heartbeat(self.number, worker, Slots::default(), self.options.lease_ms, &[]).await?;
         let held: Vec<(String, Epoch)> = self.holds.iter().map(|(tag, holds)| (tag.clone(), holds.epoch)).collect();
         let named: Vec<(&str, Epoch)> = held.iter().map(|(tag, epoch)| (tag.as_str(), *epoch)).collect();
-        let most = BATCHES_MAX.saturating_sub(held.len());
+        let most = HELD_MAX.saturating_sub(held.len());
         let until = Moment::now().later(self.options.lease_ms);
         let (wanted, taken) = self.queue.hold_batches(self.number, worker, self.options.lease_ms, most, &named).await?;
         for ((tag, _), wanted) in held.iter().zip(wanted) {
@@ -282,6 +286,7 @@ impl<P: PerformBatches> BatchLane<P> {
             filled_until: now,
             full: false,
             tried: false,
+            items: None,
             remote: None,
             jobs,
         }

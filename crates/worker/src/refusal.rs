@@ -5,6 +5,7 @@ use crate::batch::{Driver, Next};
 use crate::batches::{PerformBatches, Refusal};
 use genmill_core::attempt::{Failure, FailureClass, Outcome};
 use genmill_core::ids::{Epoch, JobId};
+use genmill_core::judge::RETRY_AFTER_MS_MAX;
 use genmill_core::money::Cost;
 use genmill_queue::{Advance, BatchState, Held, Member, Moved, QueueError};
 use std::collections::HashMap;
@@ -62,7 +63,7 @@ impl<P: PerformBatches> Driver<P> {
         let held: Vec<Held> = wanted.iter().map(|member| member.held).collect();
         if waits {
             // Its tag is used up: it is another batch that is submitted when there may be room.
-            let asked = failure.retry_after_ms.map(Duration::from_millis).unwrap_or_default();
+            let asked = Duration::from_millis(failure.retry_after_ms.unwrap_or(0).min(RETRY_AFTER_MS_MAX));
             return self.go_on_as(&[&held], asked.max(self.times.poll * ROOM_POLLS)).await;
         }
         let named: HashMap<(JobId, Epoch), Failure> = named.into_iter().collect();

@@ -3,7 +3,8 @@
 -- KEYS  1 lane
 -- ARGV  1 worker   2 tag   3 epoch   4 lease ms   5 state, or '' for done   6 '1': it is being submitted, '0': it surely was
 --       not, and takes no more jobs, '': it was   7 the provider's name of it, or '' when that is not new   8 '1': only when
---       none of its jobs is wanted any more   then ids of jobs that are not submitted with it
+--       none of its jobs is wanted any more   9 how many items it is submitted with, or ''   then ids of jobs that are not
+--       submitted with it
 -- Returns 1; 0 when it is not held by this worker any more; 2 when jobs of it are wanted that must not be.
 local name = batch_key(ARGV[2])
 local batch = redis.call('HMGET', name, 'wk', 'ep', 'lv')
@@ -19,6 +20,7 @@ end
 redis.call('HSET', name, 'st', ARGV[5])
 if ARGV[6] ~= '' then redis.call('HSET', name, 'tr', ARGV[6]) else redis.call('HDEL', name, 'tr') end
 if ARGV[7] ~= '' then redis.call('HSET', name, 'rm', ARGV[7]) end
-for at = 9, #ARGV do redis.call('ZREM', batch_jobs_key(ARGV[2]), ARGV[at]) end
+if ARGV[9] ~= '' then redis.call('HSET', name, 'it', ARGV[9]) end
+for at = 10, #ARGV do redis.call('ZREM', batch_jobs_key(ARGV[2]), ARGV[at]) end
 redis.call('ZADD', key('batches'), now_ms() + tonumber(ARGV[4]), ARGV[2])
 return 1

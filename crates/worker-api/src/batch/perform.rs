@@ -38,11 +38,8 @@ const BYTES_MAX: usize = 64 * 1024 * 1024;
 /// The name of a batch that no provider was told of, because none of its items can be asked.
 const NOTHING: &str = "nothing";
 
-/// How far a provider's clock may be behind, where nothing but time tells what cannot be the batch that is sought.
-const CLOCKS: Duration = Duration::from_secs(10 * 60);
-
-/// The same where its tag tells.
-const CLOCKS_TAGGED: Duration = Duration::from_secs(24 * 60 * 60);
+/// How far a provider's clock may be behind.
+const CLOCKS: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How many pages of a list are read in search of a batch.
 const PAGES_MAX: usize = 1_000;
@@ -223,7 +220,9 @@ impl Desk<'_> {
                 left.push(name);
             }
         }
-        let Some(path) = path else { return Ok(Prepared { ready: Ready { request: None, file: None, items }, left }) };
+        let Some(path) = path else {
+            return Ok(Prepared { ready: Ready { request: None, file: None, items }, items: 0, left });
+        };
         let mut request = packing.finish();
         let mut file = None;
         if self.api.creation(self.submission, &path, "").is_some() {
@@ -234,7 +233,8 @@ impl Desk<'_> {
             let nameless = || self.calls.fault(Kind::Transient, "took a file and did not tell its name").into_failure();
             request = creation.ok_or_else(nameless)?;
         }
-        Ok(Prepared { ready: Ready { request: Some(request), file, items }, left })
+        let count = items.len();
+        Ok(Prepared { ready: Ready { request: Some(request), file, items }, items: count, left })
     }
 
     async fn create(&self, batch: &Batch, ready: Ready, hold: &Hold) -> Result<String, Unsubmitted> {
@@ -306,18 +306,18 @@ impl Desk<'_> {
     }
 
     async fn find(&self, batch: &Batch, others: &[String]) -> Result<Found, Failure> {
-        let before = |clocks| UnixMs(batch.since.0.saturating_sub(millis(clocks)));
-        let (since, listed_since) = (before(CLOCKS), before(CLOCKS_TAGGED));
+        let since = UnixMs(batch.since.0.saturating_sub(millis(CLOCKS)));
         let others: HashSet<&str> = others.iter().map(String::as_str).collect();
         let (mut next, mut runs) = (None, false);
         for _ in 0..PAGES_MAX {
-            let answer = self.json(Request::get(self.api.list(listed_since, next.as_deref()))).await?;
+            let answer = self.json(Request::get(self.api.list(since, next.as_deref()))).await?;
             let page = self.api.page(&answer, next.as_deref());
             let may_be = |listed: &&Listed| {
-                let old =
-                    matches!(listed.tag, Tag::InResults(_)) && listed.created.is_some_and(|created| created < since);
-                let more = listed.items.is_some_and(|items| items > batch.items.len() as u64);
-                !old && !more && !others.contains(listed.remote.as_str())
+                // Time tells only where there is no tag.
+                let untagged = matches!(listed.tag, Tag::InResults(_));
+                let old = untagged && listed.created.is_some_and(|created| created < since);
+                let another = listed.items.zip(batch.submitted).is_some_and(|(items, submitted)| items != submitted);
+                !old && !another && !others.contains(listed.remote.as_str())
             };
             for listed in page.batches.iter().filter(may_be) {
                 match self.is_it(listed, batch).await? {

@@ -272,7 +272,8 @@ fn gemini(batch: &Batch) -> Value {
         None => {}
         Some(BatchEnd::Failed(code)) => {
             told["done"] = json!(true);
-            told["error"] = json!({"code": 3, "message": code});
+            let status = if code.contains("limit") { 8 } else { 3 };
+            told["error"] = json!({"code": status, "message": code});
         }
         Some(_) => {
             told["done"] = json!(true);

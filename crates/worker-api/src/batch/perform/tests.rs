@@ -59,6 +59,7 @@ impl Bench {
             model: self.model.clone(),
             key: self.performer.batch_offers()[0].key.clone(),
             since: UnixMs(now_unix_ms()),
+            submitted: Some(prompts.len() as u64),
             items: (1..).zip(prompts).map(item).collect(),
         }
     }
@@ -248,7 +249,7 @@ async fn what_was_made_long_before_is_not_ours() {
     bench.submit(&["!batch-looks=9 other"]).await;
     let mut batch = bench.batch(&["one"]);
     assert_eq!(bench.find(&batch).await, Found::NotYet, "only results tell whose it is");
-    batch.since = UnixMs(now_unix_ms() + 3_600_000);
+    batch.since = UnixMs(now_unix_ms() + 30 * 3_600_000);
     assert_eq!(bench.find(&batch).await, Found::NotThere);
 }
 
@@ -548,10 +549,12 @@ async fn what_is_told_of_no_more_counts_as_a_failure_and_is_not_done_again_for_e
 }
 
 #[tokio::test]
-async fn a_search_does_not_wait_for_batches_that_are_known_or_too_large() {
+async fn a_search_does_not_wait_for_batches_that_are_known_or_of_another_size() {
     let bench = Bench::new(1).await;
-    let (_, other) = bench.submit(&["!batch-looks=99 other"]).await;
-    let (_, _larger) = bench.submit(&["!batch-looks=99 x", "y", "z"]).await;
+    let (_, other) = bench.submit(&["!batch-looks=99 one", "two"]).await;
+    for prompts in [&["!batch-looks=99 x"][..], &["!batch-looks=99 x", "y", "z"]] {
+        bench.submit(prompts).await;
+    }
     let mut sought = bench.batch(&["one", "two"]);
     sought.items[0].epoch = Epoch(8);
     assert_eq!(bench.find(&sought).await, Found::NotYet, "the first may be the one");
