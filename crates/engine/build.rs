@@ -5,7 +5,7 @@ use std::env::var_os;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const KERNELS: [&str; 7] = ["norm", "elementwise", "rope", "decode", "prefill", "sampler", "quantized"];
+const KERNELS: [&str; 8] = ["norm", "elementwise", "rope", "decode", "prefill", "sampler", "quantized", "stored"];
 
 fn main() {
     println!("cargo::rerun-if-changed=src/backend/cuda/kernels");

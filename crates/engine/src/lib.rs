@@ -27,6 +27,7 @@ mod math;
 pub mod measure;
 pub mod model;
 pub mod quantized;
+pub mod raw;
 pub mod rope;
 pub mod sampler;
 pub mod schedule;

@@ -39,22 +39,13 @@ impl<B: Backend> Linear<B> {
     ) -> Result<Self, LoadError> {
         let whole = [outputs.iter().sum()];
         let sizes = if stored.names.len() == 1 { &whole } else { outputs };
-        let mut joined: Option<Rows> = None;
+        let names = || stored.names.iter().map(|name| format!("{}{name}", stored.prefix)).zip(sizes.iter().copied());
+        let parts = names().map(|(name, size)| (format!("{name}.weight"), size)).collect::<Vec<_>>();
+        let matrix = matrix(backend, weights, &parts, (inputs, stored.orientation))?;
         let mut bias = Vec::new();
-        for (name, size) in stored.names.iter().zip(sizes) {
-            let name = format!("{}{name}", stored.prefix);
-            let rows = weights.rows(&format!("{name}.weight"), *size, inputs, stored.orientation)?;
-            // The first part moves in without a copy.
-            joined = Some(match joined {
-                None => rows,
-                Some(above) => above.append(rows),
-            });
-            if stored.bias {
-                bias.extend(weights.vector(&format!("{name}.bias"), &[*size])?);
-            }
+        for (name, size) in names().filter(|_| stored.bias) {
+            bias.extend(weights.vector(&format!("{name}.bias"), &[size])?);
         }
-        let rows = joined.unwrap_or_else(|| Rows::Dense(Vec::new()));
-        let matrix = rows.into_matrix(backend, whole[0], inputs);
         Ok(Self { matrix, bias: stored.bias.then(|| backend.upload(bias)) })
     }
 
@@ -66,8 +57,8 @@ impl<B: Backend> Linear<B> {
         outputs: usize,
         inputs: usize,
     ) -> Result<Self, LoadError> {
-        let rows = weights.rows(name, outputs, inputs, Orientation::OutIn)?;
-        Ok(Self { matrix: rows.into_matrix(backend, outputs, inputs), bias: None })
+        let matrix = matrix(backend, weights, &[(name.to_owned(), outputs)], (inputs, Orientation::OutIn))?;
+        Ok(Self { matrix, bias: None })
     }
 
     /// `out = x W^T + b`, or `out += x W^T + b`.
@@ -79,4 +70,32 @@ impl<B: Backend> Linear<B> {
     pub(crate) fn embed(&self, backend: &B, ids: &[u32], out: &mut B::Buffer, write: Write) {
         backend.embed(&self.matrix, ids, out, write);
     }
+}
+
+/// The rows of all parts below each other: as they lie where the backend takes them so, else by way of the host's memory.
+fn matrix<B: Backend>(
+    backend: &B,
+    weights: &mut Weights,
+    parts: &[(String, usize)],
+    (inputs, orientation): (usize, Orientation),
+) -> Result<B::Matrix, LoadError> {
+    let raw = parts.iter().map(|(name, outputs)| weights.raw(name, *outputs, inputs, orientation));
+    if let Some(mut raw) = raw.collect::<Option<Vec<_>>>()
+        && backend.takes(&raw, weights.format())
+    {
+        let matrix = backend.stored(&mut raw, weights.format())?;
+        raw.into_iter().for_each(|part| weights.took(part));
+        return Ok(matrix);
+    }
+    let mut joined: Option<Rows> = None;
+    for (name, outputs) in parts {
+        let rows = weights.rows(name, *outputs, inputs, orientation)?;
+        // The first part moves in without a copy.
+        joined = Some(match joined {
+            None => rows,
+            Some(above) => above.append(rows),
+        });
+    }
+    let rows = joined.unwrap_or_else(|| Rows::Dense(Vec::new()));
+    Ok(rows.into_matrix(backend, parts.iter().map(|(_, outputs)| outputs).sum(), inputs))
 }

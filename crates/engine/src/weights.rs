@@ -1,13 +1,14 @@
 //! The one weight source: safetensors files, single or sharded, as float32 values, or a GGUF model.
 //!
-//! Never here: what the weights are for. Tensors are read one at a time with plain reads, not
-//! mapped: a file that changes or shrinks while it is read gives an error, never a fault, and no
-//! more than one tensor is held twice.
+//! Never here: what the weights are for, or how bytes are read (`raw.rs`). Tensors are read one at a
+//! time, and no more than one is held twice; a backend that takes bytes as they lie in the file gets
+//! those.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
@@ -19,8 +20,9 @@ use sha2::{Digest, Sha256};
 use crate::architectures::Orientation;
 use crate::config::Fields;
 use crate::error::LoadError;
-use crate::gguf::Gguf;
+use crate::gguf::{self, Gguf};
 use crate::quantized::{Format, Rows};
+use crate::raw::{Digest as Hash, Order, Raw, Source};
 
 /// An opened checkpoint.
 pub(crate) struct Weights {
@@ -30,7 +32,10 @@ pub(crate) struct Weights {
     tensors: BTreeMap<String, (usize, TensorInfo)>,
     /// The other kind of checkpoint, in place of the files above.
     gguf: Option<Gguf>,
+    /// Of what stands beside the weights.
     hash: Sha256,
+    /// Of each tensor that was read, in no order but that of their labels: backends read in orders of their own.
+    seen: BTreeMap<String, Hash>,
     /// Bytes that the tensors read so far have in memory.
     bytes: u64,
     /// Numbers to make tensors of, and a name that there is none of.
@@ -42,8 +47,8 @@ pub(crate) struct Weights {
 
 /// One safetensors file.
 struct Shard {
-    path: PathBuf,
-    file: File,
+    path: Arc<PathBuf>,
+    file: Arc<File>,
     /// Where the tensors begin, in bytes from the start of the file.
     data_start: u64,
 }
@@ -79,6 +84,7 @@ impl Weights {
             tensors: BTreeMap::new(),
             gguf: None,
             hash: Sha256::new(),
+            seen: BTreeMap::new(),
             bytes: 0,
             format: None,
             #[cfg(feature = "cuda")]
@@ -162,15 +168,60 @@ impl Weights {
         Ok(rows)
     }
 
+    /// A projection or an embedding where it lies; it counts as read when it was [`Self::took`]. None where it has to be
+    /// had by [`Self::rows`], which tells what is wrong with it.
+    pub(crate) fn raw(&self, name: &str, outputs: usize, inputs: usize, orientation: Orientation) -> Option<Raw> {
+        let (stored, order) = match orientation {
+            Orientation::OutIn => ([outputs, inputs], Order::Rows),
+            Orientation::InOut => ([inputs, outputs], Order::Columns),
+        };
+        let (source, format, order, shape) = match &self.gguf {
+            Some(gguf) => {
+                let (source, format, order) = gguf.raw(name, [outputs, inputs])?;
+                (source, format, order, [outputs, inputs])
+            }
+            None => {
+                let (shard, place) = self.tensors.get(name).filter(|(_, place)| place.shape == stored)?;
+                let format = gguf::Format::of_floats(DType::try_from(place.dtype).ok()?)?;
+                (self.shards[*shard].source(place), format, order, stored)
+            }
+        };
+        let label = label(name, format.name, &shape);
+        Some(Raw { source, format, outputs, inputs, order, label, digest: None })
+    }
+
+    /// The outputs and inputs of a matrix.
+    #[cfg(test)]
+    pub(crate) fn matrix_size(&self, name: &str, orientation: Orientation) -> Option<[usize; 2]> {
+        let shape = match &self.gguf {
+            Some(gguf) => gguf.shape(name)?,
+            None => self.tensors.get(name)?.1.shape.clone(),
+        };
+        match (shape.as_slice(), orientation, &self.gguf) {
+            ([inputs, outputs], Orientation::InOut, None) => Some([*outputs, *inputs]),
+            ([outputs, inputs], ..) => Some([*outputs, *inputs]),
+            _ => None,
+        }
+    }
+
+    /// Counts what was read elsewhere.
+    pub(crate) fn took(&mut self, raw: Raw) {
+        self.bytes += raw.source.bytes() as u64;
+        self.seen.extend(raw.digest.map(|digest| (raw.label, digest)));
+    }
+
+    /// What float projections and embeddings are brought to, where there is something.
+    pub(crate) fn format(&self) -> Option<Format> {
+        self.format
+    }
+
     fn rows_of_gguf(&mut self, name: &str, shape: &[usize]) -> Result<Rows, LoadError> {
-        let (hash, read) = (&mut self.hash, &mut self.bytes);
         let missing = || LoadError::MissingTensor { path: self.folder.clone(), tensor: name.to_owned() };
-        let gguf = self.gguf.as_mut().ok_or_else(missing)?;
-        gguf.rows(name, shape, &mut |dtype, bytes| {
-            hash.update(name.as_bytes());
-            hash.update(format!("{dtype}{shape:?}"));
-            hash.update(bytes);
-            *read += bytes.len() as u64;
+        let gguf = self.gguf.as_ref().ok_or_else(missing)?;
+        let (seen, read) = (&mut self.seen, &mut self.bytes);
+        gguf.rows(name, shape, &mut |format, source, digest| {
+            seen.insert(label(name, format, shape), digest);
+            *read += source.bytes() as u64;
         })
     }
 
@@ -210,7 +261,11 @@ impl Weights {
     }
 
     /// The hash of everything read, in hexadecimal; the same for single and sharded files.
-    pub(crate) fn finish(self) -> String {
+    pub(crate) fn finish(mut self) -> String {
+        for (label, digest) in std::mem::take(&mut self.seen) {
+            self.hash_bytes(label.as_bytes());
+            self.hash_bytes(&digest);
+        }
         self.hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
@@ -226,7 +281,7 @@ impl Weights {
         }
         check_order(&path, &mut places)?;
         self.tensors.extend(places.into_iter().map(|(name, place)| (name, (self.shards.len(), place))));
-        self.shards.push(Shard { path, file, data_start });
+        self.shards.push(Shard { path: Arc::new(path), file: Arc::new(file), data_start });
         Ok(())
     }
 
@@ -234,7 +289,7 @@ impl Weights {
         &mut self,
         name: &str,
         shape: &[usize],
-        layout: impl FnOnce(Tensor) -> candle_core::Result<Vec<f32>> + Send,
+        layout: impl FnOnce(Tensor) -> candle_core::Result<Vec<f32>>,
     ) -> Result<Vec<f32>, LoadError> {
         #[cfg(feature = "cuda")]
         if let Some((numbers, _)) = &self.made_up {
@@ -243,10 +298,10 @@ impl Weights {
         let Some((shard, place)) = self.tensors.get(name) else {
             return Err(LoadError::MissingTensor { path: self.folder.clone(), tensor: name.to_owned() });
         };
-        let shard = &mut self.shards[*shard];
+        let shard = &self.shards[*shard];
         if place.shape != shape {
             return Err(LoadError::Shape {
-                path: shard.path.clone(),
+                path: shard.path.to_path_buf(),
                 tensor: name.to_owned(),
                 found: place.shape.clone(),
                 expected: shape.to_owned(),
@@ -254,44 +309,40 @@ impl Weights {
         }
         if !FLOATS.contains(&place.dtype) {
             return Err(LoadError::Checkpoint {
-                path: shard.path.clone(),
+                path: shard.path.to_path_buf(),
                 reason: format!("tensor {name} has type {:?}; weights are F32, F16 or BF16", place.dtype),
             });
         }
-        let bytes = shard.read(place)?;
+        let (bytes, digest) = shard.source(place).read()?;
         self.bytes += 4 * shape.iter().product::<usize>() as u64;
-        let hash = &mut self.hash;
-        let hashing = || {
-            hash.update(name.as_bytes());
-            hash.update(format!("{:?}{shape:?}", place.dtype));
-            hash.update(&bytes);
-        };
+        let dtype = format!("{:?}", place.dtype).to_lowercase();
         let values = || {
             let dtype = DType::try_from(place.dtype)?;
             let tensor = Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)?;
             layout(tensor.to_dtype(DType::F32)?)
         };
-        let ((), values) = rayon::join(hashing, values);
-        values.map_err(|source| LoadError::Convert {
-            path: shard.path.clone(),
+        let values = values().map_err(|source| LoadError::Convert {
+            path: shard.path.to_path_buf(),
             tensor: name.to_owned(),
             dtype: format!("{:?}", place.dtype),
             source: Box::new(source),
-        })
+        });
+        self.seen.insert(label(name, &dtype, shape), digest);
+        values
     }
 }
 
 impl Shard {
-    fn read(&mut self, place: &TensorInfo) -> Result<Vec<u8>, LoadError> {
+    fn source(&self, place: &TensorInfo) -> Source {
         let (start, end) = place.data_offsets;
-        let mut bytes = vec![0; end - start];
         let from = self.data_start + u64::try_from(start).unwrap_or(u64::MAX);
-        self.file
-            .seek(SeekFrom::Start(from))
-            .and_then(|_| self.file.read_exact(&mut bytes))
-            .map_err(|source| LoadError::Read { path: self.path.clone(), source })?;
-        Ok(bytes)
+        Source::new((&self.path, &self.file), from, end - start)
     }
+}
+
+/// What a tensor is called in the hash of a model, by its type and its sizes in the file.
+fn label(name: &str, dtype: &str, shape: &[usize]) -> String {
+    format!("{name} {dtype}{shape:?}")
 }
 
 /// The weight files of a folder, in a fixed order.

@@ -18,8 +18,10 @@ use rayon::ThreadPool;
 
 use crate::ask::{Ask, Chosen};
 use crate::config::Activation;
+use crate::error::LoadError;
 use crate::measure::Widths;
-use crate::quantized::Quantized;
+use crate::quantized::{Format, Quantized};
+use crate::raw::Raw;
 
 /// Row-major values on their way to a backend.
 #[derive(Debug)]
@@ -238,6 +240,23 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn quantized(&self, quantized: Quantized) -> Self::Matrix {
         let values = quantized.values();
         self.matrix(Dense { outputs: quantized.outputs, inputs: quantized.inputs, values })
+    }
+
+    /// Whether [`Self::stored`] takes these, to be brought to a format where there is one.
+    fn takes(&self, parts: &[Raw], format: Option<Format>) -> bool {
+        let (_, _) = (parts, format);
+        false
+    }
+
+    /// Takes weights over where they lie, the rows of all parts below each other, and tells each its hash. They become what
+    /// they would have become by way of [`Self::matrix`] or [`Self::quantized`].
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    fn stored(&self, parts: &mut [Raw], format: Option<Format>) -> Result<Self::Matrix, LoadError> {
+        let _ = format;
+        let message = format!("the backend takes no weights as they are stored, such as {parts:?}");
+        Err(LoadError::Device { message })
     }
 
     /// Takes values over.

@@ -9,6 +9,7 @@ use crate::error::LoadError;
 use crate::gguf::Metadata;
 use crate::gguf::header::Value;
 use crate::quantized::Rows;
+use crate::raw::Order;
 
 /// One family.
 #[derive(Debug)]
@@ -174,16 +175,16 @@ impl Family {
     }
 }
 
+/// The rows of each of so many heads, where they have pairs.
+pub(super) fn pairs_width(outputs: usize, heads: usize) -> Option<usize> {
+    let width = outputs / heads.max(1);
+    (width >= 2 && width * heads == outputs && width.is_multiple_of(2)).then_some(width)
+}
+
 /// Rows that lie as the pairs that are rotated together, brought to the order of two halves for each head.
 pub(super) fn halves_apart(rows: Rows, outputs: usize, heads: usize) -> Rows {
-    let width = outputs / heads.max(1);
-    if width < 2 || width * heads != outputs || !width.is_multiple_of(2) {
-        return rows;
-    }
-    let source = |row: usize| {
-        let (head, place) = (row / width, row % width);
-        head * width + place % (width / 2) * 2 + place / (width / 2)
-    };
+    let Some(width) = pairs_width(outputs, heads) else { return rows };
+    let source = |row| Order::Pairs(width).stored_at(row);
     match rows {
         Rows::Quantized(quantized) => Rows::Quantized(quantized.reordered(source)),
         Rows::Dense(values) => {

@@ -11,7 +11,7 @@ use crate::quantized::Quantized;
 #[derive(Debug)]
 pub(crate) struct Format {
     /// The number that files have for it.
-    id: u32,
+    pub(crate) id: u32,
     /// Its usual name.
     pub(crate) name: &'static str,
     /// Values per block; rows are multiples of it.
@@ -34,10 +34,10 @@ pub(crate) enum Stored {
 /// How quants are kept once they are unpacked; see [`Quantized`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    block: usize,
-    lowest: i8,
-    bits: u8,
-    minimums: bool,
+    pub(crate) block: usize,
+    pub(crate) lowest: i8,
+    pub(crate) bits: u8,
+    pub(crate) minimums: bool,
     unpack: fn(&[u8], &mut Block),
 }
 
@@ -82,6 +82,11 @@ impl Format {
     /// The type with that number.
     pub(crate) fn find(id: u32) -> Option<&'static Self> {
         FORMATS.iter().find(|format| format.id == id)
+    }
+
+    /// The type of such values.
+    pub(crate) fn of_floats(dtype: DType) -> Option<&'static Self> {
+        FORMATS.iter().find(|format| matches!(format.stored, Stored::Floats(stored) if stored == dtype))
     }
 
     /// All names, for messages.

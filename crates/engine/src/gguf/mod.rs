@@ -13,23 +13,29 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value as Json;
 
 use crate::error::LoadError;
 use crate::quantized::Rows;
+use crate::raw::{Digest, Order, Source};
 use families::Family;
-use formats::Stored;
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) use formats::Layout;
+pub(crate) use formats::{Format, Stored};
 use header::{Header, Place, Value};
+
+/// Is shown the type, the place and the hash of what was read.
+type Seen<'a> = &'a mut dyn FnMut(&'static str, &Source, Digest);
 
 /// A model in one or several GGUF files.
 pub(crate) struct Gguf {
     metadata: Metadata,
     family: &'static Family,
-    files: Vec<(PathBuf, File)>,
+    files: Vec<(Arc<PathBuf>, Arc<File>)>,
     /// Tensors by the names that the files have for them, with the file they are in.
     tensors: BTreeMap<String, (usize, Place)>,
     config: Json,
@@ -74,7 +80,7 @@ impl Gguf {
                 tensors.insert(name, (files.len(), place));
             }
             first.get_or_insert(Metadata { path: path.clone(), values: header.metadata });
-            files.push((path, file));
+            files.push((Arc::new(path), Arc::new(file)));
         }
         let Some(metadata) = first else {
             return Err(LoadError::NoWeights { path: path.to_owned() });
@@ -106,13 +112,13 @@ impl Gguf {
         tokenizer::settings(&self.metadata)
     }
 
-    fn make_config(&mut self) -> Result<Json, LoadError> {
+    fn make_config(&self) -> Result<Json, LoadError> {
         let vocabulary = self.tensors.get("token_embd.weight").and_then(|(_, place)| place.shape.first().copied());
         let tied = !self.tensors.contains_key("output.weight");
         let divisors = match self.tensors.get("rope_freqs.weight") {
             Some((_, place)) => {
                 let shape = place.shape.clone();
-                Some(self.raw("rope_freqs.weight", &shape, &mut |_, _| ())?.into_values())
+                Some(self.as_stored("rope_freqs.weight", &shape, &mut |_, _, _| ())?.into_values())
             }
             None => None,
         };
@@ -132,18 +138,34 @@ impl Gguf {
         self.family.tensor(name).is_some_and(|name| self.tensors.contains_key(&name))
     }
 
-    /// A tensor by the name that `transformers` has for it, in its order of rows; it must have that shape. `seen` is
-    /// shown the bytes.
-    pub(crate) fn rows(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        seen: &mut dyn FnMut(&'static str, &[u8]),
-    ) -> Result<Rows, LoadError> {
+    /// A matrix by the name that `transformers` has for it, where it lies. None where there is none of that shape, or one
+    /// whose rows are not in an order with a name.
+    pub(crate) fn raw(&self, name: &str, shape: [usize; 2]) -> Option<(Source, &'static Format, Order)> {
+        let (file, place) = self.tensors.get(&self.family.tensor(name)?).filter(|(_, place)| place.shape == shape)?;
+        let order = match self.family.interleaved_heads(name, &self.config) {
+            Some(heads) => Order::Pairs(families::pairs_width(shape[0], heads)?),
+            None => Order::Rows,
+        };
+        Some((self.source(*file, place), place.format, order))
+    }
+
+    /// The sizes of a tensor.
+    #[cfg(test)]
+    pub(crate) fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(&self.family.tensor(name)?).map(|(_, place)| place.shape.clone())
+    }
+
+    fn source(&self, file: usize, place: &Place) -> Source {
+        let (path, file) = &self.files[file];
+        Source::new((path, file), place.start, place.bytes)
+    }
+
+    /// A tensor by the name that `transformers` has for it, in its order of rows; it must have that shape.
+    pub(crate) fn rows(&self, name: &str, shape: &[usize], seen: Seen<'_>) -> Result<Rows, LoadError> {
         let Some(stored_as) = self.family.tensor(name) else {
             return Err(LoadError::MissingTensor { path: self.path().to_owned(), tensor: name.to_owned() });
         };
-        let mut rows = self.raw(&stored_as, shape, seen)?;
+        let mut rows = self.as_stored(&stored_as, shape, seen)?;
         if let (Some(heads), [outputs, ..]) = (self.family.interleaved_heads(name, &self.config), shape) {
             rows = families::halves_apart(rows, *outputs, heads);
         }
@@ -155,29 +177,21 @@ impl Gguf {
         Ok(rows)
     }
 
-    fn raw(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        seen: &mut dyn FnMut(&'static str, &[u8]),
-    ) -> Result<Rows, LoadError> {
+    fn as_stored(&self, name: &str, shape: &[usize], seen: Seen<'_>) -> Result<Rows, LoadError> {
         let Some((file, place)) = self.tensors.get(name) else {
             return Err(LoadError::MissingTensor { path: self.path().to_owned(), tensor: name.to_owned() });
         };
-        let (path, file) = &mut self.files[*file];
+        let source = self.source(*file, place);
         if place.shape != shape {
             return Err(LoadError::Shape {
-                path: path.clone(),
+                path: source.path().to_owned(),
                 tensor: name.to_owned(),
                 found: place.shape.clone(),
                 expected: shape.to_owned(),
             });
         }
-        let mut bytes = vec![0; place.bytes];
-        file.seek(SeekFrom::Start(place.start))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(|source| LoadError::Read { path: path.clone(), source })?;
-        seen(place.format.name, &bytes);
+        let (bytes, digest) = source.read()?;
+        seen(place.format.name, &source, digest);
         match &place.format.stored {
             Stored::Quants(layout) => {
                 let inputs = shape.last().copied().unwrap_or(1).max(1);
@@ -187,11 +201,11 @@ impl Gguf {
             Stored::Floats(dtype) => Tensor::from_raw_buffer(&bytes, *dtype, shape, &Device::Cpu)
                 .and_then(|tensor| tensor.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1())
                 .map(Rows::Dense)
-                .map_err(|source| LoadError::Convert {
-                    path: path.clone(),
+                .map_err(|error| LoadError::Convert {
+                    path: source.path().to_owned(),
                     tensor: name.to_owned(),
                     dtype: place.format.name.to_owned(),
-                    source: Box::new(source),
+                    source: Box::new(error),
                 }),
         }
     }

@@ -20,6 +20,7 @@
 #include "prefill.cu"
 #include "sampler.cu"
 #include "quantized.cu"
+#include "stored.cu"
 
 uint3 threadIdx, blockIdx, gridDim;
 

@@ -31,8 +31,17 @@ pub(crate) trait Device: std::fmt::Debug + Send + Sync + 'static {
     /// Fills with zeros.
     fn clear(&self, to: Address, bytes: usize) -> Result<(), DeviceError>;
 
+    /// How many bytes [`Self::fill`] takes at most: whole mebibytes.
+    fn fill_bytes_max(&self) -> usize;
+
+    /// Copies to the device what `fill` writes, straight from where it is written.
+    fn fill(&self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), DeviceError>;
+
     /// Copies to the device.
-    fn write(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError>;
+    fn write(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError> {
+        let parts = (to..).step_by(self.fill_bytes_max()).zip(bytes.chunks(self.fill_bytes_max()));
+        parts.into_iter().try_for_each(|(to, part)| self.fill(to, part.len(), &mut |room| room.copy_from_slice(part)))
+    }
 
     /// Copies from the device, when all before it is done.
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), DeviceError>;
@@ -85,8 +94,12 @@ impl<D: Device> Device for Arc<D> {
         D::clear(self, to, bytes)
     }
 
-    fn write(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError> {
-        D::write(self, to, bytes)
+    fn fill_bytes_max(&self) -> usize {
+        D::fill_bytes_max(self)
+    }
+
+    fn fill(&self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), DeviceError> {
+        D::fill(self, to, bytes, fill)
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<(), DeviceError> {

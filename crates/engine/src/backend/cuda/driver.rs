@@ -27,10 +27,10 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::backend::cuda::device::{Address, Adds, Device, DeviceError, Dtype, Launch, Product, Written};
-use crate::backend::cuda::ring::Ring;
+use crate::backend::cuda::ring::{PARTS as RING_PARTS, Ring};
 
 /// The kernels, compiled by build.rs.
-const MODULES: [&[u8]; 7] = [
+const MODULES: [&[u8]; 8] = [
     include_bytes!(concat!(env!("OUT_DIR"), "/norm.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/elementwise.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin")),
@@ -38,6 +38,7 @@ const MODULES: [&[u8]; 7] = [
     include_bytes!(concat!(env!("OUT_DIR"), "/prefill.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/sampler.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/quantized.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/stored.fatbin")),
 ];
 
 /// The number of rows for which algorithms are chosen: a full batch of decode, which is what has to be fast.
@@ -354,23 +355,26 @@ impl Device for Driver {
             .map_err(|error| failed("clearing", error))
     }
 
-    fn write(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError> {
+    fn fill_bytes_max(&self) -> usize {
+        RING_BYTES / RING_PARTS
+    }
+
+    fn fill(&self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), DeviceError> {
         self.bind("writing")?;
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut done = 0;
-        while done < bytes.len() {
-            let (part, reached) = staging.ring.take(bytes.len() - done);
-            if let Some(last) = reached.last() {
-                last.wait()?;
-            }
-            let room = staging.memory.slice(part.clone());
-            room.copy_from_slice(&bytes[done..done + part.len()]);
-            // SAFETY: the caller has the device's memory, and the ring keeps the host's until the fence is reached.
-            unsafe { result::memcpy_htod_async(to + done as Address, room, self.stream.cu_stream()) }
-                .map_err(|error| failed("writing", error))?;
-            done += part.len();
-            staging.ring.close(part, Fence::after(&self.stream)?);
+        let (part, reached) = staging.ring.take(bytes);
+        if part.len() < bytes {
+            return Err(failed("writing", format!("{bytes} bytes are too many for the ring")));
         }
+        if let Some(last) = reached.last() {
+            last.wait()?;
+        }
+        let room = staging.memory.slice(part.clone());
+        fill(room);
+        // SAFETY: the caller has the device's memory, and the ring keeps the host's until the fence is reached.
+        unsafe { result::memcpy_htod_async(to, room, self.stream.cu_stream()) }
+            .map_err(|error| failed("writing", error))?;
+        staging.ring.close(part, Fence::after(&self.stream)?);
         Ok(())
     }
 

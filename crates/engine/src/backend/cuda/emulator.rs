@@ -213,6 +213,17 @@ impl Device for Emulator {
         Ok(())
     }
 
+    fn fill_bytes_max(&self) -> usize {
+        // Far fewer than a GPU takes, so that tests have weights that come in pieces.
+        1 << 20
+    }
+
+    fn fill(&self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<(), DeviceError> {
+        let mut filled = vec![0; bytes];
+        fill(&mut filled);
+        self.write(to, &filled)
+    }
+
     fn write(&self, to: Address, bytes: &[u8]) -> Result<(), DeviceError> {
         let count = (bytes.len() as u64).to_le_bytes();
         self.request("writing", &[&WRITE.to_le_bytes(), &to.to_le_bytes(), &count, bytes], &mut [])

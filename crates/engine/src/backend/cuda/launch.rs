@@ -5,7 +5,9 @@
 use crate::backend::cuda::device::{Address, Adds, Device, DeviceError, Dtype, Launch, Params, Product, Written};
 use crate::backend::{Heads, Write};
 use crate::config::Activation;
+use crate::gguf::Format;
 use crate::kv::BLOCK_TOKENS;
+use crate::raw::Order;
 
 /// Widths of heads that attention is compiled for; those below 64 are of tests' models.
 pub(crate) const HEAD_WIDTHS: [usize; 9] = [8, 16, 24, 32, 64, 80, 96, 128, 256];
@@ -26,6 +28,7 @@ const ROPE_THREADS: u32 = 128;
 const DECODE_THREADS: u32 = 128;
 const SAMPLER_THREADS: u32 = 512;
 const QUANTIZED_THREADS: u32 = 128;
+const STORED_THREADS: u32 = 256;
 
 /// Outputs and rows that a block of a product with quantised weights makes.
 const QUANTIZED_TILE: [usize; 2] = [16, 64];
@@ -284,6 +287,33 @@ impl<D: Device> Kernels<D> {
         self.launch("quantized_rows", grid, (QUANTIZED_THREADS, 0), params)
     }
 
+    /// Values of a piece of a file in the element type, at their places in `[outputs, inputs]`.
+    pub(crate) fn convert(&self, piece: &Piece, out: Address) -> Result<(), DeviceError> {
+        let Piece { at, size: [outputs, inputs], first, count, .. } = *piece;
+        let columns = usize::from(piece.order == Order::Columns);
+        let params = Params::default().pointers(&[at, out]).numbers(&[first, count, outputs, inputs]);
+        let params = params.numbers(&[piece.kind(), columns, piece.pairs()]);
+        self.launch("convert", stored_grid(count), (STORED_THREADS, 0), params)
+    }
+
+    /// Blocks of a piece of a file, unpacked to their places in quantised weights.
+    pub(crate) fn unpack(&self, piece: &Piece, to: &Quants) -> Result<(), DeviceError> {
+        let Piece { at, format, size: [_, inputs], first, count, .. } = *piece;
+        let params = Params::default()
+            .pointers(&[at, to.quants, to.scales, to.minimums])
+            .numbers(&[first, count, inputs, piece.kind(), format.values, format.bytes])
+            .numbers(&[to.block, to.lowest_word(), to.in_byte - 1, piece.pairs()]);
+        self.start("unpack_u8".to_owned(), stored_grid(count / QUANTIZED_VALUES), (STORED_THREADS, 0), params)
+    }
+
+    /// Values of a piece of a file as q8_0, at their places in quantised weights.
+    pub(crate) fn quantize(&self, piece: &Piece, to: &Quants) -> Result<(), DeviceError> {
+        let Piece { at, size: [_, inputs], first, count, .. } = *piece;
+        let params = Params::default().pointers(&[at, to.quants, to.scales]);
+        let params = params.numbers(&[first, count, inputs, piece.kind(), piece.pairs()]);
+        self.start("quantize_u8".to_owned(), stored_grid(count / to.block), (STORED_THREADS, 0), params)
+    }
+
     /// Puts tokens that were chosen before in place of ids that stand for them.
     pub(crate) fn resolve(
         &self,
@@ -335,6 +365,34 @@ impl<D: Device> Kernels<D> {
     }
 }
 
+/// A piece of a file's weights on the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    pub(crate) at: Address,
+    pub(crate) format: &'static Format,
+    pub(crate) order: Order,
+    /// Outputs and inputs of the whole.
+    pub(crate) size: [usize; 2],
+    /// The number of its first value in the file, and how many it has.
+    pub(crate) first: usize,
+    pub(crate) count: usize,
+}
+
+impl Piece {
+    /// The number that GGUF files have for its type.
+    fn kind(&self) -> usize {
+        self.format.id as usize
+    }
+
+    /// Rows of a head, where they lie as pairs.
+    fn pairs(&self) -> usize {
+        match self.order {
+            Order::Pairs(width) => width,
+            Order::Rows | Order::Columns => 0,
+        }
+    }
+}
+
 impl Quants {
     /// The bits of the smallest quant as a number of 32.
     fn lowest_word(&self) -> usize {
@@ -352,6 +410,11 @@ impl Attention {
             .float(heads.scale)
             .float(heads.cap.unwrap_or(0.0))
     }
+}
+
+/// Blocks for so many threads that work on a piece of a file.
+const fn stored_grid(threads: usize) -> [usize; 3] {
+    [threads.div_ceil(STORED_THREADS as usize), 1, 1]
 }
 
 /// The name of a kernel of attention, with the width apart.

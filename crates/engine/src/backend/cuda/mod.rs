@@ -16,6 +16,7 @@ pub(crate) mod driver;
 pub(crate) mod emulator;
 mod graphs;
 pub(crate) mod launch;
+mod loading;
 pub(crate) mod ring;
 pub(crate) mod sampling;
 mod step;
@@ -35,11 +36,14 @@ use crate::backend::cuda::graphs::Graphs;
 use crate::backend::cuda::launch::{
     Attention, HEAD_WIDTHS, Kernels, Norm, QUANTIZED_STEP, Quants, Rope, RowArrays, block_values,
 };
+use crate::backend::cuda::loading::{Becomes, Scratch};
 use crate::backend::cuda::step::StepArrays;
 use crate::backend::{Angles, Backend, Batch, Dense, Heads, Largest, Write};
 use crate::config::Activation;
+use crate::error::LoadError;
 use crate::measure::Widths;
-use crate::quantized::Quantized;
+use crate::quantized::{Format, Quantized};
+use crate::raw::Raw;
 
 /// A CUDA device as a backend.
 #[derive(Debug)]
@@ -50,6 +54,8 @@ pub(crate) struct Cuda<D: Device> {
     /// Recorded steps, where steps are recorded.
     graphs: Option<Mutex<Graphs<D>>>,
     fault: OnceLock<DeviceError>,
+    /// While a model is loaded.
+    scratch: Mutex<Scratch<D>>,
 }
 
 /// Values on the device.
@@ -100,7 +106,7 @@ impl<D: Device> Cuda<D> {
     pub(crate) fn new(device: D, dtype: Dtype) -> Self {
         let kernels = Kernels { device, dtype };
         let (step, choices) = (Mutex::new(StepArrays::default()), Mutex::new(Choices::default()));
-        Self { kernels, step, choices, graphs: None, fault: OnceLock::new() }
+        Self { kernels, step, choices, graphs: None, fault: OnceLock::new(), scratch: Mutex::default() }
     }
 
     /// The same with steps of decode that are recorded and repeated.
@@ -135,6 +141,10 @@ impl<D: Device> Cuda<D> {
 
     fn choices(&self) -> MutexGuard<'_, Choices<D>> {
         self.choices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Scratch<D>> {
+        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hold(&self, bytes: &[u8]) -> Option<D::Memory> {
@@ -278,6 +288,8 @@ impl<D: Device> Backend for Cuda<D> {
             // They have the addresses of buffers that go now.
             *graphs.lock().unwrap_or_else(PoisonError::into_inner) = Graphs::default();
         }
+        // All weights are there.
+        *self.scratch() = Scratch::default();
         self.heed(|| {
             self.step().reserve(self.device(), largest)?;
             self.choices().reserve(self.device(), largest)
@@ -321,6 +333,14 @@ impl<D: Device> Backend for Cuda<D> {
         let blocks = Blocks { scales: self.hold(&floats(&scales)), minimums, block, lowest, in_byte };
         let memory = self.hold(&packed(&quants, lowest, in_byte));
         Matrix { memory, outputs, inputs, quantized: Some(blocks) }
+    }
+
+    fn takes(&self, parts: &[Raw], format: Option<Format>) -> bool {
+        loading::becomes(parts, format).is_some()
+    }
+
+    fn stored(&self, parts: &mut [Raw], format: Option<Format>) -> Result<Matrix<D>, LoadError> {
+        self.load(parts, loading::becomes(parts, format).unwrap_or(Becomes::Values))
     }
 
     fn upload(&self, values: Vec<f32>) -> Buffer<D> {

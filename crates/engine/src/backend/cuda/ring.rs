@@ -10,7 +10,7 @@ use std::ops::Range;
 const ALIGNMENT: usize = 64;
 
 /// A copy takes at most one part in so many, so that it can be filled while others are on their way.
-const PARTS: usize = 4;
+pub(crate) const PARTS: usize = 4;
 
 /// The state of a ring. A fence tells when the copy of a part is done; fences are reached in the order in which they were
 /// given.

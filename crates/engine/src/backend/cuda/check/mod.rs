@@ -9,6 +9,7 @@ pub(crate) mod product;
 mod rows;
 mod sampler;
 pub(crate) mod schedules;
+mod stored;
 
 use std::ops::Range;
 
@@ -36,6 +37,9 @@ pub(crate) fn cases<D: Device>() -> Vec<Case<D>> {
         ("product", product::product),
         ("rows of a product", product::invariance),
         ("quantised product", product::quantized),
+        ("stored values", stored::values),
+        ("stored blocks", stored::blocks),
+        ("stored values quantised", stored::quantised),
         ("norm", rows::norm),
         ("fused norm", rows::fused_norm),
         ("activation", rows::activation),
@@ -237,6 +241,9 @@ mod tests {
         products_are_near_the_definition: "product",
         products_do_not_depend_on_other_rows: "rows of a product",
         quantised_products_are_those_of_the_values: "quantised product",
+        stored_values_are_rounded_as_on_the_host: "stored values",
+        stored_blocks_are_unpacked_as_on_the_host: "stored blocks",
+        stored_values_are_quantised_as_on_the_host: "stored values quantised",
         norms_are_those_of_the_cpu: "norm",
         a_fused_norm_is_an_addition_and_a_norm: "fused norm",
         activations_are_those_of_the_cpu: "activation",
