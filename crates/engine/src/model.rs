@@ -52,7 +52,7 @@ pub struct LoadOptions {
 /// for equal requests with a seed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fingerprint {
-    /// SHA-256 of weights, config, tokenizer and chat template, in hexadecimal.
+    /// SHA-256 of config, tokenizer, chat template and the weights' own hashes, in hexadecimal: the same on every backend.
     pub model: String,
     /// The type that the arithmetic is done in, or the format that weights were brought to at load.
     pub dtype: &'static str,

@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use sha2::{Digest as _, Sha256};
 
 use crate::error::LoadError;
 use crate::gguf::Format;
+use crate::model::open;
 
 /// Bytes that are read and hashed at a time. The hash of a tensor is that of the hashes of its parts, so that many threads
 /// can make it; another size would be another fingerprint.
@@ -57,16 +57,17 @@ impl Source {
 
     /// Reads them from the first to the last.
     pub(crate) fn reader(&self) -> Reader<'_> {
-        Reader { source: self, at: 0, parts: Sha256::new() }
+        Reader { source: self, at: 0, parts: blake3::Hasher::new() }
     }
 }
 
-/// Reads the bytes of a tensor, and hashes them.
+/// Reads the bytes of a tensor, and hashes them: with BLAKE3, which takes a quarter of
+/// SHA-256's time (0.14 s a GB and core), about as much as the copy.
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {
     source: &'a Source,
     at: usize,
-    parts: Sha256,
+    parts: blake3::Hasher,
 }
 
 impl Reader<'_> {
@@ -75,11 +76,13 @@ impl Reader<'_> {
         let (file, from) = (&self.source.file, self.source.start + self.at as u64);
         let read = |(index, part): (usize, &mut [u8])| -> io::Result<Digest> {
             file.read_exact_at(part, from + (index * PART_BYTES) as u64)?;
-            Ok(Sha256::digest(part).into())
+            Ok(blake3::hash(part).into())
         };
         let read: io::Result<Vec<Digest>> = into.par_chunks_mut(PART_BYTES).enumerate().map(read).collect();
         let read = read.map_err(|source| LoadError::Read { path: self.source.path().to_owned(), source })?;
-        read.iter().for_each(|digest| self.parts.update(digest));
+        for digest in &read {
+            self.parts.update(digest);
+        }
         self.at += into.len();
         Ok(())
     }
@@ -88,6 +91,34 @@ impl Reader<'_> {
     pub(crate) fn finish(self) -> Digest {
         self.parts.finalize().into()
     }
+}
+
+/// Reads and hashes all weights of a model as they are when they are loaded onto a device: in pieces of so many bytes, each
+/// into the next of `rooms` such pieces of one memory, and shows them to `each`. How many bytes there were.
+///
+/// # Errors
+/// Of files that cannot be read, or are no weights.
+pub fn read_all(
+    model_path: &Path,
+    (piece_bytes, rooms): (usize, usize),
+    each: &mut dyn FnMut(&[u8]),
+) -> Result<u64, LoadError> {
+    let (_, weights) = open(model_path)?;
+    let piece_bytes = piece_bytes.next_multiple_of(PART_BYTES);
+    let mut ring = vec![0; piece_bytes * rooms.max(1)];
+    let mut turns = (0..rooms.max(1)).map(|room| room * piece_bytes).cycle();
+    let mut bytes = 0;
+    for source in weights.sources() {
+        let (mut reader, mut left) = (source.reader(), source.bytes());
+        while left > 0 {
+            let piece = &mut ring[turns.next().unwrap_or(0)..][..piece_bytes.min(left)];
+            reader.next(piece)?;
+            each(piece);
+            left -= piece.len();
+        }
+        bytes += source.bytes() as u64;
+    }
+    Ok(bytes)
 }
 
 /// A projection or an embedding, or a part of its rows, where it lies.
@@ -155,8 +186,8 @@ mod tests {
             let (mut reader, mut parts) = (source.reader(), vec![0; length]);
             parts.chunks_mut(2 * PART_BYTES).for_each(|part| reader.next(part).unwrap());
             assert_eq!((parts, reader.finish()), (whole.clone(), hash));
-            let each = whole.chunks(PART_BYTES).flat_map(|part| Digest::from(Sha256::digest(part)));
-            assert_eq!(hash, Digest::from(Sha256::digest(each.collect::<Vec<_>>())));
+            let each = whole.chunks(PART_BYTES).flat_map(|part| Digest::from(blake3::hash(part)));
+            assert_eq!(hash, Digest::from(blake3::hash(&each.collect::<Vec<_>>())));
         }
     }
 

@@ -204,6 +204,14 @@ impl Weights {
         }
     }
 
+    /// Where all tensors lie, in the order of their names.
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        match &self.gguf {
+            Some(gguf) => gguf.sources(),
+            None => self.tensors.values().map(|(shard, place)| self.shards[*shard].source(place)).collect(),
+        }
+    }
+
     /// Counts what was read elsewhere.
     pub(crate) fn took(&mut self, raw: Raw) {
         self.bytes += raw.source.bytes() as u64;

@@ -155,6 +155,11 @@ impl Gguf {
         self.tensors.get(&self.family.tensor(name)?).map(|(_, place)| place.shape.clone())
     }
 
+    /// Where all tensors lie.
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        self.tensors.values().map(|(file, place)| self.source(*file, place)).collect()
+    }
+
     fn source(&self, file: usize, place: &Place) -> Source {
         let (path, file) = &self.files[file];
         Source::new((path, file), place.start, place.bytes)
