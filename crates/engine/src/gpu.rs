@@ -12,13 +12,15 @@ use std::time::{Duration, Instant};
 use crate::ask::{Ask, CHOSEN_BEFORE};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::check::{self, Bench, Dice};
-use crate::backend::cuda::device::{Device as _, Dtype};
+use crate::backend::cuda::device::{Device as _, DeviceError, Dtype};
 use crate::backend::cuda::driver::Driver;
 use crate::backend::{Backend as _, Batch};
-use crate::config::{Config, Fields};
+use crate::config::Config;
 use crate::decoder::{Decoder, Forward as _, Room};
 use crate::error::LoadError;
 use crate::kv::BLOCK_TOKENS;
+use crate::made_up::Folder;
+use crate::raw::read_all;
 use crate::sampler::Sampling;
 use crate::weights::Weights;
 
@@ -111,12 +113,11 @@ fn folders(of: &Path) -> Result<Vec<PathBuf>, std::io::Error> {
     Ok(folders)
 }
 
-/// A model to be measured: its config.json, the name of a tensor that it lacks, and the tokens per second that an H200's
-/// memory and arithmetic allow at the batches of [`BATCHES`] (2026-11, measured copy and product rates).
+/// A model to be measured: its config.json, and the tokens per second that an H200's memory and arithmetic allow at the
+/// batches of [`BATCHES`] (2026-11, measured copy and product rates).
 struct Measured {
     name: &'static str,
     config: &'static str,
-    without: &'static str,
     limits: [f64; 3],
 }
 
@@ -135,7 +136,6 @@ const MEASURED: [Measured; 4] = [
         config: r#"{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_head": 12,
             "n_layer": 12, "n_positions": 1024, "vocab_size": 50257, "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5, "tie_word_embeddings": true}"#,
-        without: "lm_head.weight",
         limits: [16e3, 160e3, 212e3],
     },
     Measured {
@@ -144,7 +144,6 @@ const MEASURED: [Measured; 4] = [
             "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24,
             "vocab_size": 151936, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
             "max_position_embeddings": 32768, "tie_word_embeddings": true}"#,
-        without: "lm_head.weight",
         limits: [4.3e3, 114e3, 385e3],
     },
     Measured {
@@ -153,7 +152,6 @@ const MEASURED: [Measured; 4] = [
             "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 28,
             "vocab_size": 151936, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
             "max_position_embeddings": 32768, "tie_word_embeddings": true}"#,
-        without: "lm_head.weight",
         limits: [1.39e3, 38.5e3, 146e3],
     },
     Measured {
@@ -162,49 +160,84 @@ const MEASURED: [Measured; 4] = [
             "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28,
             "vocab_size": 152064, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
             "max_position_embeddings": 32768, "tie_word_embeddings": false}"#,
-        without: "",
         limits: [303.0, 9.1e3, 45e3],
     },
 ];
 
-/// Measures models with made-up weights: decode at some batches, requests of mixed lengths, and requests that begin alike. A
-/// line for each to `out`, and all of it as JSON. `tokenizer` is the folder of a model whose tokenizer serves. Steps are those of an
-/// engine: tokens are chosen on the device, and a step is started before the tokens of the one before are known.
+/// Measures models with made-up weights: how fast they are loaded; decode at some batches; requests of mixed lengths, requests
+/// that begin alike, and the same requests with this engine and with transformers. A line for each to `out`, and all of it as
+/// JSON. `tokenizer` is the folder of a model whose tokenizer serves. Steps are those of an engine: tokens are chosen on the
+/// device, and a step is started before the tokens of the one before are known.
 ///
 /// # Errors
 /// When there is no such GPU, it fails, or `out` cannot be had.
 pub fn bench(ordinal: usize, tokenizer: &Path, out: &mut dyn Write) -> Result<serde_json::Value, CheckError> {
-    let driver = Arc::new(Driver::open(ordinal).map_err(|error| LoadError::Device { message: error.to_string() })?);
-    writeln!(out, "{}, decode at {CONTEXT} tokens, tokens/s (share of an H200's limit)", driver.name())?;
-    let mut rows = Vec::new();
-    for model in MEASURED {
-        for (batch, limit) in BATCHES.into_iter().zip(model.limits) {
-            let [recorded, eager] =
-                [Graphs::Yes, Graphs::No].map(|graphs| tokens_per_s(&driver, &model, batch, graphs));
-            let (recorded, eager) = (recorded?, eager?);
-            writeln!(
-                out,
-                "{:14} {batch:4}: {recorded:9.0} ({:4.1} %), without graphs {eager:9.0}",
-                model.name,
-                100.0 * recorded / limit
-            )?;
-            rows.push(serde_json::json!({
-                "model": model.name, "batch": batch, "tokens_per_s": recorded,
-                "tokens_per_s_without_graphs": eager, "h200_limit_tokens_per_s": limit,
-                "share_of_limit": recorded / limit,
-            }));
-        }
-    }
-    let mut workloads = serde_json::Map::new();
+    let driver = Arc::new(Driver::open(ordinal).map_err(failed)?);
+    let link = link_rate(&driver)?;
+    writeln!(out, "{}, copies from the host at {link:.1} GB/s", driver.name())?;
+    let mut models = serde_json::Map::new();
     for model in &MEASURED {
+        let folder = Folder::write(&std::env::temp_dir(), &model.name.replace(' ', "-"), model.config)?;
+        let (path, context) = (folder.path(), Config::read(folder.path())?.context);
+        let loading = loading(&driver, (model, path), link, out)?;
+        let decode = decode((&driver, ordinal), (model, path), out)?;
         // The requests are longer than what some models can do.
-        if config(model)?.context < workload::CONTEXT {
-            continue;
-        }
-        workloads.insert(model.name.to_owned(), workload::workloads(&driver, model, tokenizer, out)?);
+        let workloads = match context < workload::CONTEXT {
+            true => serde_json::Value::Null,
+            false => workload::workloads((&driver, ordinal), (model, path), tokenizer, out)?,
+        };
+        let found = serde_json::json!({"loading": loading, "decode": decode, "workloads": workloads});
+        models.insert(model.name.to_owned(), found);
     }
     let device = driver.name();
-    Ok(serde_json::json!({"device": device, "context_tokens": CONTEXT, "decode": rows, "workloads": workloads}))
+    Ok(serde_json::json!({"device": device, "link_gb_per_s": link, "context_tokens": CONTEXT, "models": models}))
+}
+
+fn failed(error: DeviceError) -> CheckError {
+    LoadError::Device { message: error.to_string() }.into()
+}
+
+/// GB that go from the ring to the device in a second when the ring is never waited for.
+fn link_rate(driver: &Driver) -> Result<f64, CheckError> {
+    let (bytes, copies) = (driver.fill_bytes_max(), 128);
+    let room = driver.allocate(bytes).map_err(failed)?;
+    let mut rate = 0.0;
+    // The first time warms up.
+    for _ in 0..2 {
+        let begun = Instant::now();
+        for _ in 0..copies {
+            driver.fill(Driver::address(&room), bytes, &mut |_| ()).map_err(failed)?;
+        }
+        driver.wait().map_err(failed)?;
+        rate = (copies * bytes) as f64 / begun.elapsed().as_secs_f64() / 1e9;
+    }
+    Ok(rate)
+}
+
+/// Loads a model that the system has in its memory: what the host does of it, and all of it.
+fn loading(
+    driver: &Arc<Driver>,
+    (model, folder): (&Measured, &Path),
+    link: f64,
+    out: &mut dyn Write,
+) -> Result<serde_json::Value, CheckError> {
+    let begun = Instant::now();
+    let bytes = read_all(folder, (driver.fill_bytes_max(), 4), &mut |_| ())? as f64;
+    let read = bytes / begun.elapsed().as_secs_f64() / 1e9;
+    let begun = Instant::now();
+    let decoder = load(driver, folder, Graphs::No)?;
+    driver.wait().map_err(failed)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    drop(decoder);
+    let rate = bytes / seconds / 1e9;
+    writeln!(
+        out,
+        "{:14} loaded: {:.2} GB in {seconds:.2} s, {rate:.1} GB/s ({:.0} % of the link); the host alone {read:.1} GB/s",
+        model.name,
+        bytes / 1e9,
+        100.0 * rate / link
+    )?;
+    Ok(serde_json::json!({"bytes": bytes, "seconds": seconds, "share_of_link": rate / link, "host_gb_per_s": read}))
 }
 
 /// Whether steps are recorded and repeated.
@@ -214,16 +247,50 @@ enum Graphs {
     No,
 }
 
-fn config(model: &Measured) -> Result<Config, CheckError> {
-    let value = serde_json::from_str(model.config).map_err(std::io::Error::from)?;
-    Ok(Config::of(&Fields::of(Path::new(model.name), &value), None)?)
-}
-
-fn tokens_per_s(driver: &Arc<Driver>, model: &Measured, count: usize, graphs: Graphs) -> Result<f64, CheckError> {
-    let config = config(model)?;
+fn load(driver: &Arc<Driver>, folder: &Path, graphs: Graphs) -> Result<Decoder<Cuda<Arc<Driver>>>, CheckError> {
     let backend = Cuda::new(driver.clone(), Dtype::Bf16);
     let backend = if graphs == Graphs::Yes { backend.with_graphs() } else { backend };
-    let mut decoder = Decoder::load(backend, config, &mut Weights::made_up(model.without))?;
+    Ok(Decoder::load(backend, Config::read(folder)?, &mut Weights::open(folder)?)?)
+}
+
+/// Decode at each batch: recorded; step by step; and recorded with whatever algorithm cuBLASLt thinks best for the number of
+/// rows, which tells what it costs that a row's bits do not depend on others.
+fn decode(
+    (driver, ordinal): (&Arc<Driver>, usize),
+    (model, folder): (&Measured, &Path),
+    out: &mut dyn Write,
+) -> Result<Vec<serde_json::Value>, CheckError> {
+    let free = Arc::new(Driver::open(ordinal).map_err(failed)?.with_any_algorithm().map_err(failed)?);
+    let mut found = Vec::new();
+    for (driver, graphs) in [(driver, Graphs::Yes), (driver, Graphs::No), (&free, Graphs::Yes)] {
+        let mut decoder = load(driver, folder, graphs)?;
+        let rates = BATCHES.map(|batch| tokens_per_s(driver, &mut decoder, batch));
+        found.push(rates.into_iter().collect::<Result<Vec<_>, _>>()?);
+    }
+    let mut rows = Vec::new();
+    for (index, (batch, limit)) in BATCHES.into_iter().zip(model.limits).enumerate() {
+        let [recorded, eager, free] = [0, 1, 2].map(|way: usize| found[way][index]);
+        writeln!(
+            out,
+            "{:14} {batch:4}: {recorded:9.0} tokens/s at {CONTEXT} tokens ({:4.1} % of an H200's limit), without graphs \
+             {eager:9.0}, with any algorithm {free:9.0}",
+            model.name,
+            100.0 * recorded / limit
+        )?;
+        rows.push(serde_json::json!({
+            "batch": batch, "tokens_per_s": recorded, "tokens_per_s_without_graphs": eager,
+            "tokens_per_s_with_any_algorithm": free, "h200_limit_tokens_per_s": limit,
+            "share_of_limit": recorded / limit, "cost_of_invariance": 1.0 - recorded / free,
+        }));
+    }
+    Ok(rows)
+}
+
+fn tokens_per_s(
+    driver: &Arc<Driver>,
+    decoder: &mut Decoder<Cuda<Arc<Driver>>>,
+    count: usize,
+) -> Result<f64, CheckError> {
     let blocks = CONTEXT.div_ceil(BLOCK_TOKENS);
     decoder.reserve(Room { rows: count, outputs: count, blocks: count * blocks, tokens: CONTEXT });
     let (tables, mut batch): (Vec<u32>, _) = ((0..).take(count * blocks).collect(), Batch::default());
@@ -231,7 +298,7 @@ fn tokens_per_s(driver: &Arc<Driver>, model: &Measured, count: usize, graphs: Gr
     let ask = Ask { sampling, known: None, ..Ask::nothing() };
     let asks = vec![ask; count];
     let mut underway = 0;
-    let mut run = |steps: u32| -> Result<Duration, CheckError> {
+    let mut run = |decoder: &mut Decoder<_>, steps: u32| -> Result<Duration, CheckError> {
         let begun = Instant::now();
         for _ in 0..steps {
             batch.clear();
@@ -248,11 +315,13 @@ fn tokens_per_s(driver: &Arc<Driver>, model: &Measured, count: usize, graphs: Gr
             }
             underway = 1;
         }
-        driver.wait().map_err(|error| LoadError::Device { message: error.to_string() })?;
+        driver.wait().map_err(failed)?;
         Ok(begun.elapsed())
     };
-    run(5)?;
-    let time = run(STEPS)?;
+    run(decoder, 5)?;
+    let time = run(decoder, STEPS)?;
+    // What is still on its way.
+    decoder.chosen();
     if let Some(message) = decoder.backend().fault() {
         return Err(LoadError::Device { message }.into());
     }

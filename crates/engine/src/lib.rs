@@ -18,11 +18,15 @@ mod decoder;
 pub mod engine;
 mod error;
 pub mod footprint;
+#[cfg(any(test, feature = "cuda"))]
+mod generate_batch;
 mod gguf;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 pub mod kv;
 mod linear;
+#[cfg(any(test, feature = "cuda"))]
+mod made_up;
 mod math;
 pub mod measure;
 pub mod model;

@@ -38,9 +38,6 @@ pub(crate) struct Weights {
     seen: BTreeMap<String, Hash>,
     /// Bytes that the tensors read so far have in memory.
     bytes: u64,
-    /// Numbers to make tensors of, and a name that there is none of.
-    #[cfg(feature = "cuda")]
-    made_up: Option<(Vec<f32>, &'static str)>,
     /// What float projections and embeddings are brought to.
     format: Option<Format>,
 }
@@ -87,18 +84,7 @@ impl Weights {
             seen: BTreeMap::new(),
             bytes: 0,
             format: None,
-            #[cfg(feature = "cuda")]
-            made_up: None,
         }
-    }
-
-    /// Small numbers under every name but this, of whatever shape is asked for: what is measured needs no sense.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn made_up(but: &'static str) -> Self {
-        let number = |index: u32| f32::from_bits(0x3c00_0000 | index.wrapping_mul(0x9E37_79B1) & 0x807f_ffff);
-        // A prime, so that rows differ.
-        let numbers = (0..1_048_573).map(number).collect();
-        Self { made_up: Some((numbers, but)), ..Self::empty(Path::new("made up")) }
     }
 
     /// From now on brings float projections and embeddings to a format, where there is one.
@@ -138,10 +124,6 @@ impl Weights {
 
     /// Whether a tensor of that name exists.
     pub(crate) fn has(&self, name: &str) -> bool {
-        #[cfg(feature = "cuda")]
-        if let Some((_, but)) = &self.made_up {
-            return name != *but;
-        }
         self.gguf.as_ref().map_or_else(|| self.tensors.contains_key(name), |gguf| gguf.has(name))
     }
 
@@ -299,10 +281,6 @@ impl Weights {
         shape: &[usize],
         layout: impl FnOnce(Tensor) -> candle_core::Result<Vec<f32>>,
     ) -> Result<Vec<f32>, LoadError> {
-        #[cfg(feature = "cuda")]
-        if let Some((numbers, _)) = &self.made_up {
-            return Ok(numbers.iter().cycle().take(shape.iter().product()).copied().collect());
-        }
         let Some((shard, place)) = self.tensors.get(name) else {
             return Err(LoadError::MissingTensor { path: self.folder.clone(), tensor: name.to_owned() });
         };

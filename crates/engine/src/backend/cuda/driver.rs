@@ -47,6 +47,9 @@ const ROWS_CHOSEN_FOR: u64 = 256;
 /// Numbers of rows that an algorithm must take to be chosen: below, at and above what blocks of the usual kernels have.
 const ROWS_TRIED: [u64; 8] = [1, 2, 17, 64, 129, 256, 1000, 8192];
 
+/// Bytes of workspace for products that may have any algorithm.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
 /// How many algorithms are looked at for a shape.
 const ALGORITHMS_TRIED: usize = 32;
 
@@ -71,6 +74,8 @@ pub(crate) struct Driver {
     /// Host memory that no copy has now.
     landings: Mutex<Vec<Pinned>>,
     name: String,
+    /// Where products may have any algorithm: what these need beside.
+    workspace: Option<Memory>,
 }
 
 /// Pinned host memory.
@@ -221,6 +226,8 @@ struct Shape {
     inputs: usize,
     bias: bool,
     adds: bool,
+    /// Where any algorithm will do: for how many rows it is the best.
+    rows: Option<usize>,
 }
 
 /// Memory of the device.
@@ -283,7 +290,15 @@ impl Driver {
         let name = format!("{name}, cuBLASLt {version}");
         let staging = Mutex::new(Staging { ring: Ring::new(RING_BYTES), memory: Pinned::new(&context, RING_BYTES)? });
         let (functions, landings) = (Mutex::new(HashMap::new()), Mutex::new(Vec::new()));
-        Ok(Self { context, stream, modules, functions, products, staging, landings, name })
+        let workspace = None;
+        Ok(Self { context, stream, modules, functions, products, staging, landings, name, workspace })
+    }
+
+    /// The same with whatever algorithm is best for the number of rows, sums divided among blocks included: a row's bits depend
+    /// on how many there are. For measurements only.
+    pub(crate) fn with_any_algorithm(self) -> Result<Self, DeviceError> {
+        let workspace = Some(self.allocate(WORKSPACE_BYTES)?);
+        Ok(Self { workspace, ..self })
     }
 
     /// Bytes of a device's memory that nobody has.
@@ -460,7 +475,8 @@ impl Device for Driver {
         }
         let mut products = self.products.lock().unwrap_or_else(PoisonError::into_inner);
         let stream = self.stream.cu_stream().cast();
-        products.run(product, stream).map_err(|error| failed(&format!("multiplying {product:?}"), error))
+        let workspace = self.workspace.as_ref().map(|memory| memory.address);
+        products.run(product, workspace, stream).map_err(|error| failed(&format!("multiplying {product:?}"), error))
     }
 }
 
@@ -516,11 +532,19 @@ impl Operation {
 
 impl Preference {
     /// No workspace, and no sum that is divided among blocks.
-    fn new() -> Result<Self, lt::CublasError> {
+    fn invariant() -> Result<Self, lt::CublasError> {
         use lt_sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = Self(lt::create_matmul_pref()?);
         preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &0_u64)?;
         preference.set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &0_u32)?;
+        Ok(preference)
+    }
+
+    /// Whatever there is.
+    fn any() -> Result<Self, lt::CublasError> {
+        use lt_sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let preference = Self(lt::create_matmul_pref()?);
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64))?;
         Ok(preference)
     }
 
@@ -549,9 +573,14 @@ fn layouts(product: &Product, rows: u64) -> Result<[Layout; 3], lt::CublasError>
 }
 
 impl Products {
-    fn run(&mut self, product: &Product, stream: lt_sys::cudaStream_t) -> Result<(), lt::CublasError> {
+    fn run(
+        &mut self,
+        product: &Product,
+        workspace: Option<Address>,
+        stream: lt_sys::cudaStream_t,
+    ) -> Result<(), lt::CublasError> {
         let operation = Operation::new(product.bias)?;
-        let algorithm = self.algorithm(product, &operation)?;
+        let algorithm = self.algorithm((product, workspace.map(|_| product.rows)), &operation)?;
         let [weights, x, out] = layouts(product, product.rows as u64)?;
         let (alpha, beta) = (1.0_f32, if product.adds == Adds::Yes { 1.0_f32 } else { 0.0 });
         let pointer = |address: Address| address as *mut c_void;
@@ -571,8 +600,8 @@ impl Products {
                 pointer(product.out),
                 out.0,
                 std::ptr::from_ref(&algorithm),
-                std::ptr::null_mut(),
-                0,
+                pointer(workspace.unwrap_or(0)),
+                workspace.map_or(0, |_| WORKSPACE_BYTES),
                 stream,
             )
         }
@@ -580,7 +609,7 @@ impl Products {
 
     fn algorithm(
         &mut self,
-        product: &Product,
+        (product, rows): (&Product, Option<usize>),
         operation: &Operation,
     ) -> Result<lt_sys::cublasLtMatmulAlgo_t, lt::CublasError> {
         let shape = Shape {
@@ -590,23 +619,30 @@ impl Products {
             inputs: product.inputs,
             bias: product.bias != 0,
             adds: product.adds == Adds::Yes,
+            rows,
         };
         if let Some(algorithm) = self.algorithms.get(&shape) {
             return Ok(*algorithm);
         }
-        let algorithm = self.choose(product, operation)?;
+        let algorithm = match rows {
+            Some(rows) => self.best((product, rows as u64), operation, &Preference::any()?)?.next(),
+            None => self
+                .best((product, ROWS_CHOSEN_FOR), operation, &Preference::invariant()?)?
+                .find(|algorithm| ROWS_TRIED.iter().all(|rows| self.takes(algorithm, (product, *rows), operation))),
+        };
+        let algorithm = algorithm.ok_or(lt::CublasError(lt_sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))?;
         self.algorithms.insert(shape, algorithm);
         Ok(algorithm)
     }
 
-    /// The best algorithm for a full batch of decode that takes any number of rows.
-    fn choose(
+    /// Algorithms for so many rows, the best first.
+    fn best(
         &self,
-        product: &Product,
+        (product, rows): (&Product, u64),
         operation: &Operation,
-    ) -> Result<lt_sys::cublasLtMatmulAlgo_t, lt::CublasError> {
-        let [weights, x, out] = layouts(product, ROWS_CHOSEN_FOR)?;
-        let preference = Preference::new()?;
+        preference: &Preference,
+    ) -> Result<impl Iterator<Item = lt_sys::cublasLtMatmulAlgo_t>, lt::CublasError> {
+        let [weights, x, out] = layouts(product, rows)?;
         let mut found = [const { MaybeUninit::<lt_sys::cublasLtMatmulHeuristicResult_t>::uninit() }; ALGORITHMS_TRIED];
         let mut count = 0;
         // SAFETY: all descriptors live until the call returns, and there is room for so many results.
@@ -626,11 +662,9 @@ impl Products {
         }
         .result()?;
         // SAFETY: so many were written.
-        let found = found.iter().take(usize::try_from(count).unwrap_or(0)).map(|found| unsafe { found.assume_init() });
-        let chosen = found
-            .filter(|found| found.state.result().is_ok())
-            .find(|found| ROWS_TRIED.iter().all(|rows| self.takes(&found.algo, (product, *rows), operation)));
-        chosen.map(|found| found.algo).ok_or(lt::CublasError(lt_sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))
+        let found =
+            found.into_iter().take(usize::try_from(count).unwrap_or(0)).map(|found| unsafe { found.assume_init() });
+        Ok(found.filter(|found| found.state.result().is_ok()).map(|found| found.algo))
     }
 
     /// Whether an algorithm takes a product with so many rows, and no workspace.
