@@ -36,7 +36,8 @@ impl Ask {
     /// Whether the logits change before a token is chosen from them.
     #[must_use]
     pub fn shapes(&self) -> bool {
-        self.known.is_none() && (!self.changes.tokens.is_empty() || self.allowed.is_some())
+        let Changes { tokens, counted, .. } = &self.changes;
+        self.known.is_none() && (!tokens.is_empty() || counted.is_some() || self.allowed.is_some())
     }
 }
 

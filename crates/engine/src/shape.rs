@@ -46,11 +46,19 @@ pub struct Changes {
     pub presence_penalty: f32,
     /// Each token once.
     pub tokens: Vec<Change>,
+    /// A row of the step whose token is not known here and counts as generated once more.
+    pub counted: Option<u32>,
 }
 
 impl Default for Changes {
     fn default() -> Self {
-        Self { repetition_penalty: 1.0, frequency_penalty: 0.0, presence_penalty: 0.0, tokens: Vec::new() }
+        Self {
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            tokens: Vec::new(),
+            counted: None,
+        }
     }
 }
 
@@ -109,13 +117,9 @@ impl Shaper {
         !self.penalises() && self.shaping.logit_bias.is_empty() && !self.holds_off()
     }
 
-    /// Whether the next tokens change nothing of how those after them are chosen.
-    pub(crate) fn is_settled(&self) -> bool {
-        !self.penalises() && !self.holds_off()
-    }
-
-    /// What [`Self::apply`] does, token by token.
-    pub(crate) fn changes(&self) -> Changes {
+    /// What [`Self::apply`] does, token by token; or will do, when one more token was generated, which only the device knows:
+    /// that of row `on_its_way` of its step.
+    pub(crate) fn changes(&self, on_its_way: Option<u32>) -> Changes {
         let Shaping { frequency_penalty, presence_penalty, repetition_penalty, .. } = self.shaping;
         let mut tokens: BTreeMap<u32, Change> = BTreeMap::new();
         let mut of = |token: &u32, change: &dyn Fn(&mut Change)| {
@@ -129,11 +133,12 @@ impl Shaper {
                 .for_each(|token| of(token, &|change| change.repeats = true));
         }
         self.generated.iter().for_each(|(token, count)| of(token, &|change| change.count = *count));
-        if self.holds_off() {
+        if self.tokens + usize::from(on_its_way.is_some()) < self.shaping.min_tokens {
             self.ends.iter().for_each(|token| of(token, &|change| change.forbidden = true));
         }
         let tokens = tokens.into_values().collect();
-        Changes { repetition_penalty, frequency_penalty, presence_penalty, tokens }
+        let counted = on_its_way.filter(|_| self.penalises());
+        Changes { repetition_penalty, frequency_penalty, presence_penalty, tokens, counted }
     }
 
     fn penalises(&self) -> bool {

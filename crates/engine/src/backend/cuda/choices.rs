@@ -74,11 +74,11 @@ impl<D: Device> Choices<D> {
         self.found.at()
     }
 
-    /// Begins to choose, and to bring what is chosen to the host.
+    /// Begins to choose, and to bring what is chosen to the host. `inputs` are the tokens of the step's rows.
     pub(crate) fn choose(
         &mut self,
         kernels: &Kernels<D>,
-        (logits, vocabulary): (Address, usize),
+        (inputs, logits, vocabulary): (Address, Address, usize),
         asks: &[Ask],
     ) -> Result<(), DeviceError> {
         let (device, count) = (&kernels.device, asks.len());
@@ -99,6 +99,7 @@ impl<D: Device> Choices<D> {
                 rows: at,
                 entries: self.entries.with(device, &entries)?,
                 masks: self.masks.with(device, &masks)?,
+                inputs,
                 ids: place(0, 1),
                 logprobs: place(count, 1),
                 top_ids: place(2 * count, top),

@@ -132,6 +132,8 @@ pub(crate) struct Sample {
     pub(crate) rows: Address,
     pub(crate) entries: Address,
     pub(crate) masks: Address,
+    /// Tokens of the step's rows.
+    pub(crate) inputs: Address,
     pub(crate) ids: Address,
     pub(crate) logprobs: Address,
     pub(crate) top_ids: Address,
@@ -254,7 +256,7 @@ impl<D: Device> Kernels<D> {
     pub(crate) fn sample(&self, sample: &Sample) -> Result<(), DeviceError> {
         let params = Params::default()
             .pointers(&[sample.logits, sample.shaped, sample.rows, sample.entries, sample.masks])
-            .pointers(&[sample.ids, sample.logprobs, sample.top_ids, sample.top_logprobs])
+            .pointers(&[sample.inputs, sample.ids, sample.logprobs, sample.top_ids, sample.top_logprobs])
             .numbers(&[sample.vocabulary, sample.top]);
         self.start("sample_f32".to_owned(), [sample.count, 1, 1], (SAMPLER_THREADS, 0), params)
     }

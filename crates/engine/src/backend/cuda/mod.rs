@@ -301,7 +301,10 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn choose(&self, (logits, width): (&Buffer<D>, usize), asks: &[Ask]) {
-        self.heed(|| self.choices().choose(&self.kernels, (logits.at(), width), asks));
+        self.heed(|| {
+            let inputs = self.step().ids();
+            self.choices().choose(&self.kernels, (inputs, logits.at(), width), asks)
+        });
     }
 
     fn chosen(&self) -> Option<Vec<Chosen>> {

@@ -33,6 +33,8 @@ pub(crate) struct SamplerRow {
     pub(crate) known: u32,
     /// Its number among the rows whose logits change, or [`NONE`].
     pub(crate) shaped: u32,
+    /// A row of the step whose token counts as generated once more, or [`NONE`].
+    pub(crate) counted: u32,
 }
 
 impl SamplerRow {
@@ -45,7 +47,7 @@ impl SamplerRow {
         bytes.extend(self.top_k.to_le_bytes());
         bytes.extend(floats(&[self.repetition, self.frequency, self.presence]));
         let [first, end] = self.entries;
-        let rest = [first, end, self.mask, self.logprobs, self.known, self.shaped, 0];
+        let rest = [first, end, self.mask, self.logprobs, self.known, self.shaped, self.counted];
         bytes.extend(rest.map(u32::to_le_bytes).concat());
         bytes
     }
@@ -108,6 +110,7 @@ impl Sampled {
             logprobs: logprobs.map_or(NONE, narrow),
             known: known.unwrap_or(NONE),
             shaped: NONE,
+            counted: changes.counted.unwrap_or(NONE),
         };
         if ask.shapes() {
             row.shaped = narrow(self.shaped);

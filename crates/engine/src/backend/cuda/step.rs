@@ -165,6 +165,11 @@ impl<D: Device> StepArrays<D> {
         Ok(())
     }
 
+    /// Where the tokens of the rows are.
+    pub(crate) fn ids(&self) -> Address {
+        self.arrays.positions + (4 * self.arrays.rows * size_of::<u32>()) as Address
+    }
+
     /// What a step of decode has in common with others that are started alike, and where the arrays are that it reads; its
     /// attention is planned then. None when it is no such step.
     pub(crate) fn shape(&mut self, kernels: &Kernels<D>, batch: &Batch) -> Result<Option<Shape>, DeviceError> {

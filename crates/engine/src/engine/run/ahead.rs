@@ -74,13 +74,17 @@ impl Runner {
         let lane = self.lanes.first_mut()?;
         lane.batch.clear();
         let mut shares = shares(&step, &mut self.sequences);
-        let mut outputs = BTreeMap::new();
+        let (mut outputs, mut on_their_way) = (BTreeMap::new(), BTreeMap::new());
         for Share { slice, sequence } in &shares {
             let end = slice.start + slice.tokens;
             let mut ids: Vec<u32> = sequence.ids.iter().copied().take(end).skip(slice.start).collect();
             let chosen_before = before.get(&slice.id).map(|output| CHOSEN_BEFORE | output);
             let known = sequence.ids.len() + usize::from(chosen_before.is_some());
-            ids.extend(chosen_before.filter(|_| end > sequence.ids.len()));
+            if let Some(chosen) = chosen_before.filter(|_| end > sequence.ids.len()) {
+                ids.push(chosen);
+                let last = lane.batch.rows() + ids.len() - 1;
+                on_their_way.insert(slice.id, u32::try_from(last).unwrap_or(u32::MAX));
+            }
             lane.batch.push(&ids, slice.start, known, self.schedule.table(slice.id));
             lane.batch.share(|block| self.schedule.is_shared(block));
             lane.batch.want_logits_of(slice.outputs);
@@ -92,7 +96,8 @@ impl Runner {
         // While logits are computed, masks are waited for.
         let (vocabulary, mut failed, mut asks) = (self.forward.vocabulary(), BTreeMap::new(), Vec::new());
         for share in &mut shares {
-            match share.asks(vocabulary) {
+            let on_its_way = on_their_way.get(&share.slice.id).copied();
+            match share.asks(vocabulary, on_its_way) {
                 Ok(all) => asks.extend(all),
                 Err(error) => {
                     asks.extend(std::iter::repeat_n(Ask::nothing(), share.slice.outputs));
@@ -101,7 +106,7 @@ impl Runner {
             }
         }
         self.forward.choose(&asks);
-        let open = |share: &Share<'_>| !share.slice.samples || share.sequence.needs_no_host();
+        let open = |share: &Share<'_>| !share.slice.samples || share.sequence.guided.is_none();
         let is_open = self.forward.restarts_after().is_none() && shares.iter().all(open);
         self.schedule.commit(&step);
         step.slices.sort_unstable_by_key(|slice| slice.id);
@@ -141,28 +146,28 @@ impl Runner {
 }
 
 impl Share<'_> {
-    /// What the device is asked for the outputs of the slice.
-    fn asks(&mut self, vocabulary: usize) -> Result<Vec<Ask>, RequestError> {
+    /// What the device is asked for the outputs of the slice, whose last token may be on its way in a row.
+    fn asks(&mut self, vocabulary: usize, on_its_way: Option<u32>) -> Result<Vec<Ask>, RequestError> {
         let end = self.slice.start + self.slice.tokens;
         (end - self.slice.outputs + 1..=end)
-            .map(|next| self.sequence.ask(next, self.slice.samples && next == end, vocabulary))
+            .map(|next| self.sequence.ask((next, on_its_way), self.slice.samples && next == end, vocabulary))
             .collect()
     }
 }
 
 impl Sequence {
-    /// Whether nothing about it has to be known here between a token and the next.
-    fn needs_no_host(&self) -> bool {
-        self.guided.is_none() && self.shaper.is_settled()
-    }
-
     /// Whether it has all its tokens with the one that is on its way.
     fn is_whole_with(&self, on_its_way: bool) -> bool {
         on_its_way && self.ids.len() + 1 - self.prompt_tokens >= self.max_tokens
     }
 
-    /// What the device is asked for the token at a position.
-    fn ask(&mut self, position: usize, samples: bool, vocabulary: usize) -> Result<Ask, RequestError> {
+    /// What the device is asked for the token at a position, where the one before it may be on its way in a row.
+    fn ask(
+        &mut self,
+        (position, on_its_way): (usize, Option<u32>),
+        samples: bool,
+        vocabulary: usize,
+    ) -> Result<Ask, RequestError> {
         if let Some(token) = self.ids.get(position) {
             let logprobs =
                 if position < self.prompt_tokens { self.scores.wanted_of_prompt } else { self.scores.wanted };
@@ -182,7 +187,7 @@ impl Sequence {
             sampling: self.sampling,
             position: u32::try_from(position).unwrap_or(u32::MAX),
             known: None,
-            changes: self.shaper.changes(),
+            changes: self.shaper.changes(on_its_way),
             allowed,
             logprobs: self.scores.wanted,
         })

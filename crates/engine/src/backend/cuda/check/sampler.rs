@@ -39,8 +39,12 @@ fn row(dice: &mut Dice) -> SamplerRow {
         logprobs: NONE,
         known: NONE,
         shaped: NONE,
+        counted: NONE,
     }
 }
+
+/// Tokens of the rows of a step; those that count are below all vocabularies of [`shaped`].
+const INPUTS: [u32; 6] = [7, u32::MAX, 39, 3, 11, 0];
 
 /// Logits with ties: halves of whole numbers now and then. None is a negative zero, which is not another number and has
 /// other bits.
@@ -61,7 +65,7 @@ fn sample<D: Device>(
     let shaped = bench.poisoned(bytes(logits.len()))?;
     let held_rows = bench.hold(&rows.iter().flat_map(SamplerRow::bytes).collect::<Vec<_>>())?;
     let held_entries = bench.hold(&entries.iter().flat_map(entry_bytes).collect::<Vec<_>>())?;
-    let held_masks = bench.words(masks)?;
+    let (held_masks, inputs) = (bench.words(masks)?, bench.words(&INPUTS)?);
     let [ids, logprobs] = [bench.poisoned(bytes(count))?, bench.poisoned(bytes(count))?];
     let [top_ids, top_logprobs] = [bench.poisoned(bytes(count * TOP))?, bench.poisoned(bytes(count * TOP))?];
     bench.kernels.sample(&Sample {
@@ -70,6 +74,7 @@ fn sample<D: Device>(
         rows: held_rows.at(),
         entries: held_entries.at(),
         masks: held_masks.at(),
+        inputs: inputs.at(),
         ids: ids.at(),
         logprobs: logprobs.at(),
         top_ids: top_ids.at(),
@@ -123,7 +128,13 @@ pub(super) fn shaped<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
     let logits = logits(dice, vocabulary);
     let token = |dice: &mut Dice| u32::try_from(dice.of(0..vocabulary)).unwrap_or(0);
     let tokens = |dice: &mut Dice, count: usize| (0..count).map(|_| token(dice)).collect::<Vec<u32>>();
-    let (prompt, generated, ends) = (tokens(dice, 9), tokens(dice, 12), tokens(dice, 2));
+    let (prompt, mut generated, ends) = (tokens(dice, 9), tokens(dice, 12), tokens(dice, 2));
+    // The last token may be known to the device alone, in a row of its step, and be one that came before or not.
+    let on_its_way = dice.chance().then(|| dice.one(&[0, 2, 3, 4, 5]));
+    if dice.chance() {
+        generated[4] = INPUTS[3];
+    }
+    generated.extend(on_its_way.map(|row| INPUTS[row as usize]));
     let logit_bias: BTreeMap<u32, f32> =
         (0..5).map(|_| (token(dice), dice.one(&[-100.0, -1.5, 0.25, 3.0, 3e38]))).collect();
     let usual = dice.float() * 2.0 - 0.5;
@@ -132,19 +143,24 @@ pub(super) fn shaped<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
         frequency_penalty: dice.one(&[usual, 3e38]),
         presence_penalty: dice.one(&[usual, 3e38]),
         repetition_penalty: dice.one(&[1.0, 1.3, 0.7, 1e-38]),
-        min_tokens: dice.one(&[0, 100]),
+        min_tokens: dice.one(&[0, 12, 13, 100]),
     };
-    let mut shaper = Shaper::new(shaping.clone(), ends, &prompt);
-    generated.iter().for_each(|token| shaper.count(*token));
+    let shaper = |tokens: &[u32]| {
+        let mut shaper = Shaper::new(shaping.clone(), ends.clone(), &prompt);
+        tokens.iter().for_each(|token| shaper.count(*token));
+        shaper
+    };
     let mut expected = logits.clone();
-    shaper.apply(&mut expected);
+    shaper(&generated).apply(&mut expected);
     let mask: Vec<u32> = (0..vocabulary.div_ceil(32)).map(|_| dice.word() | 1).collect();
     for (token, logit) in expected.iter_mut().enumerate() {
         if mask[token / 32] >> (token % 32) & 1 == 0 {
             *logit = FORBIDDEN;
         }
     }
-    let entries = shaper.changes().tokens;
+    let known = &generated[..generated.len() - usize::from(on_its_way.is_some())];
+    let changes = shaper(known).changes(on_its_way);
+    let entries = changes.tokens;
     let row = SamplerRow {
         repetition: shaping.repetition_penalty,
         frequency: shaping.frequency_penalty,
@@ -153,6 +169,7 @@ pub(super) fn shaped<D: Device>(bench: &Bench<D>, dice: &mut Dice) -> Result<(),
         mask: 1,
         entries: [0, u32::try_from(entries.len()).unwrap_or(0)],
         shaped: 0,
+        counted: changes.counted.unwrap_or(NONE),
         ..row(dice)
     };
     let masks = [vec![0], mask].concat();

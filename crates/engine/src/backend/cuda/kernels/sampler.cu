@@ -34,7 +34,7 @@ struct SamplerRow {
   u32 logprobs;     // how many best tokens are told with theirs, or NO_TOKEN: none, and not the token's either
   u32 known;        // a token that is scored and not chosen, or NO_TOKEN
   u32 shaped;       // its number among the rows that are changed, or NO_TOKEN
-  u32 unused;
+  u32 counted;      // a row of the step whose token was generated once more than the entries say, or NO_TOKEN
 };
 
 // A token whose logit is changed; a row has each token once.
@@ -51,6 +51,7 @@ struct SamplerParams {
   const SamplerRow* rows;       // [rows]
   const SamplerEntry* entries;
   const u32* masks;             // a bit for each token that may come
+  const u32* inputs;            // the tokens of the step's rows
   u32* ids;                     // [rows], or NO_TOKEN where a logit is no finite number
   float* logprobs;              // [rows]; the bits are such a logit's token then
   u32* top_ids;                 // [rows, top]
@@ -141,18 +142,32 @@ __device__ inline float clamped(float logit) {
 
 __device__ inline bool is_finite(float x) { return x * 0.0f == 0.0f; }
 
+__device__ inline void change(const SamplerRow& row, const SamplerEntry& entry, float* shaped) {
+  if (!is_finite(shaped[entry.token])) return;
+  float logit = clamped(shaped[entry.token] + entry.bias);
+  if (entry.flags & 1) logit = clamped(logit > 0.0f ? logit / row.repetition : logit * row.repetition);
+  if (entry.count > 0) logit = clamped(logit - row.frequency * static_cast<float>(entry.count) - row.presence);
+  shaped[entry.token] = entry.flags & 2 ? FORBIDDEN : logit;
+}
+
 // Writes the row's logits as they are changed before a token is chosen.
 __device__ void shape(const SamplerParams& p, const SamplerRow& row, const float* logits, float* shaped) {
+  __shared__ u32 has_entry;
+  u32 counted = row.counted == NO_TOKEN ? NO_TOKEN : p.inputs[row.counted];
+  if (threadIdx.x == 0) has_entry = 0;
   for (u32 token = threadIdx.x; token < p.vocabulary; token += SAMPLER_THREADS) shaped[token] = logits[token];
   __syncthreads();
   for (u32 i = row.entries + threadIdx.x; i < row.entries_end; i += SAMPLER_THREADS) {
     SamplerEntry entry = p.entries[i];
-    if (entry.token >= p.vocabulary || !is_finite(shaped[entry.token])) continue;
-    float logit = clamped(shaped[entry.token] + entry.bias);
-    if (entry.flags & 1) logit = clamped(logit > 0.0f ? logit / row.repetition : logit * row.repetition);
-    if (entry.count > 0) logit = clamped(logit - row.frequency * static_cast<float>(entry.count) - row.presence);
-    shaped[entry.token] = entry.flags & 2 ? FORBIDDEN : logit;
+    if (entry.token == counted) {
+      has_entry = 1;
+      entry.count++;
+      entry.flags |= 1;
+    }
+    if (entry.token < p.vocabulary) change(row, entry, shaped);
   }
+  __syncthreads();
+  if (threadIdx.x == 0 && !has_entry && counted < p.vocabulary) change(row, SamplerEntry{counted, 0.0f, 1, 1}, shaped);
   __syncthreads();
   if (row.mask == NO_TOKEN) return;
   for (u32 token = threadIdx.x; token < p.vocabulary; token += SAMPLER_THREADS) {
