@@ -12,7 +12,7 @@ use crate::decoder::tests::fixtures;
 use crate::decoder::{Decoder, Forward as _, Room};
 use crate::shape::Shaper;
 use crate::weights::Weights;
-use crate::{Completion, Engine, EngineOptions, Event, FinishReason, Model, ModelPaths, Request, StartError};
+use crate::{Completion, Engine, EngineOptions, Event, FinishReason, Model, ModelPaths, Request, Shaping, StartError};
 
 /// Every fixture on a device of this type.
 fn check_fixtures(dtype: Dtype) {
@@ -126,6 +126,37 @@ fn an_engines_tokens_are_those_of_each_step_by_itself() {
         ended_early += usize::from(tokens.len() < 24);
     }
     println!("{ended_early} of {REQUESTS} came to an end token");
+}
+
+/// A step begins before the tokens of the one before are known, and they count in it all the same.
+#[test]
+fn a_token_on_its_way_is_penalised_and_counts_for_ends_held_off() {
+    let Some(device) = Emulator::start() else { return };
+    let engine = start(&device, "gpt2", EngineOptions { kv_tokens: 4096, ..EngineOptions::default() }).unwrap();
+    let tokens = |shaping: Shaping, ignore_end| {
+        let greedy = Request::greedy(request(0).prompt, 7);
+        let done = run(&engine, Request { shaping, ignore_end, logprobs: Some(1), ..greedy });
+        done.logprobs.iter().map(|scored| scored.token).collect::<Vec<_>>()
+    };
+    // Nothing else would come, if it did not count that each has come.
+    let best = [40, 17, 300];
+    for penalty in [
+        Shaping { frequency_penalty: 1e4, ..Shaping::default() },
+        Shaping { presence_penalty: 1e4, ..Shaping::default() },
+    ] {
+        let logit_bias = best.into_iter().zip([90.0, 60.0, 30.0]).collect();
+        let mut chosen = tokens(Shaping { logit_bias, ..penalty }, true);
+        assert_eq!(chosen[..3], best);
+        chosen.sort_unstable();
+        chosen.dedup();
+        assert_eq!(chosen.len(), 7);
+    }
+    let end = engine.card().end_tokens(&request(0).prompt)[0];
+    for min_tokens in [0, 1, 2, 5] {
+        let logit_bias = [(end, 90.0)].into();
+        let chosen = tokens(Shaping { logit_bias, min_tokens, ..Shaping::default() }, false);
+        assert_eq!(chosen.iter().position(|token| *token == end), Some(min_tokens), "{chosen:?}");
+    }
 }
 
 /// Steps of a device, with what it records, are those without; it records so many.
