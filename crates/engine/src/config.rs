@@ -90,7 +90,7 @@ pub struct Config {
     pub end_tokens: Vec<u32>,
     /// The token that may stand for an empty prompt.
     pub begin_token: Option<u32>,
-    /// The type of the weights as config.json states it, for the reader only.
+    /// The type of the weights as config.json states it, in which GPUs compute where that is float16.
     pub dtype: Option<String>,
 }
 

@@ -163,17 +163,23 @@ impl Model {
         Self::on(paths, (dtype, options.quantize), || Cpu::new(options.threads))
     }
 
-    /// Loads a model onto a GPU: float weights as bfloat16 unless told otherwise, quantised ones as they are.
+    /// Loads a model onto a GPU: float weights as float16 where config.json names that type, else as bfloat16, unless told
+    /// otherwise; quantised ones as they are.
     ///
     /// # Errors
     /// As [`Self::load`], and when there is no such GPU or it fails.
     #[cfg(feature = "cuda")]
     pub fn on_gpu(paths: &ModelPaths, options: &GpuOptions) -> Result<Self, LoadError> {
-        let dtype = options.quantize.map_or("bfloat16", Format::name);
-        Self::on(paths, (dtype, options.quantize), || {
+        let (config, _) = shape(&paths.model_path)?;
+        let (dtype, name) = match config.dtype.as_deref() {
+            Some("float16") => (Dtype::F16, "float16"),
+            _ => (Dtype::Bf16, "bfloat16"),
+        };
+        let name = options.quantize.map_or(name, Format::name);
+        Self::on(paths, (name, options.quantize), || {
             let driver = Driver::open(options.ordinal);
             let driver = driver.map_err(|error| LoadError::Device { message: error.to_string() })?;
-            let cuda = Cuda::new(driver, Dtype::Bf16);
+            let cuda = Cuda::new(driver, dtype);
             Ok(if options.graphs { cuda.with_graphs() } else { cuda })
         })
     }
