@@ -97,7 +97,7 @@ impl<D: Device> Cuda<D> {
     pub(super) fn load(&self, parts: &mut [Raw], becomes: Becomes) -> Result<Matrix<D>, LoadError> {
         let inputs = parts.first().map_or(0, |part| part.inputs);
         let outputs: usize = parts.iter().map(|part| part.outputs).sum();
-        let room = |bytes| self.heed(|| self.device().allocate(bytes));
+        let room = |bytes| self.weight_room(bytes);
         let count = outputs * inputs;
         let matrix = match becomes {
             Becomes::Values => Matrix { memory: room(2 * count), outputs, inputs, quantized: None },

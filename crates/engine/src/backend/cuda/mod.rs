@@ -25,6 +25,7 @@ mod tests;
 pub(crate) mod twin;
 pub(crate) mod work;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::prelude::*;
@@ -56,6 +57,8 @@ pub(crate) struct Cuda<D: Device> {
     fault: OnceLock<DeviceError>,
     /// While a model is loaded.
     scratch: Mutex<Scratch<D>>,
+    /// Bytes of all weights.
+    weight_bytes: AtomicU64,
 }
 
 /// Values on the device.
@@ -106,7 +109,8 @@ impl<D: Device> Cuda<D> {
     pub(crate) fn new(device: D, dtype: Dtype) -> Self {
         let kernels = Kernels { device, dtype };
         let (step, choices) = (Mutex::new(StepArrays::default()), Mutex::new(Choices::default()));
-        Self { kernels, step, choices, graphs: None, fault: OnceLock::new(), scratch: Mutex::default() }
+        let (scratch, weight_bytes) = (Mutex::default(), AtomicU64::new(0));
+        Self { kernels, step, choices, graphs: None, fault: OnceLock::new(), scratch, weight_bytes }
     }
 
     /// The same with steps of decode that are recorded and repeated.
@@ -145,6 +149,19 @@ impl<D: Device> Cuda<D> {
 
     fn scratch(&self) -> MutexGuard<'_, Scratch<D>> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory for weights, with anything in it.
+    fn weight_room(&self, bytes: usize) -> Option<D::Memory> {
+        self.weight_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.heed(|| self.device().allocate(bytes))
+    }
+
+    /// Weights.
+    fn weights(&self, bytes: &[u8]) -> Option<D::Memory> {
+        let memory = self.weight_room(bytes.len())?;
+        self.heed(|| self.device().write(D::address(&memory), bytes))?;
+        Some(memory)
     }
 
     fn hold(&self, bytes: &[u8]) -> Option<D::Memory> {
@@ -276,7 +293,7 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn widths(&self, _: u64) -> Widths {
-        Widths { weights: None, kv_value: 2 }
+        Widths { weights: Some(self.weight_bytes.load(Ordering::Relaxed)), kv_value: 2 }
     }
 
     fn free_bytes(&self) -> Option<u64> {
@@ -320,7 +337,7 @@ impl<D: Device> Backend for Cuda<D> {
         let mut bytes = vec![0; 2 * dense.values.len()];
         let pairs = bytes.as_chunks_mut().0.par_iter_mut().zip(&dense.values);
         pairs.with_min_len(1 << 14).for_each(|(bytes, value)| *bytes = dtype.round(*value).to_le_bytes());
-        Matrix { memory: self.hold(&bytes), outputs: dense.outputs, inputs: dense.inputs, quantized: None }
+        Matrix { memory: self.weights(&bytes), outputs: dense.outputs, inputs: dense.inputs, quantized: None }
     }
 
     fn quantized(&self, quantized: Quantized) -> Matrix<D> {
@@ -332,9 +349,9 @@ impl<D: Device> Backend for Cuda<D> {
         }
         let in_byte = if bits == 4 { 2 } else { 1 };
         let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
-        let minimums = minimums.and_then(|minimums| self.hold(&floats(&minimums)));
-        let blocks = Blocks { scales: self.hold(&floats(&scales)), minimums, block, lowest, in_byte };
-        let memory = self.hold(&packed(&quants, lowest, in_byte));
+        let minimums = minimums.and_then(|minimums| self.weights(&floats(&minimums)));
+        let blocks = Blocks { scales: self.weights(&floats(&scales)), minimums, block, lowest, in_byte };
+        let memory = self.weights(&packed(&quants, lowest, in_byte));
         Matrix { memory, outputs, inputs, quantized: Some(blocks) }
     }
 

@@ -264,6 +264,22 @@ fn a_device_that_fails_while_steps_are_on_their_way_hands_all_back() {
 }
 
 #[test]
+fn what_a_step_reads_is_counted_as_it_is_held() {
+    let Some(device) = Emulator::start() else { return };
+    let model_bytes = |format| {
+        let config = crate::config::Config::read(&fixture("qwen2")).unwrap();
+        let mut weights = Weights::open(&fixture("qwen2")).unwrap();
+        weights.quantise(format);
+        Decoder::load(Cuda::new(device.clone(), Dtype::Bf16), config, &mut weights).unwrap().cost().model_bytes()
+    };
+    let (values, _) = Weights::open(&fixture("qwen2")).unwrap().size();
+    // Norms and biases are few; a block of 32 quants has a scale of four bytes.
+    let near = |found: u64, expected: u64| assert!(found.abs_diff(expected) < expected / 50, "{found} {expected}");
+    near(model_bytes(None), 2 * values);
+    near(model_bytes(Some(Format::Q8_0)), values * 36 / 32);
+}
+
+#[test]
 fn a_device_that_fails_gives_no_numbers() {
     let Some(device) = Emulator::start() else { return };
     let backend = Cuda::new(device, Dtype::Bf16);
