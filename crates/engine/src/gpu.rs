@@ -167,16 +167,21 @@ const MEASURED: [Measured; 4] = [
 /// Measures models with made-up weights: how fast they are loaded; decode at some batches; requests of mixed lengths, requests
 /// that begin alike, and the same requests with this engine and with transformers. A line for each to `out`, and all of it as
 /// JSON. `tokenizer` is the folder of a model whose tokenizer serves. Steps are those of an engine: tokens are chosen on the
-/// device, and a step is started before the tokens of the one before are known.
+/// device, and a step is started before the tokens of the one before are known. Only models whose names have `part` in them are
+/// measured.
 ///
 /// # Errors
 /// When there is no such GPU, it fails, or `out` cannot be had.
-pub fn bench(ordinal: usize, tokenizer: &Path, out: &mut dyn Write) -> Result<serde_json::Value, CheckError> {
+pub fn bench(
+    (ordinal, part): (usize, &str),
+    tokenizer: &Path,
+    out: &mut dyn Write,
+) -> Result<serde_json::Value, CheckError> {
     let driver = Arc::new(Driver::open(ordinal).map_err(failed)?);
     let link = link_rate(&driver)?;
     writeln!(out, "{}, copies from the host at {link:.1} GB/s", driver.name())?;
     let mut models = serde_json::Map::new();
-    for model in &MEASURED {
+    for model in MEASURED.iter().filter(|model| model.name.contains(part)) {
         let folder = Folder::write(&std::env::temp_dir(), &model.name.replace(' ', "-"), model.config)?;
         let (path, context) = (folder.path(), Config::read(folder.path())?.context);
         let loading = loading(&driver, (model, path), link, out)?;
