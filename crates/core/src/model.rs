@@ -78,6 +78,7 @@ const BARE: &[(&str, &str)] = &[
 
 const ALSO: &[(&str, &str)] = &[
     ("amazon-nova/", "amazon_nova/"),
+    ("anthropic_text/", "anthropic/"),
     ("azure_text/", "azure/"),
     ("bedrock/converse/", "bedrock/"),
     ("bedrock/invoke/", "bedrock/"),

@@ -86,17 +86,20 @@ fn rows(spec: &JobSpec) -> Vec<parameters::Row<'static>> {
     let stops = parameters::list(sampling.stop.iter().take(STOPS_MAX));
     // That it is not to think cannot be told.
     let effort = controls.reasoning_effort.filter(|effort| *effort != ReasoningEffort::None);
-    vec![
+    let hidden = parameters::hides_tools(spec);
+    let tools = parameters::tools(controls, tool).filter(|_| !hidden);
+    let rows = vec![
         ("max_tokens", "inferenceConfig.maxTokens", Some(json!(sampling.max_tokens))),
         ("temperature", "inferenceConfig.temperature", Some(json!(sampling.temperature))),
         ("top_p", "inferenceConfig.topP", sampling.top_p.map(|top_p| json!(top_p))),
         ("stop", "inferenceConfig.stopSequences", stops),
         ("structured_output", "outputConfig.textFormat", parameters::schema(controls).map(|schema| format(&schema))),
         ("reasoning_effort", "outputConfig.effort", effort.map(|effort| json!(parameters::level(effort)))),
-        ("tools", "toolConfig.tools", parameters::tools(controls, tool)),
+        ("tools", "toolConfig.tools", tools),
         ("tool_choice", "toolConfig.toolChoice", controls.tool_choice.as_ref().and_then(tool_choice)),
         parameters::IMAGES,
-    ]
+    ];
+    rows.into_iter().chain(parameters::hidden_tools(hidden)).collect()
 }
 
 /// The form of the text; its schema is a text itself.
@@ -227,6 +230,20 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn that_no_tool_is_called_is_told_by_naming_none() {
+        let mut spec = crate::fixture::rich();
+        spec.sampling.controls.tool_choice = Some(ToolChoice::None);
+        let table = crate::providers::Table::embedded().unwrap();
+        let sent = |spec: &JobSpec| Bedrock.encode(spec, "x", table.find("bedrock").unwrap(), Streaming::Off);
+        let with_calls = sent(&spec);
+        assert!(with_calls.body.contains("toolConfig") && with_calls.left_out.contains(&"tool_choice"));
+        spec.input = crate::fixture::messages(&[(Role::User, "hi")]);
+        let without = sent(&spec);
+        assert!(!without.body.contains("toolConfig"), "{}", without.body);
+        assert!(!without.left_out.iter().any(|name| name.starts_with("tool")), "{:?}", without.left_out);
+    }
 
     #[test]
     fn an_exception_in_a_stream_has_the_status_of_its_name() {

@@ -50,7 +50,9 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
     let sampling = &spec.sampling;
     let controls = &sampling.controls;
     let number = |number: Option<f64>| number.map(|number| json!(number));
-    vec![
+    let hidden = parameters::hides_tools(spec);
+    let tools = parameters::tools(controls, parameters::function).filter(|_| !hidden);
+    let rows = vec![
         ("max_tokens", "options.num_predict", Some(json!(sampling.max_tokens))),
         ("temperature", "options.temperature", Some(json!(sampling.temperature))),
         ("top_p", "options.top_p", number(sampling.top_p)),
@@ -62,12 +64,13 @@ fn rows(spec: &JobSpec, thinking: Thinking) -> Vec<parameters::Row<'static>> {
         ("presence_penalty", "options.presence_penalty", number(controls.presence_penalty)),
         ("repetition_penalty", "options.repeat_penalty", number(controls.repetition_penalty)),
         ("structured_output", "format", parameters::schema(controls)),
-        ("tools", "tools", parameters::tools(controls, parameters::function)),
+        ("tools", "tools", tools),
         ("reasoning_effort", "think", controls.reasoning_effort.map(|effort| think(effort, thinking))),
         ("logprobs", "logprobs", controls.logprobs.map(|_| json!(true))),
         ("logprobs", "top_logprobs", controls.logprobs.filter(|top| *top > 0).map(|top| json!(top))),
         parameters::IMAGES,
-    ]
+    ];
+    rows.into_iter().chain(parameters::hidden_tools(hidden)).collect()
 }
 
 /// Most models think or do not; some are told how long, and always think.

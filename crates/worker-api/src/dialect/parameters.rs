@@ -4,7 +4,7 @@ use crate::providers::Provider;
 use genmill_core::controls::{Controls, ReasoningEffort, StructuredOutput, Tool, ToolChoice};
 use genmill_core::image::{Detail, Image, Source};
 use genmill_core::job::JobSpec;
-use genmill_core::request::Sampling;
+use genmill_core::request::{Input, Sampling};
 use serde_json::{Value, json};
 
 /// A parameter as Genmill names it, the place in the body that has it (fields parted by `.`), its value when it is set.
@@ -133,6 +133,21 @@ pub(super) const fn level(effort: ReasoningEffort) -> &'static str {
         ReasoningEffort::Medium => "medium",
         ReasoningEffort::High => "high",
     }
+}
+
+/// Whether tools are best not named, where a dialect cannot tell that none is to be called: unless the conversation has calls,
+/// which stand for nothing without them.
+pub(super) fn hides_tools(spec: &JobSpec) -> bool {
+    let has_calls = match &spec.input {
+        Input::Prompt(_) => false,
+        Input::Messages(messages) => messages.iter().any(|message| !message.tool_calls.is_empty()),
+    };
+    spec.sampling.controls.tool_choice == Some(ToolChoice::None) && !has_calls
+}
+
+/// The rows of such tools.
+pub(super) fn hidden_tools(hidden: bool) -> [Row<'static>; 2] {
+    ["tools", "tool_choice"].map(|name| (name, IN_MESSAGES, hidden.then_some(Value::Null)))
 }
 
 /// The tools in a dialect's form, when there are any.

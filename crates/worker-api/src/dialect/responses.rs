@@ -112,7 +112,7 @@ fn of_item(item: &Value, calls: &mut usize) -> Vec<StreamEvent> {
     };
     match item["type"].as_str().unwrap_or_default() {
         "message" => vec![StreamEvent::Text(texts("content"))],
-        "reasoning" => vec![StreamEvent::Reasoning(texts("summary"))],
+        "reasoning" => vec![StreamEvent::Reasoning(texts("summary")), StreamEvent::Reasoning(texts("content"))],
         "function_call" => {
             let index = *calls;
             *calls += 1;
@@ -176,7 +176,9 @@ impl Response {
         let delta = || event["delta"].as_str().unwrap_or_default().to_owned();
         match event["type"].as_str().unwrap_or_default() {
             "response.output_text.delta" | "response.refusal.delta" => vec![StreamEvent::Text(delta())],
-            "response.reasoning_summary_text.delta" => vec![StreamEvent::Reasoning(delta())],
+            "response.reasoning_summary_text.delta" | "response.reasoning_text.delta" => {
+                vec![StreamEvent::Reasoning(delta())]
+            }
             "response.output_item.added" if event["item"]["type"] == "function_call" => {
                 self.calls.begin(&event["output_index"], begun(&event["item"])).into_iter().collect()
             }
