@@ -102,6 +102,16 @@ impl Queue {
     /// # Errors
     /// [`QueueError`] when Redis does not answer; the call may be repeated.
     pub async fn reserve_request_ids(&self, reservations: &[Reservation<'_>]) -> Result<Vec<RequestId>, QueueError> {
+        loop {
+            // One that was taken and then freed is tried again: now it is free, or somebody else has it.
+            if let Some(reserved) = self.try_to_reserve(reservations).await? {
+                return Ok(reserved);
+            }
+        }
+    }
+
+    /// The same; nothing where a request id was freed between two looks at it.
+    async fn try_to_reserve(&self, reservations: &[Reservation<'_>]) -> Result<Option<Vec<RequestId>>, QueueError> {
         let mut connection = self.connection.clone();
         let fail = |source| QueueError::from_redis("reserving request ids", source);
         let place = |reservation: &Reservation<'_>| {
@@ -114,18 +124,19 @@ impl Queue {
             reserve.hset_nx(key, &hash, reservation.value());
         }
         let free: Vec<bool> = reserve.query_async(&mut connection).await.map_err(fail)?;
-        // Few are taken, and what they stand for does not change any more.
+        // Few are taken.
         let mut read = redis::pipe();
         for (reservation, _) in reservations.iter().zip(&free).filter(|(_, free)| !**free) {
             let (key, hash) = place(reservation);
             read.hget(key, &hash);
         }
-        let taken: Vec<Vec<u8>> = read.query_async(&mut connection).await.map_err(fail)?;
+        let taken: Vec<Option<Vec<u8>>> = read.query_async(&mut connection).await.map_err(fail)?;
+        let Some(taken) = taken.into_iter().collect::<Option<Vec<_>>>() else { return Ok(None) };
         let mut taken = taken.into_iter();
         let judge = |(reservation, free): (&Reservation<'_>, bool)| {
             if free { Ok(RequestId::Fresh) } else { reservation.judge(&taken.next().unwrap_or_default()) }
         };
-        reservations.iter().zip(free).map(judge).collect()
+        reservations.iter().zip(free).map(judge).collect::<Result<_, _>>().map(Some)
     }
 
     /// The job that `request_id` of `tenant` stands for, when it was submitted with the same content.
