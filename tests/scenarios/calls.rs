@@ -107,6 +107,22 @@ async fn a_job_whose_own_failure_lasts_does_not_come_back_because_its_fallback_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn jobs_of_a_model_that_is_held_back_do_not_wait_where_another_one_answers() {
+    let settings = format!("[[api.fallbacks]]\nmodel = '{SLOWED}'\nto = ['{MODEL}']\n");
+    // Its name has a comma.
+    let mill = Mill::new(&[&format!("'{SLOWED}'"), MODEL], &settings).await;
+    let client = mill.client(SLOWED).await;
+    for word in ["one", "two", "three"] {
+        let job = finished(&client, Request::new(SLOWED).prompt(word)).await;
+        let result = job.result.unwrap();
+        assert_eq!((result.text.as_str(), result.answered_by.as_str()), (word, MODEL));
+    }
+    let slowed = mill.called().into_iter().filter(|content| content.starts_with("slowed")).count();
+    assert_eq!((slowed, mill.called().len()), (1, 4), "it is left alone for its minute: {:?}", mill.called());
+    assert_eq!(held_back(&client, SLOWED).await, v1::HeldBackReason::Throttled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_without_keys_has_gates_as_well() {
     let (dead, asks) = ("litellm_hosted_vllm/dead!keyless!status=502", "litellm_openai/asks!status=402");
     let settings = format!("[worker]\nretries_max = 9\n[[api.fallbacks]]\nmodel = '{asks}'\nto = ['{dead}']\n");

@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_core::attempt::{Failure, FailureClass, FinishReason, Generation};
-use genmill_core::gate::{Bucket, Declaration, KeyId, Limit, Observation, Signal};
+use genmill_core::gate::{Bucket, Covered, Declaration, KeyId, Limit, Observation, Signal};
 use genmill_core::ids::{JobId, LaneNumber};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
@@ -46,7 +46,7 @@ fn key(name: &str) -> KeyId {
 
 /// A worker's keys, with so many calls at once at first.
 fn declare(keys: &[&str], start: u32, limits: Vec<Limit>) -> Declaration {
-    Declaration { keys: keys.iter().map(|name| key(name)).collect(), start, limits }
+    Declaration { keys: keys.iter().map(|name| key(name)).collect(), start, limits, covered: Covered::default() }
 }
 
 fn limit(model: &str) -> Limit {
@@ -223,6 +223,33 @@ async fn what_is_throttled_without_being_told_for_how_long_waits_longer_every_ti
         // Redis and this test have one clock.
         assert!(at.ms_since(lease.started_at) >= least);
     }
+}
+
+#[tokio::test]
+async fn jobs_go_to_whoever_answers_in_place_of_a_model_that_is_held_back() {
+    let mut bench = Bench::new().await;
+    let covered = Covered { throttled: vec![A.to_owned()], failing: Vec::new() };
+    let knows = Declaration { covered, ..declare(&["k"], 9, Vec::new()) };
+    assert_eq!(knows.claims_with(), [key("k"), KeyId::spared()]);
+    bench.beat("knows", 0, &knows).await;
+    bench.beat("other", 0, &declare(&["k"], 9, Vec::new())).await;
+    bench.submit(A, 3).await;
+    bench.submit(B, 2).await;
+    let leases = bench.claim("other", 5, &["k"]).await;
+    bench.finish_all(&leases, "other", &throttled(Some(60_000))).await;
+    assert!(bench.claim("other", 5, &["k"]).await.is_empty(), "it does not know who answers");
+    // Of the other model nobody answers in its place.
+    let spared = bench.claim("knows", 5, &["k", "~"]).await;
+    assert_eq!((count(&spared, A), count(&spared, B)), (3, 0));
+    assert!(spared.iter().all(|lease| lease.key.as_ref().is_some_and(KeyId::is_spared)));
+    assert_eq!(bench.gate("k", A).await.in_flight, 0);
+    bench.finish_all(&spared, "knows", &answered()).await;
+    let gate = bench.gate("k", A).await;
+    assert_eq!(
+        (gate.in_flight, matches!(gate.opens, Opens::At(_))),
+        (0, true),
+        "it has learnt nothing of its own model"
+    );
 }
 
 #[tokio::test]

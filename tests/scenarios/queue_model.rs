@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
 use genmill_core::attempt::{AttemptEnd, Failure, FailureClass, FinishReason, Generation};
-use genmill_core::gate::{Declaration, KeyId, Limit, Observation, Signal};
+use genmill_core::gate::{Covered, Declaration, KeyId, Limit, Observation, Signal};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::job::JobSpec;
 use genmill_core::judge::{Policy, Verdict};
@@ -105,7 +105,7 @@ fn declared(name: &str) -> Declaration {
         ..Limit::default()
     };
     let limits = vec![limit(GATED[0], CALLS_MAX.0), limit(GATED[1], CALLS_MAX.0), limit("", CALLS_MAX.1)];
-    Declaration { keys: keys_of(name), start: 20, limits }
+    Declaration { keys: keys_of(name), start: 20, limits, covered: Covered::default() }
 }
 
 fn keys_of(name: &str) -> Vec<KeyId> {

@@ -28,7 +28,23 @@ impl KeyId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// What stands in place of a key where a job is not to be asked of its own model, which is held back, but of those that
+    /// answer in its place.
+    #[must_use]
+    pub fn spared() -> Self {
+        Self(SPARED.to_owned())
+    }
+
+    /// Whether the job's own model is held back.
+    #[must_use]
+    pub fn is_spared(&self) -> bool {
+        self.0 == SPARED
+    }
 }
+
+/// No key has this id. The queue's scripts know it.
+const SPARED: &str = "~";
 
 /// What is configured for the calls with each key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +71,34 @@ pub struct Declaration {
     pub start: u32,
     /// What is configured.
     pub limits: Vec<Limit>,
+    /// The models for which others answer.
+    #[serde(default, skip_serializing_if = "Covered::is_none")]
+    pub covered: Covered,
+}
+
+/// Models for which others answer while they are held back, by what holds them back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Covered {
+    /// While their provider asks to slow down.
+    pub throttled: Vec<String>,
+    /// While their provider fails.
+    pub failing: Vec<String>,
+}
+
+impl Covered {
+    /// True when there are none.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.throttled.is_empty() && self.failing.is_empty()
+    }
+}
+
+impl Declaration {
+    /// With which keys jobs are claimed.
+    #[must_use]
+    pub fn claims_with(&self) -> Vec<KeyId> {
+        self.keys.iter().cloned().chain((!self.covered.is_none()).then(KeyId::spared)).collect()
+    }
 }
 
 /// How a call ended, as far as it tells about its provider.

@@ -1,7 +1,8 @@
 //! Which models answer in place of others that fail, and when. Pure. Never here: asking them (`perform`).
 
 use crate::failure::{Kind, POLICIES};
-use genmill_core::model::{BadModelName, ModelName};
+use genmill_core::gate::Covered;
+use genmill_core::model::{BadModelName, Lane, ModelName};
 use genmill_daemon::config;
 use std::collections::BTreeMap;
 
@@ -16,6 +17,9 @@ const USUAL: [Kind; 8] = [
     Kind::Timeout,
     Kind::Cut,
 ];
+
+/// Kinds of failure for which a model is left alone for a while.
+const FAILING: [Kind; 4] = [Kind::Overloaded, Kind::Transient, Kind::Timeout, Kind::Cut];
 
 /// The fallbacks of all models.
 #[derive(Clone, Debug, Default)]
@@ -81,6 +85,19 @@ impl Fallbacks {
         self.0.get(model)
     }
 
+    /// The models of a lane for which others answer while they are held back.
+    #[must_use]
+    pub fn covered(&self, lane: &Lane) -> Covered {
+        let that = |helps: &dyn Fn(&Fallback) -> bool| {
+            let of_lane = self.0.iter().filter(|(model, fallback)| model.lane() == *lane && helps(fallback));
+            of_lane.map(|(model, _)| model.as_str().to_owned()).collect()
+        };
+        Covered {
+            throttled: that(&|fallback| fallback.helps(Kind::Throttled)),
+            failing: that(&|fallback| FAILING.iter().any(|kind| fallback.helps(*kind))),
+        }
+    }
+
     /// Every model that is asked in place of another.
     pub fn models(&self) -> impl Iterator<Item = &ModelName> {
         self.0.values().flat_map(|fallback| &fallback.to)
@@ -112,6 +129,22 @@ mod tests {
         assert_eq!(fallback.to, [ModelName::parse("openrouter_openai/gpt-4o").unwrap()]);
         assert!(fallback.helps(Kind::Overloaded) && !fallback.helps(Kind::Invalid));
         assert!(of("litellm_gpt-4").is_none());
+    }
+
+    #[test]
+    fn a_model_is_covered_while_it_is_held_back_for_what_its_fallbacks_help_against() {
+        let lane = ModelName::parse("litellm_gpt-4o").unwrap().lane();
+        let covered = |on| fallbacks("openrouter_x/y", on).unwrap().covered(&lane);
+        let of = |throttled: &[&str], failing: &[&str]| {
+            let names = |of: &[&str]| of.iter().map(|name| (*name).to_owned()).collect();
+            Covered { throttled: names(throttled), failing: names(failing) }
+        };
+        assert_eq!(covered(None), of(&["litellm_gpt-4o"], &["litellm_gpt-4o"]));
+        assert_eq!(covered(Some("throttled")), of(&["litellm_gpt-4o"], &[]));
+        assert_eq!(covered(Some("timeout")), of(&[], &["litellm_gpt-4o"]));
+        assert!(covered(Some("context_overflow")).is_none());
+        let other = ModelName::parse("openrouter_x/y").unwrap().lane();
+        assert!(fallbacks("openrouter_x/y", None).unwrap().covered(&other).is_none());
     }
 
     #[test]

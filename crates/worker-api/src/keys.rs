@@ -4,7 +4,7 @@
 use crate::catalog::{Catalog, Endpoint};
 use crate::limits::Told;
 use genmill_core::attempt::{FailureClass, Outcome, Usage};
-use genmill_core::gate::{Declaration, KeyId, Limit, Observation, Signal};
+use genmill_core::gate::{Covered, Declaration, KeyId, Limit, Observation, Signal};
 use genmill_core::model::Lane;
 use genmill_daemon::config;
 use sha2::{Digest as _, Sha256};
@@ -39,8 +39,14 @@ impl Keys {
     }
 
     /// What is declared of a lane.
-    pub(crate) fn declaration(&self, lane: &Lane, start: u32, limits: Vec<Limit>) -> Option<Declaration> {
-        Some(Declaration { keys: self.of(lane)?, start, limits })
+    pub(crate) fn declaration(
+        &self,
+        lane: &Lane,
+        start: u32,
+        limits: Vec<Limit>,
+        covered: Covered,
+    ) -> Option<Declaration> {
+        Some(Declaration { keys: self.of(lane)?, start, limits, covered })
     }
 }
 

@@ -126,7 +126,8 @@ impl Perform for Performer {
     }
 
     fn declares(&self, lane: &Lane) -> Option<Declaration> {
-        self.keys.declaration(lane, self.calls_start, limits_of(lane, &self.rows, &self.catalog))
+        let limits = limits_of(lane, &self.rows, &self.catalog);
+        self.keys.declaration(lane, self.calls_start, limits, self.fallbacks.covered(lane))
     }
 
     fn models(&self) -> Vec<ServedModel> {
@@ -169,13 +170,14 @@ impl Performer {
         let begun = Instant::now();
         let hedge = self.hedges.of(&task.spec.model);
         let own = Attempt { job: task.id, spec: &task.spec, key: task.key.as_ref(), hedge, begun, stop };
-        let mut tried = self.attempt(own, progress).await;
-        let mut observation = tried.performed.observation;
+        let is_spared = task.key.as_ref().is_some_and(KeyId::is_spared);
+        let mut tried = if is_spared { held_back(&task.spec) } else { self.attempt(own, progress).await };
+        let mut observation = if is_spared { None } else { tried.performed.observation };
         // In boxes: few jobs come there, and all would keep room for it.
-        if tried.failed.is_some_and(is_of_key) {
+        if !is_spared && tried.failed.is_some_and(is_of_key) {
             (tried, observation) = Box::pin(self.with_other_keys(own, tried, progress)).await;
         }
-        let helps = |fallback: &&Fallback| tried.failed.is_some_and(|kind| fallback.helps(kind));
+        let helps = |fallback: &&Fallback| is_spared || tried.failed.is_some_and(|kind| fallback.helps(kind));
         let performed = match self.fallbacks.of(&task.spec.model).filter(helps) {
             Some(fallback) => Box::pin(self.ask_others(task, fallback, tried, begun, progress, stop)).await,
             None => tried.performed,
@@ -265,6 +267,17 @@ impl Performer {
         }
         (tried, if is_refused { observation } else { spared(observation) })
     }
+}
+
+/// How long a job waits whose model is held back, when none of those that answer in its place has room.
+const HELD_BACK_MS: u64 = 10_000;
+
+/// What comes of a model that is held back and asked nothing.
+fn held_back(spec: &JobSpec) -> Tried {
+    let message = format!("{} is held back, as its provider asked to slow down or fails", spec.model);
+    let failure = Failure::new(FailureClass::Throttled, message).retry_after_ms(Some(HELD_BACK_MS));
+    let performed = Performed { outcome: Outcome::Failed(failure), cost: Some(Cost::NOTHING), observation: None };
+    Tried { performed, failed: Some(Kind::Throttled) }
 }
 
 /// Whether a failure is that of a key, which another one may not have.

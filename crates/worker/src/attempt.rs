@@ -167,7 +167,8 @@ fn too_slow(observation: Observation) -> Observation {
 pub(crate) async fn finish<P>(bench: &Bench<P>, lease: &Lease, performed: Performed) {
     // Without random numbers retries are not spread, which is no reason to stop.
     let random = random_u64().unwrap_or_default();
-    let throttle = if lease.key.is_some() { Throttle::Gate } else { Throttle::Delay };
+    let gated = lease.key.as_ref().is_some_and(|key| !key.is_spared());
+    let throttle = if gated { Throttle::Gate } else { Throttle::Delay };
     let verdict = judge(performed.outcome, lease.failures, &bench.policy, throttle, random);
     let event = verdict.event();
     if let Some(failure) = verdict.failure() {

@@ -8,7 +8,7 @@ use crate::permits::Gated;
 use crate::run::Options;
 use crate::text::{PIECES_MAX, pass_on};
 use genmill_core::attempt::{Failure, FailureClass, Outcome, Performed};
-use genmill_core::gate::{Declaration, Observation};
+use genmill_core::gate::{Declaration, KeyId, Observation};
 use genmill_core::ids::LaneNumber;
 use genmill_queue::{Beat, Demand, Holding, Lease, Queue, Room, Slots};
 use std::collections::HashMap;
@@ -65,6 +65,8 @@ pub(crate) struct LaneLoop<P> {
     number: LaneNumber,
     offer: Offer,
     declared: Option<Declaration>,
+    /// With which keys it claims.
+    keys: Vec<KeyId>,
     bell: Arc<Bell>,
     bench: Bench<P>,
     /// Write for the attempts.
@@ -93,6 +95,7 @@ impl<P: Perform> LaneLoop<P> {
         writers.spawn(finishing);
         writers.spawn(pass_on(queue.clone(), number, options.worker.clone(), receiver));
         Self {
+            keys: performer.declares(&offer.lane).map_or_else(Vec::new, |declared| declared.claims_with()),
             declared: performer.declares(&offer.lane),
             bench: Bench { performer, policy: options.policy, reported, finisher, gated },
             queue,
@@ -185,7 +188,7 @@ impl<P: Perform> LaneLoop<P> {
         Room {
             free: self.offer.capacity.saturating_sub(running),
             tokens: self.offer.tokens.map(|tokens| tokens.saturating_sub(self.tokens)),
-            keys: self.declared.as_ref().map_or(&[], |declared| &declared.keys),
+            keys: &self.keys,
         }
     }
 

@@ -264,11 +264,12 @@ local function feed(now, asked, mine)
   return fed
 end
 
--- What workers have declared together: every key, and of limits that differ the strictest.
+-- What workers have declared together: every key, of limits that differ the strictest, every model that others cover.
 local function declared_by_all(declared)
   local first = next(declared)
   if not first or not next(declared, first) then return first or '' end
-  local all, keys, limits, sorted = { keys = {}, start = math.huge, limits = {} }, {}, {}, {}
+  local covered, seen = { throttled = {}, failing = {} }, {}
+  local all, keys, limits, sorted = { keys = {}, start = math.huge, limits = {}, covered = covered }, {}, {}, {}
   for packed in pairs(declared) do sorted[#sorted + 1] = packed end
   -- The same workers tell the same, whoever asks.
   table.sort(sorted)
@@ -278,6 +279,12 @@ local function declared_by_all(declared)
     for _, name in ipairs(one.keys) do
       if not keys[name] then all.keys[#all.keys + 1] = name end
       keys[name] = true
+    end
+    for why, models in pairs(one.covered or {}) do
+      for _, model in ipairs(models) do
+        if not seen[why .. model] then covered[why][#covered[why] + 1] = model end
+        seen[why .. model] = true
+      end
     end
     for _, limit in ipairs(one.limits) do
       local known = limits[limit.model]

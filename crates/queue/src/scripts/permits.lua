@@ -5,6 +5,14 @@ local lane = { keys = {}, start = 1, limits = {} }
 local stored_lane = redis.call('HGET', key('meta'), 'gt')
 if stored_lane and stored_lane ~= '' then lane = cmsgpack.unpack(stored_lane) end
 
+-- In place of a permit: the job's own model is held back and asked nothing, others answer. Only workers that know of them
+-- have it among their keys.
+local SPARED = '~'
+local covered = { throttled = {}, failing = {} }
+for why, models in pairs(lane.covered or {}) do
+  for _, model in ipairs(models) do covered[why][model] = true end
+end
+
 local limits_of, NO_LIMITS = {}, {}
 for _, limit in ipairs(lane.limits) do limits_of[limit.model] = limit end
 
@@ -111,6 +119,7 @@ end
 
 -- Ends a permit. `told` is what the call tells; nil when none was made: then all of it is given back.
 local function give_back(id, model, permit, tokens, now, started, told)
+  if permit == SPARED then return end
   local name, plus = string.match(permit, '^([^+]*)(%+?)$')
   for _, of in ipairs(plus == '' and { model } or { model, '' }) do
     local gate, limits = gate_of(name, of)
@@ -130,7 +139,10 @@ function permits.pop(leaf, now, mine)
   if not head[1] then return head end
   local id, tokens = job_of(head[1])
   local model = model_of(leaf)
-  local permit, at, _, elsewhere = grant(id, model, tokens, now, mine)
+  local permit, at, why, elsewhere = grant(id, model, tokens, now, mine)
+  if not permit and not elsewhere and covered[why] and covered[why][model] then
+    if mine and not mine[SPARED] then elsewhere = true else permit = SPARED end
+  end
   if permit then
     redis.call('ZREM', backlog_key(leaf.number), head[1])
     redis.call('HSET', job_key(id), 'pm', permit)
