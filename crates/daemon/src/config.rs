@@ -301,7 +301,7 @@ pub struct Fallback {
     /// The models that are asked in its place, one after the other, with their prefixes.
     pub to: Vec<String>,
     /// On which kinds of failure. Unset: on all that another model may not have (auth, quota, not_found, throttled,
-    /// overloaded, transient, timeout, cut). Others: invalid, content_filter, context_overflow, repeated.
+    /// overloaded, transient, timeout, cut). Others: invalid, content_filter, context_overflow, repeated, too_large, too_long.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on: Option<Vec<String>>,
 }

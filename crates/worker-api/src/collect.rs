@@ -1,12 +1,14 @@
 //! Puts an answer together from the events of a stream, or from a whole reply. Never here: I/O.
 
 use crate::dialect::{ProviderError, Reply, StreamEvent};
+use crate::failure::ANSWER_TOO_LONG;
 use crate::limits::Told;
 use crate::prices::Class;
 use crate::sample::Collecting;
 use crate::stop::StopCut;
 use genmill_core::attempt::{FinishReason, Generation, Usage, UsageDetails};
 use genmill_core::money::{Picodollars, Rates, price};
+use genmill_core::request::TEXT_BYTES_MAX;
 use tokio::time::Instant;
 
 /// What is known of an answer so far.
@@ -101,7 +103,14 @@ impl Collected {
                 &mut self.more[place]
             }
         };
-        reported([(sample, of.take(event))])
+        let texts = reported([(sample, of.take(event))]);
+        // The rest of what is not kept is neither read nor paid for.
+        if self.bytes() > TEXT_BYTES_MAX {
+            let message = format!("more than {TEXT_BYTES_MAX} bytes");
+            let code = ANSWER_TOO_LONG.to_owned();
+            self.error.get_or_insert(ProviderError { code, message, ..ProviderError::default() });
+        }
+        texts
     }
 
     /// Nothing more comes.
@@ -298,6 +307,16 @@ mod tests {
         let generation = collected.into_generation();
         assert_eq!((generation.text.as_str(), reported.as_str()), ("a xy", "a xy"));
         assert_eq!((generation.finish_reason, generation.first_token_ms), (FinishReason::Length, Some(1)));
+    }
+
+    #[test]
+    fn an_answer_that_nobody_keeps_is_not_read_to_its_end() {
+        let half = || text(&"x".repeat(TEXT_BYTES_MAX / 2));
+        let (collected, _) = collect(&[], vec![half(), half()]);
+        assert!(collected.error().is_none());
+        let (collected, _) = collect(&[], vec![half(), StreamEvent::Reasoning("x".to_owned()), half()]);
+        assert_eq!(collected.error().map(|error| error.code.as_str()), Some(ANSWER_TOO_LONG));
+        assert!(collected.is_done() && !collected.is_whole());
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub enum Kind {
     Repeated,
     /// It needs more tokens than its provider allows in a minute: no waiting helps.
     TooLarge,
+    /// The answer is longer than what is kept of one.
+    TooLong,
 }
 
 /// What follows from a kind of failure.
@@ -108,6 +110,13 @@ pub const POLICIES: &[Policy] = &[
         FailureClass::Invalid,
         "allows fewer tokens in a minute than this request needs",
         "shorten the prompt, lower max_tokens, or have the limit raised",
+    ),
+    policy(
+        Kind::TooLong,
+        "too_long",
+        FailureClass::Invalid,
+        "wrote more than is kept of an answer",
+        "lower max_tokens, n or logprobs",
     ),
 ];
 
@@ -189,6 +198,9 @@ const TOO_LARGE_WORDS: &[&str] = &[
     "reduce your message size and try again",
 ];
 
+/// The code of an error that this worker makes itself of an answer that is too long.
+pub(crate) const ANSWER_TOO_LONG: &str = "answer_too_long";
+
 const MODEL_CODES: &[&str] = &["model_not_found", "deploymentnotfound", "model_not_supported"];
 
 /// Any failure of the status.
@@ -203,6 +215,7 @@ const RULES: &[Rule] = &[
     rule(0..=428, CONTEXT_CODES, CONTEXT_WORDS, Kind::ContextOverflow),
     rule(400..=404, MODEL_CODES, ANY, Kind::NotFound),
     rule(0..=429, ANY, TOO_LARGE_WORDS, Kind::TooLarge),
+    rule(0..=299, &[ANSWER_TOO_LONG], ANY, Kind::TooLong),
     rule(0..=299, THROTTLED_CODES, ANY, Kind::Throttled),
     rule(0..=299, OVERLOAD_CODES, OVERLOAD_WORDS, Kind::Overloaded),
     rule(0..=299, INVALID_CODES, ANY, Kind::Invalid),
@@ -401,6 +414,7 @@ mod tests {
             Kind::Cut,
             Kind::Repeated,
             Kind::TooLarge,
+            Kind::TooLong,
         ];
         assert_eq!(kinds.map(|kind| kind.policy().kind), kinds);
         assert_eq!(POLICIES.len(), kinds.len());
