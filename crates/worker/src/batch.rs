@@ -1,11 +1,12 @@
 //! One batch, from being full to its last result: submit, search, look, collect, close.
 //!
-//! Never here: which jobs go into it (`batching`), and what follows from a refusal of all of it (`refusal`).
+//! Never here: which jobs go into it (`batching`), how it is submitted (`submitting`), and what follows from a refusal of all of
+//! it (`refusal`).
 
 use crate::attempt::bounded;
-use crate::batches::{Arrived, Batch, Found, Item, PerformBatches, Refusal, Stage, Unsubmitted};
+use crate::batches::{Arrived, Batch, Item, PerformBatches, Refusal, Stage};
 use crate::batching::Batching;
-use crate::hold::{Hold, Moment};
+use crate::hold::Moment;
 use genmill_core::attempt::{Failure, FailureClass, Outcome};
 use genmill_core::ids::{Epoch, JobId, LaneNumber, WorkerId};
 use genmill_core::judge::{Policy, RETRY_AFTER_MS_MAX, Throttle, judge};
@@ -25,11 +26,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 const STEP: usize = 100;
 
 /// How long a provider that fails is left alone; twice as long each further time, up to the longest.
-const PAUSE_FIRST: Duration = Duration::from_secs(2);
+pub(crate) const PAUSE_FIRST: Duration = Duration::from_secs(2);
 const PAUSE_MAX: Duration = Duration::from_secs(300);
-
-/// A search is repeated so often until it is believed that a batch is not there.
-const SEARCHES: u32 = 3;
 
 /// So many times in a row a provider may not know a batch, or tell of it what is not understood. Then it is given up.
 const STRANGE_MAX: u32 = 20;
@@ -137,117 +135,6 @@ impl<P: PerformBatches> Driver<P> {
         self.failed += 1;
     }
 
-    /// Submits it. That it is about to be is written down first, so that nobody ever submits it a second time unseen.
-    async fn submit(&mut self) -> Result<Next, QueueError> {
-        if self.advance(Advance::Full).await? == Moved::Lost {
-            return Ok(Next::Over);
-        }
-        let (wanted, unwanted): (Vec<Member>, Vec<Member>) =
-            self.members().await?.jobs.into_iter().partition(|member| member.wanted);
-        if wanted.is_empty() {
-            return self.close().await;
-        }
-        let batch = self.batch(&wanted);
-        let prepared = match self.performer.prepare(&batch).await {
-            Ok(prepared) => prepared,
-            Err(refusal) => return self.refused(wanted, refusal).await,
-        };
-        let left: Vec<Held> = prepared.left.into_iter().map(|(id, epoch)| Held { id, epoch }).collect();
-        let items = prepared.items;
-        let unwanted: Vec<Held> = unwanted.iter().map(|member| member.held).collect();
-        // Before it is submitted: no job must wait for a batch that it is not in, or have a part in what that costs.
-        if self.part(&left, Duration::ZERO).await? == Moved::Lost
-            || self.advance(Advance::Submitting { items, without: &unwanted }).await? == Moved::Lost
-        {
-            return Ok(Next::Over);
-        }
-        self.record.tried = true;
-        self.record.items = u64::try_from(items).ok();
-        let jobs = wanted.len() - left.len();
-        let hold = Hold::new(self.told.until.subscribe(), self.lease_ms / 3);
-        let made = self.performer.create(&batch, prepared.ready, &hold).await;
-        let (tag, model) = (&self.record.tag, &self.record.model);
-        match made {
-            Ok(remote) => {
-                tracing::info!(tag, %model, jobs, remote, "submitted a batch");
-                self.is_submitted(remote).await
-            }
-            Err(Unsubmitted::Refused(refusal)) => {
-                let Refusal { failure, named } = &refusal;
-                let message = failure.loggable();
-                tracing::warn!(tag, %model, jobs, class = ?failure.class, message, named = named.len(), "a batch was refused");
-                let wanted = wanted.into_iter().filter(|member| !left.contains(&member.held)).collect();
-                self.refused(wanted, refusal).await
-            }
-            Err(Unsubmitted::Late) => {
-                tracing::warn!(tag, %model, "did not submit a batch: the hold on it did not last");
-                self.record.tried = false;
-                Ok(Next::Later(PAUSE_FIRST))
-            }
-            Err(Unsubmitted::Unclear(failure)) => Ok(Next::Failed(failure)),
-        }
-    }
-
-    /// Looks whether it was submitted by somebody who could not say so.
-    async fn search(&mut self, searches: &mut u32) -> Result<Next, QueueError> {
-        let members = self.members().await?;
-        let others = self.queue.batches(self.lane).await?.into_iter().filter_map(|batch| batch.remote);
-        let others: Vec<String> = others.collect();
-        let found = match self.performer.find(&self.batch(&members.jobs), &others).await {
-            Ok(found) => found,
-            Err(failure) => return Ok(Next::Failed(failure)),
-        };
-        let (tag, model) = (&self.record.tag, &self.record.model);
-        match found {
-            Found::Here(remote) => {
-                tracing::info!(tag, %model, remote, "found a batch that was submitted before");
-                self.is_submitted(remote).await
-            }
-            Found::NotYet => Ok(Next::Later(self.times.poll)),
-            // A call that was on its way when its worker ended may still arrive.
-            Found::NotThere if *searches < SEARCHES => {
-                *searches += 1;
-                Ok(Next::Later(self.times.settle / SEARCHES))
-            }
-            Found::NotThere => {
-                *searches = 0;
-                // That it was surely not submitted is written down with its next try.
-                self.record.tried = false;
-                Ok(Next::Now)
-            }
-            Found::Never(why) => {
-                let message = format!(
-                    "nobody can tell whether batch {tag} was submitted, so it is not submitted again: {why}. Look for it at \
-                     the provider; `genmill redrive` submits its jobs anew"
-                );
-                tracing::error!(tag, %model, message, "stopped a batch");
-                self.give_up(message).await
-            }
-        }
-    }
-
-    async fn is_submitted(&mut self, remote: String) -> Result<Next, QueueError> {
-        // Until this is written down it would have to be searched for.
-        loop {
-            match self.advance(Advance::Submitted(&remote)).await {
-                Ok(Moved::Lost) => return Ok(Next::Over),
-                Ok(Moved::On | Moved::NotDone) => break,
-                Err(error) if error.is_passing() => {
-                    tracing::warn!(
-                        tag = self.record.tag,
-                        error = error.in_full(),
-                        "cannot write a batch down; trying again"
-                    );
-                    sleep(Duration::from_secs(1)).await;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        self.record.state = BatchState::Submitted;
-        self.record.remote = Some(remote);
-        Ok(Next::Later(self.times.poll))
-    }
-
     async fn look(&mut self, cancelled: &mut bool) -> Result<Next, QueueError> {
         let (batch, remote) = (self.batch(&[]), self.remote());
         let stage = match self.performer.look(&batch, &remote).await {
@@ -300,7 +187,7 @@ impl<P: PerformBatches> Driver<P> {
     }
 
     /// Fails all of its jobs, at a cost that nobody knows.
-    async fn give_up(&mut self, message: String) -> Result<Next, QueueError> {
+    pub(crate) async fn give_up(&mut self, message: String) -> Result<Next, QueueError> {
         let wanted = self.wanted().await?;
         self.fail(wanted, &Failure::new(FailureClass::Internal, message), None).await
     }
@@ -421,7 +308,7 @@ impl<P: PerformBatches> Driver<P> {
     }
 
     /// Its jobs. Those that cannot be read are ended.
-    async fn members(&self) -> Result<Members, QueueError> {
+    pub(crate) async fn members(&self) -> Result<Members, QueueError> {
         let mut members = self.queue.batch_members(self.lane, &self.record.tag).await?;
         let failure = Failure::new(FailureClass::Internal, "the stored job cannot be read");
         let ended = members
@@ -433,11 +320,11 @@ impl<P: PerformBatches> Driver<P> {
     }
 
     /// Its jobs that are wanted.
-    async fn wanted(&self) -> Result<Vec<Member>, QueueError> {
+    pub(crate) async fn wanted(&self) -> Result<Vec<Member>, QueueError> {
         Ok(self.members().await?.jobs.into_iter().filter(|member| member.wanted).collect())
     }
 
-    async fn close(&self) -> Result<Next, QueueError> {
+    pub(crate) async fn close(&self) -> Result<Next, QueueError> {
         match self.queue.close_batch(self.lane, &self.worker, (&self.record.tag, self.record.epoch)).await? {
             Moved::On | Moved::Lost => Ok(Next::Over),
             // Whatever could not be ended is tried again.
@@ -455,11 +342,11 @@ impl<P: PerformBatches> Driver<P> {
         Ok(moved)
     }
 
-    fn remote(&self) -> String {
+    pub(crate) fn remote(&self) -> String {
         self.record.remote.clone().unwrap_or_default()
     }
 
-    fn batch(&self, members: &[Member]) -> Batch {
+    pub(crate) fn batch(&self, members: &[Member]) -> Batch {
         let BatchRecord { tag, model, key, made_at, items, .. } = &self.record;
         let item = |member: &Member| Item { id: member.held.id, epoch: member.held.epoch, spec: member.spec.clone() };
         Batch {

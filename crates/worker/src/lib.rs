@@ -15,6 +15,7 @@ pub mod permits;
 mod refusal;
 mod run;
 mod serve;
+mod submitting;
 mod text;
 
 pub use batching::Batching;

@@ -11,8 +11,10 @@ mod held;
 mod mistral;
 mod named;
 mod openai;
+mod packing;
 pub mod perform;
 mod results;
+mod search;
 mod split;
 #[cfg(test)]
 mod tests;

@@ -1,11 +1,11 @@
-//! Submits, finds, looks at and reads batches. Never here: which jobs they have, and what is done next (`genmill-worker`).
+//! Submits, looks at and reads batches. Never here: the search for one (`search`), which jobs they have, and what is done next
+//! (`genmill-worker`).
 
 use super::calls::{Calls, CarriedOut, Failed};
 use super::named::named;
+use super::packing::{ITEMS_MAX, Packing};
 use super::results::Collecting;
-use super::{
-    BatchApi, Carrier, Line, Listed, Request, Source, State, Submission, Tag, Turns, custom_id, file_at, read_custom_id,
-};
+use super::{BatchApi, Line, Request, Source, State, Submission, Turns, custom_id, file_at, read_custom_id};
 use crate::auth::Credentials;
 use crate::call::{said, told, unsupported};
 use crate::catalog::Endpoint;
@@ -24,12 +24,8 @@ use genmill_worker::batches::{
 };
 use genmill_worker::hold::Hold;
 use http::HeaderMap;
-use std::collections::{BTreeMap, HashSet};
-use std::time::Duration;
+use std::collections::BTreeMap;
 use tokio::sync::mpsc;
-
-/// How many items a batch has at most, whatever its provider takes.
-const ITEMS_MAX: usize = 10_000;
 
 /// How many bytes of items go out at once, whatever a provider takes: a worker has them all in memory. What has no room is
 /// not sent on, and goes into a later batch.
@@ -37,12 +33,6 @@ const BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// The name of a batch that no provider was told of, because none of its items can be asked.
 const NOTHING: &str = "nothing";
-
-/// How far a provider's clock may be behind.
-const CLOCKS: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// How many pages of a list are read in search of a batch.
-const PAGES_MAX: usize = 1_000;
 
 impl Performer {
     /// How the jobs of a lane go out in batches, if they can.
@@ -305,92 +295,12 @@ impl Desk<'_> {
         deleted
     }
 
-    async fn find(&self, batch: &Batch, others: &[String]) -> Result<Found, Failure> {
-        let since = UnixMs(batch.since.0.saturating_sub(millis(CLOCKS)));
-        let others: HashSet<&str> = others.iter().map(String::as_str).collect();
-        let (mut next, mut runs) = (None, false);
-        for _ in 0..PAGES_MAX {
-            let answer = self.json(Request::get(self.api.list(since, next.as_deref()))).await?;
-            let page = self.api.page(&answer, next.as_deref());
-            let may_be = |listed: &&Listed| {
-                // Time tells only where there is no tag.
-                let untagged = matches!(listed.tag, Tag::InResults(_));
-                let old = untagged && listed.created.is_some_and(|created| created < since);
-                let another = listed.items.zip(batch.submitted).is_some_and(|(items, submitted)| items != submitted);
-                !old && !another && !others.contains(listed.remote.as_str())
-            };
-            for listed in page.batches.iter().filter(may_be) {
-                match self.is_it(listed, batch).await? {
-                    Is::It => return Ok(Found::Here(listed.remote.clone())),
-                    Is::Unknown => runs = true,
-                    Is::Never(why) => return Ok(Found::Never(why)),
-                    Is::Another => {}
-                }
-            }
-            let Some(following) = page.next.filter(|_| !self.is_past(&page.batches, since)) else {
-                return Ok(if runs { Found::NotYet } else { Found::NotThere });
-            };
-            next = Some(following);
-        }
-        let name = &self.calls.endpoint.name;
-        Ok(Found::Never(format!("{name} lists more batches than are searched for one that may have been submitted")))
-    }
-
-    /// Whether all that follows in a list is older than what is sought.
-    fn is_past(&self, batches: &[Listed], since: UnixMs) -> bool {
-        let old = |listed: &Listed| listed.created.is_some_and(|created| created < since);
-        self.api.newest_first() && batches.last().is_some_and(old)
-    }
-
-    /// Whether a batch in a list is the one that is sought.
-    async fn is_it(&self, listed: &Listed, batch: &Batch) -> Result<Is, Failure> {
-        let it = |is: bool| if is { Is::It } else { Is::Another };
-        Ok(match &listed.tag {
-            Tag::Is(tag) => it(*tag == batch.tag),
-            Tag::Other => Is::Another,
-            Tag::InNameOf(file) => match self.json(Request::get(file.clone())).await {
-                Ok(answer) => it(answer["filename"].as_str().is_some_and(|name| name.contains(&batch.tag))),
-                // Somebody deleted it, who knows it.
-                Err(failure) if failure.class == FailureClass::NotFound => Is::Another,
-                Err(failure) => return Err(failure),
-            },
-            Tag::InResults(State::Ended { sources, .. }) if sources.is_empty() => Is::Never(format!(
-                "{} does not tell the results of {} any more, which may be the batch",
-                self.calls.endpoint.name, listed.remote
-            )),
-            Tag::InResults(State::Ended { sources, .. }) => match self.has_ours(sources, batch).await {
-                Ok(has) => it(has),
-                Err(failure) if failure.class == FailureClass::Invalid => Is::Never(failure.message),
-                Err(failure) => return Err(failure),
-            },
-            Tag::InResults(State::Works) => Is::Unknown,
-            Tag::InResults(State::Refused { .. }) => Is::Another,
-        })
-    }
-
-    /// Whether there are results of a batch's items.
-    async fn has_ours(&self, sources: &[Source], batch: &Batch) -> Result<bool, Failure> {
-        let ours: Vec<String> = batch.items.iter().map(|item| custom_id(item.id, item.epoch)).collect();
-        let ours: HashSet<&str> = ours.iter().map(String::as_str).collect();
-        for source in sources {
-            let mut results = self.calls.results(source).await.map_err(Fault::into_failure)?;
-            while let Some(records) = results.next().await.map_err(Fault::into_failure)? {
-                let answered = |record: &Vec<u8>| self.api.result(record);
-                let mut answered = records.iter().flatten().filter_map(answered);
-                if answered.any(|answered| ours.contains(answered.custom_id.as_str())) {
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
-    }
-
     async fn state(&self, remote: &str) -> Result<State, Failure> {
         let answer = self.json(Request::get(self.api.batch(remote))).await?;
         Ok(self.api.state(&answer))
     }
 
-    async fn json(&self, request: Request) -> Result<serde_json::Value, Failure> {
+    pub(super) async fn json(&self, request: Request) -> Result<serde_json::Value, Failure> {
         self.calls.json(request, &[]).await.map_err(|failed| failed.fault.into_failure())
     }
 
@@ -402,16 +312,6 @@ impl Desk<'_> {
     }
 }
 
-/// Whether a batch is the one that is sought.
-enum Is {
-    It,
-    Another,
-    /// That is told when it has ended.
-    Unknown,
-    /// That is never told, and why.
-    Never(String),
-}
-
 /// What jobs of a batch say.
 fn said_in(batch: &Batch) -> Vec<&str> {
     batch.items.iter().flat_map(|item| said(&item.spec)).collect()
@@ -421,45 +321,6 @@ fn said_in(batch: &Batch) -> Vec<&str> {
 fn name_of(line: &[u8]) -> Option<(JobId, Epoch)> {
     let line: serde_json::Value = serde_json::from_slice(line).ok()?;
     read_custom_id(line["custom_id"].as_str()?)
-}
-
-/// The items between what is around them, as many as have room.
-#[derive(Debug)]
-struct Packing {
-    carrier: Carrier,
-    body: String,
-    count: usize,
-    items_max: usize,
-    bytes_max: usize,
-}
-
-impl Packing {
-    fn new(carrier: Carrier, items_max: usize, bytes_max: usize) -> Self {
-        let items_max = items_max.min(ITEMS_MAX);
-        Self { body: carrier.opening.clone(), carrier, count: 0, items_max, bytes_max }
-    }
-
-    /// Whether it had room.
-    fn add(&mut self, item: &str) -> bool {
-        let between = if self.count == 0 { "" } else { self.carrier.between };
-        let bytes = self.body.len() + between.len() + item.len() + self.carrier.closing.len();
-        if self.count >= self.items_max || bytes > self.bytes_max {
-            return false;
-        }
-        self.body.push_str(between);
-        self.body.push_str(item);
-        self.count += 1;
-        true
-    }
-
-    fn finish(mut self) -> Request {
-        self.body.push_str(&self.carrier.closing);
-        Request { content_type: self.carrier.content_type, ..Request::post(self.carrier.path, self.body) }
-    }
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

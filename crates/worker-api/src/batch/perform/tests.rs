@@ -16,6 +16,7 @@ use genmill_daemon::models::{ListedModel, LocalSettings};
 use genmill_standin::{BAD_KEY, Made, Options, Standin};
 use genmill_worker::batches::Item;
 use std::path::PathBuf;
+use std::time::Duration;
 
 const LIMITS: Limits =
     Limits { calls_max: 4, unsupported: Unsupported::Refuse, batches: true, first_byte: None, idle: None };
@@ -442,28 +443,6 @@ async fn what_is_left_out_is_noted_in_the_result() {
     let remote = bench.make(&batch).await.unwrap();
     let arrived = bench.collected(&batch, &remote).await;
     assert_eq!(generation(&arrived[0].1).left_out, ["min_p"]);
-}
-
-#[test]
-fn what_has_no_room_in_a_batch_is_left_for_another() {
-    let check = |items_max, bytes_max, body: &str, room: [bool; 3]| {
-        let carrier = Carrier {
-            path: String::new(),
-            content_type: String::new(),
-            opening: "<".to_owned(),
-            between: ",",
-            closing: ">".to_owned(),
-        };
-        let mut packing = Packing::new(carrier, items_max, bytes_max);
-        assert_eq!(["aa", "bb", "c"].map(|item| packing.add(item)), room);
-        assert_eq!(packing.finish().body, body);
-        assert!(body.len() <= bytes_max.max(2));
-    };
-    check(9, 9, "<aa,bb,c>", [true, true, true]);
-    check(9, 8, "<aa,bb>", [true, true, false]);
-    check(9, 6, "<aa,c>", [true, false, true]);
-    check(2, 9, "<aa,bb>", [true, true, false]);
-    check(9, 1, "<>", [false, false, false]);
 }
 
 #[tokio::test]
