@@ -89,14 +89,25 @@ impl Bench {
     }
 
     async fn submit_of(&mut self, model: &str, count: u64, experiment: Option<&str>) -> Vec<JobId> {
+        let experiment = experiment.map(|name| Experiment::parse(name).unwrap());
+        self.submit_like(&JobSpec { experiment, ..spec(model) }, count).await
+    }
+
+    /// Jobs of about so many tokens.
+    async fn submit_sized(&mut self, count: u64, experiment: &str, tokens: u32) -> Vec<JobId> {
+        let mut spec = JobSpec { experiment: Some(Experiment::parse(experiment).unwrap()), ..spec(A) };
+        spec.sampling.max_tokens = tokens;
+        self.submit_like(&spec, count).await
+    }
+
+    async fn submit_like(&mut self, spec: &JobSpec, count: u64) -> Vec<JobId> {
         let mut jobs = Vec::new();
         for _ in 0..count {
             self.next += 1;
-            let experiment = experiment.map(|name| Experiment::parse(name).unwrap());
-            let spec = JobSpec { experiment, ..spec(model) };
+            let spec = spec.clone();
             jobs.push(NewJob { id: JobId::new(now(), self.lane, self.next << 32), spec });
         }
-        self.queue.enqueue(&spec(model).model.lane(), &jobs).await.unwrap();
+        self.queue.enqueue(&spec.model.lane(), &jobs).await.unwrap();
         jobs.into_iter().map(|job| job.id).collect()
     }
 
@@ -332,6 +343,26 @@ async fn tokens_are_charged_as_estimated_then_as_used_and_a_large_job_goes_when_
     // It owes half of its estimate, at half of its estimate a minute, and then the bucket must be half full again.
     let wait = at.ms_since(now());
     assert!((70_000..=90_000).contains(&wait), "{wait}");
+}
+
+#[tokio::test]
+async fn smaller_jobs_do_not_keep_a_bucket_empty_for_which_a_larger_one_waits() {
+    for of in [A, ""] {
+        let mut bench = Bench::new().await;
+        // A token flows in every millisecond.
+        let tokens = Limit { tokens: Some(60_000), ..limit(of) };
+        bench.beat("w", 0, &declare(&["k"], 1_000, vec![tokens])).await;
+        // It takes the whole bucket.
+        bench.submit_sized(1, "first", 59_990).await;
+        assert_eq!(bench.claim("w", 9, &["k"]).await.len(), 1);
+        bench.submit_sized(100, "small", 50).await;
+        let large = bench.submit_sized(1, "large", 1_500).await[0];
+        let mut before = 0;
+        while bench.claim_soon("w", &["k"]).await.id != large {
+            before += 1;
+        }
+        assert!(before <= 5, "{before} small jobs passed it by");
+    }
 }
 
 #[tokio::test]

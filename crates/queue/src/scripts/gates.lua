@@ -5,7 +5,7 @@
 -- last; shrunk_at; growth_from, until when growth pauses; throttles, episodes without an answer between; blocked_until;
 -- errors in a row; open_until and openings of the circuit breaker; opened_at; probe, the job that tries whether the
 -- provider is back; requests and tokens, buckets of limit and rate per ms as the provider told, level, and at, the time
--- of that level. What is configured has: requests and tokens per minute, concurrency.
+-- of that level; saved, the job for which tokens are saved up, with its size and until when at most. What is configured has: requests and tokens per minute, concurrency.
 local MINUTE_MS = 60000
 -- A throttled window keeps so much of itself.
 local SHRINK = 0.7
@@ -18,6 +18,8 @@ local AGAIN_MS, AGAIN_MS_MAX = 50, 1000
 local ERRORS_MAX, OPEN_MS, OPEN_MS_MAX = 5, 2000, 300000
 -- When a probe takes longer, another is made.
 local PROBE_MS = 30000
+-- A job for which tokens were saved up may be gone: so long after its time others go in its place.
+local SAVED_MS = 1000
 
 local function doubled(first, times, longest)
   return math.min(longest, first * 2 ^ math.min(times, 16))
@@ -57,13 +59,33 @@ local function filled_at(bucket, per_minute, size, now)
   return missing <= 1e-6 and now or now + math.ceil(missing / rate)
 end
 
+-- When there are tokens for a job. Those that are saved up for another are not taken from it: smaller jobs would keep the
+-- bucket empty for which a larger one waits. Without `id`: for the next that goes, whoever it is.
+local function affords_at(gate, limits, tokens, now, id)
+  local saved = gate.saved
+  if not saved or not id or saved.id == id or now >= saved.ends then
+    return filled_at(gate.tokens, limits.tokens, tokens, now)
+  end
+  local _, rate = bounds(gate.tokens, limits.tokens)
+  return filled_at(gate.tokens, limits.tokens, saved.tokens, now) + math.ceil(tokens / rate)
+end
+
+-- From now on saves up tokens for a job that waits for them, unless that is done for another.
+local function save_up(gate, limits, tokens, now, id)
+  if gate.saved and gate.saved.id ~= id and now < gate.saved.ends then return false end
+  local at = filled_at(gate.tokens, limits.tokens, tokens, now)
+  if at <= now then return false end
+  gate.saved = { id = id, tokens = tokens, ends = at + SAVED_MS }
+  return true
+end
+
 -- The most calls at once.
 local function window(gate, limits)
   return math.min(gate.window or math.huge, limits.concurrency or math.huge)
 end
 
 -- When a job of so many tokens may go, math.huge for when a call ends; and what it waits for until then.
-local function opens(gate, limits, tokens, now)
+local function opens(gate, limits, tokens, now, id)
   local at, why = now, ''
   local function wait(until_ms, what)
     if until_ms and until_ms > at then at, why = until_ms, what end
@@ -71,7 +93,7 @@ local function opens(gate, limits, tokens, now)
   wait(gate.blocked_until, 'throttled')
   wait(gate.open_until, 'failing')
   wait(filled_at(gate.requests, limits.requests, 1, now), 'requests')
-  wait(filled_at(gate.tokens, limits.tokens, tokens, now), 'tokens')
+  wait(affords_at(gate, limits, tokens, now, id), 'tokens')
   if gate.in_flight >= window(gate, limits) then wait(math.huge, 'calls') end
   return at, why
 end
@@ -87,6 +109,7 @@ local function pass(gate, limits, tokens, now, id)
   gate.in_flight = gate.in_flight + 1
   pour(gate.requests, limits.requests, -1, now)
   pour(gate.tokens, limits.tokens, -tokens, now)
+  if gate.saved and gate.saved.id == id then gate.saved = nil end
   if gate.open_until then gate.open_until, gate.probe = now + PROBE_MS, id end
 end
 

@@ -61,28 +61,37 @@ local function wake_ended(now)
 end
 
 -- The key with which a job of so many tokens may go now, the one that has most room left; else nil, and when one has
--- room and what it waits for. `mine` are the keys that count. The last is true when only another key has room.
-local function choose(model, tokens, now, mine)
-  local best, most, earliest, why, elsewhere = nil, -math.huge, math.huge, '', false
+-- room and what it waits for. `mine` are the keys that count. Then true when only another key has room, and which key
+-- has room first.
+local function choose(model, tokens, now, mine, id)
+  local best, most, earliest, why, elsewhere, first = nil, -math.huge, math.huge, '', false, nil
   for _, name in ipairs(lane.keys) do
     local gate, limits = gate_of(name, model)
-    local at, what = opens(gate, limits, tokens, now)
+    local at, what = opens(gate, limits, tokens, now, id)
     local left = room(gate, limits, tokens, now)
     if limits_of[''] then
       local all, all_limits = gate_of(name, '')
-      local all_at, all_what = opens(all, all_limits, tokens, now)
+      local all_at, all_what = opens(all, all_limits, tokens, now, id)
       if all_at > at then at, what = all_at, all_what end
       left = math.min(left, room(all, all_limits, tokens, now))
     end
     if at > now then
-      if at < earliest or why == '' then earliest, why = at, what end
+      if at < earliest or why == '' then earliest, why, first = at, what, name end
     elseif mine and not mine[name] then
       elsewhere = true
     elseif left > most then
       best, most = name, left
     end
   end
-  return best, earliest, why, elsewhere
+  return best, earliest, why, elsewhere, first
+end
+
+-- Saves up tokens for the next job of a leaf with the key that has room for it first.
+local function save(model, tokens, now, id, name)
+  for _, of in ipairs(limits_of[''] and { model, '' } or { model }) do
+    local gate, limits = gate_of(name, of)
+    if save_up(gate, limits, tokens, now, id) then change(name, of, now) end
+  end
 end
 
 local permits = {}
@@ -104,8 +113,8 @@ end
 
 -- Lets a call through with a key that has room, whose id is `id`. Returns its permit; else nil, and as `choose` does.
 local function grant(id, model, tokens, now, mine)
-  local name, at, why, elsewhere = choose(model, tokens, now, mine)
-  if not name then return nil, at, why, elsewhere end
+  local name, at, why, elsewhere, first = choose(model, tokens, now, mine, id)
+  if not name then return nil, at, why, elsewhere, first end
   local gate, limits = gate_of(name, model)
   pass(gate, limits, tokens, now, id)
   change(name, model, now)
@@ -139,7 +148,7 @@ function permits.pop(leaf, now, mine)
   if not head[1] then return head end
   local id, tokens = job_of(head[1])
   local model = model_of(leaf)
-  local permit, at, why, elsewhere = grant(id, model, tokens, now, mine)
+  local permit, at, why, elsewhere, first = grant(id, model, tokens, now, mine)
   if not permit and not elsewhere and covered[why] and covered[why][model] then
     if mine and not mine[SPARED] then elsewhere = true else permit = SPARED end
   end
@@ -151,6 +160,7 @@ function permits.pop(leaf, now, mine)
   if elsewhere then
     passed_over[#passed_over + 1] = leaf.number
   else
+    if why == 'tokens' then save(model, tokens, now, id, first) end
     redis.call('ZADD', shut_key(model), now, leaf.number)
     redis.call('ZADD', key('shut'), 'LT', at == math.huge and now + WAKE_ANYHOW_MS or at, model)
   end
