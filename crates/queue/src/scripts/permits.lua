@@ -86,12 +86,17 @@ local function choose(model, tokens, now, mine, id)
   return best, earliest, why, elsewhere, first
 end
 
--- Saves up tokens for the next job of a leaf with the key that has room for it first.
+-- Saves up tokens for the next job of a leaf with the key that has room for it first. True when that is so.
 local function save(model, tokens, now, id, name)
+  local saves = false
   for _, of in ipairs(limits_of[''] and { model, '' } or { model }) do
     local gate, limits = gate_of(name, of)
-    if save_up(gate, limits, tokens, now, id) then change(name, of, now) end
+    if save_up(gate, limits, tokens, now, id) then
+      change(name, of, now)
+      saves = true
+    end
   end
+  return saves
 end
 
 local permits = {}
@@ -160,8 +165,9 @@ function permits.pop(leaf, now, mine)
   if elsewhere then
     passed_over[#passed_over + 1] = leaf.number
   else
-    if why == 'tokens' then save(model, tokens, now, id, first) end
-    redis.call('ZADD', shut_key(model), now, leaf.number)
+    -- Of those that are set aside, the one for which tokens are saved up is tried again first.
+    local saves = why == 'tokens' and save(model, tokens, now, id, first)
+    redis.call('ZADD', shut_key(model), saves and 0 or now, leaf.number)
     redis.call('ZADD', key('shut'), 'LT', at == math.huge and now + WAKE_ANYHOW_MS or at, model)
   end
   return {}
