@@ -17,7 +17,6 @@ use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::cuda_backend::cudarc;
 use cudarc::cublaslt::result as lt;
 use cudarc::cublaslt::sys::{self as lt_sys, cublasLtMatmulDescAttributes_t as Desc};
 use cudarc::driver::{
