@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The compiler and the run-time's static part. Version 13.0, since a driver refuses the PTX of later ones.
+/// The compiler with its headers. Version 13.0, since a driver refuses the PTX of later ones.
 const WHEELS: &[&str] = &[
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-nvvm==13.0.88",
@@ -23,9 +23,7 @@ const WHEELS: &[&str] = &[
 /// The libraries that cudarc links by name: its module, and the name that the loader looks for.
 const LIBRARIES: &[(&str, &str, &str)] = &[
     ("cuda", "driver", "libcuda.so.1"),
-    ("cublas", "cublas", "libcublas.so.13"),
     ("cublasLt", "cublaslt", "libcublasLt.so.13"),
-    ("curand", "curand", "libcurand.so.10"),
     ("nvrtc", "nvrtc", "libnvrtc.so.13"),
 ];
 
@@ -73,7 +71,7 @@ pub(crate) fn gpu(name: &str, capability: &str, pack: Option<&Path>) -> anyhow::
 
 /// Finds the libraries of PyTorch's wheels and runs what lies beside it.
 const SCRIPT: &str = r#"#!/usr/bin/env bash
-# Needs an NVIDIA driver of CUDA 13, and cuBLAS and cuRAND of CUDA 13, such as PyTorch's wheels bring.
+# Needs an NVIDIA driver of CUDA 13, and cuBLASLt of CUDA 13, such as PyTorch's wheels bring.
 set -euo pipefail
 cd "$(dirname "$0")"
 purelib=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' || true)
@@ -81,7 +79,7 @@ export LD_LIBRARY_PATH="$purelib/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_
 exec ./PROGRAM fixtures "$@"
 "#;
 
-/// Where the loader looks for cuBLAS: among PyTorch's wheels first.
+/// Where the loader looks for cuBLASLt: among PyTorch's wheels first.
 fn libraries() -> std::ffi::OsString {
     let purelib = Command::new("python3")
         .args(["-c", "import sysconfig; print(sysconfig.get_paths()['purelib'], end='')"])
@@ -126,8 +124,6 @@ impl Toolchain {
         let mut pip = Command::new("python3");
         pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]);
         run(pip.arg(&wheels).args(WHEELS))?;
-        let static_runtime = found.home.join("lib/libcudart_static.a");
-        fs::copy(static_runtime, found.link.join("libcudart.a")).context("the wheels have no static run-time")?;
         let cudarc = cudarc_source()?;
         for (library, module, soname) in LIBRARIES {
             let bindings = cudarc.join("src").join(module).join("sys/mod.rs");
@@ -144,7 +140,6 @@ impl Toolchain {
             ("CUDA_HOME", self.home.display().to_string()),
             ("PATH", format!("{}:{}", self.home.join("bin").display(), path.display())),
             ("CUDA_COMPUTE_CAP", capability.to_owned()),
-            ("CUDAFORGE_THREADS", "1".to_owned()),
             ("CUDARC_CUDA_VERSION", "13000".to_owned()),
             ("LIBRARY_PATH", self.link.display().to_string()),
         ])
