@@ -19,8 +19,8 @@ pub(crate) const REQUESTS: usize = 8;
 /// How long a request may take.
 const WITHIN: Duration = Duration::from_secs(120);
 
-/// Some share beginnings, so that blocks are shared; temperatures and lengths differ. Some need the host between two
-/// steps: penalties, ends held off, a form. Some end by a stop string, which the host finds when another step has begun.
+/// Some share beginnings, so that blocks are shared; temperatures and lengths differ. One needs the host between two steps: a
+/// form. Some are penalised or hold ends off, and some end by a stop string, which the host finds when another step has begun.
 pub(crate) fn request(index: usize) -> Request {
     let beginning = ["Money: $0.16 per hour, 75% of the budget is spent.", "def add(a, b): return a + b"][index % 2];
     let text = beginning.chars().cycle().take(9 + index * 23 % 90).collect();
