@@ -24,6 +24,9 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 /// The longest answer that is read, in bytes: far above what the largest models write.
 const ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
 
+/// The most bytes of a stream, of which little is kept: some providers send hundreds with each token.
+const STREAM_BYTES_MAX: usize = 512 * 1024 * 1024;
+
 /// The most that is read of a refusal, in bytes.
 const REFUSAL_BYTES_MAX: usize = 64 * 1024;
 
@@ -101,13 +104,26 @@ impl Call<'_> {
         }
         let kind = response.headers().get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
         let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim().to_owned();
-        let mut body = Body { response, first_byte, limits: self.limits, read: 0 };
-        let ended = match kind.as_str() {
-            "text/html" => Ended::Broken(self.fault(Kind::Transient, "answered with a web page")),
-            "application/json" => self.read_whole(&mut body, collected).await,
+        if kind == "text/html" {
+            return Ended::Broken(self.fault(Kind::Transient, "answered with a web page"));
+        }
+        let mut body = Body::new(response, first_byte, self.limits);
+        let begins = match body.peek().await {
+            Ok(begins) => begins,
+            Err(came) => return self.gone_wrong(came, collected),
+        };
+        // What an answer is, it says by how it begins: not all servers name it rightly, and it is paid for.
+        let streams = match begins {
+            Some(b'{' | b'[') if !self.dialect.streams_json() => false,
+            Some(b'a'..=b'z' | b':') => true,
             // A server that does not say what it sends sends what was asked for.
-            _ if streaming == Streaming::On => self.read_stream(&mut body, collected).await,
-            _ => self.read_whole(&mut body, collected).await,
+            _ => kind != "application/json" && streaming == Streaming::On,
+        };
+        let ended = if streams {
+            body.bytes_max = STREAM_BYTES_MAX;
+            self.read_stream(&mut body, collected).await
+        } else {
+            self.read_whole(&mut body, collected).await
         };
         if matches!(ended, Ended::Answered) {
             body.response.drain();
@@ -192,7 +208,7 @@ impl Call<'_> {
         if !response.status().is_success() {
             return Err(self.refused(response).await.into_broken());
         }
-        let mut body = Body { response, first_byte, limits: self.limits, read: 0 };
+        let mut body = Body::new(response, first_byte, self.limits);
         body.rest().await.map_err(|came| self.gone_wrong(came, collected))
     }
 
@@ -340,16 +356,24 @@ pub(crate) async fn refusal(
     let error = dialect.decode_error(&body);
     let asked_ms = asked_ms(response.headers(), &error, UnixMs(now_unix_ms()));
     let mut fault = told(endpoint, response.status().as_u16(), error, said);
-    if !may_try_again(response.headers()) && fault.kind.policy().class.is_retried() {
-        fault.kind = Kind::Invalid;
-        fault.message.push_str("; it asks not to be called again (x-should-retry: false)");
+    let is_retried = fault.kind.policy().class.is_retried();
+    match may_try_again(response.headers()) {
+        Some(false) if is_retried => {
+            fault.kind = Kind::Invalid;
+            fault.message.push_str("; it asks not to be called again (x-should-retry: false)");
+        }
+        Some(true) if !is_retried => {
+            fault.kind = Kind::Transient;
+            fault.message.push_str("; it asks to be called again (x-should-retry: true)");
+        }
+        _ => {}
     }
     fault.asked_ms(asked_ms)
 }
 
-/// Whether a provider does not rule out another try.
-fn may_try_again(headers: &HeaderMap) -> bool {
-    headers.get("x-should-retry").is_none_or(|value| !value.as_bytes().eq_ignore_ascii_case(b"false"))
+/// Whether a provider wants another try; `None` when it does not say.
+fn may_try_again(headers: &HeaderMap) -> Option<bool> {
+    headers.get("x-should-retry")?.to_str().ok()?.to_ascii_lowercase().parse().ok()
 }
 
 /// What came of waiting for bytes.
@@ -375,9 +399,31 @@ struct Body {
     limits: Limits,
     /// How many bytes have come.
     read: usize,
+    /// How many may come.
+    bytes_max: usize,
+    /// What has been looked at but not taken.
+    ahead: Option<bytes::Bytes>,
 }
 
 impl Body {
+    const fn new(response: Response, first_byte: Instant, limits: Limits) -> Self {
+        Self { response, first_byte, limits, read: 0, bytes_max: ANSWER_BYTES_MAX, ahead: None }
+    }
+
+    /// What it begins with, but for blanks and marks of byte order; `None` when that cannot be told from the first bytes.
+    async fn peek(&mut self) -> Result<Option<u8>, Came> {
+        match self.chunk(self.idle()).await {
+            Came::Bytes(bytes) => {
+                let begins =
+                    bytes.iter().copied().find(|byte| !byte.is_ascii_whitespace() && !b"\xef\xbb\xbf".contains(byte));
+                self.ahead = Some(bytes);
+                Ok(begins)
+            }
+            Came::End => Ok(None),
+            other => Err(other),
+        }
+    }
+
     /// All that is left.
     async fn rest(&mut self) -> Result<Vec<u8>, Came> {
         let mut rest = Vec::new();
@@ -397,11 +443,14 @@ impl Body {
 
     /// The next bytes, which are waited for as long as `patience`, or if they are the first as long as those may take.
     async fn chunk(&mut self, patience: Duration) -> Came {
+        if let Some(bytes) = self.ahead.take() {
+            return Came::Bytes(bytes);
+        }
         let first = self.read == 0;
         let patience = if first { self.first_byte.saturating_duration_since(Instant::now()) } else { patience };
         for _ in 0..LOOKS {
             match timeout(patience / LOOKS, self.response.chunk()).await {
-                Ok(Ok(Some(bytes))) if self.read + bytes.len() > ANSWER_BYTES_MAX => return Came::TooMuch,
+                Ok(Ok(Some(bytes))) if self.read + bytes.len() > self.bytes_max => return Came::TooMuch,
                 Ok(Ok(Some(bytes))) => {
                     self.read += bytes.len();
                     return Came::Bytes(bytes);

@@ -71,7 +71,9 @@ const EPOCH_MS_MIN: f64 = 100_000_000_000.0;
 #[must_use]
 pub fn asked_ms(headers: &HeaderMap, error: &ProviderError, now: UnixMs) -> Option<u64> {
     let named = || WAITS.iter().find_map(|(name, unit_s)| value_ms(text(headers, name)?, *unit_s, now));
-    named().or(error.retry_after_ms).or_else(|| said_ms(&error.message)).or_else(|| bucket_ms(headers, now))
+    let quoted = || bucket_ms(error.headers.as_deref()?, now);
+    let told = named().or(error.retry_after_ms).or_else(|| said_ms(&error.message));
+    told.or_else(|| bucket_ms(headers, now)).or_else(quoted)
 }
 
 /// The wait that a message tells, such as `Please try again in 1.5s` or `retry after 20 seconds`.
@@ -96,11 +98,30 @@ fn bucket_ms(headers: &HeaderMap, now: UnixMs) -> Option<u64> {
             Some((empty, value_ms(text(headers, &reset)?, 1.0, now)?))
         })
         .collect();
+    let buckets: Vec<(bool, u64)> = buckets.into_iter().chain(combined(headers)).collect();
     let until_full = |empty_only: bool| {
         let fits = |(empty, _): &&(bool, u64)| *empty || !empty_only;
         buckets.iter().filter(fits).map(|(_, wait_ms)| *wait_ms).max()
     };
     until_full(true).or_else(|| until_full(false))
+}
+
+/// The buckets of a header that has all of them: `"minute";r=0;t=2, "day";r=5;t=90` or, as it was in earlier drafts of the
+/// same (draft-ietf-httpapi-ratelimit-headers), `limit=5, remaining=0, reset=2`.
+fn combined(headers: &HeaderMap) -> Vec<(bool, u64)> {
+    let lines = headers.get_all("ratelimit").into_iter().filter_map(|value| value.to_str().ok());
+    let bucket = |item: &str, between: char| {
+        let value = |names: [&str; 2]| {
+            let parts = item.split(between).filter_map(|part| part.trim().split_once('='));
+            parts.filter(|(name, _)| names.contains(name)).find_map(|(_, value)| value.parse::<f64>().ok())
+        };
+        Some((value(["r", "remaining"]) == Some(0.0), whole_ms(value(["t", "reset"])?)?))
+    };
+    let of_line = |line: &str| match line.contains(';') {
+        true => line.split(',').filter_map(|item| bucket(item, ';')).collect::<Vec<_>>(),
+        false => bucket(line, ',').into_iter().collect(),
+    };
+    lines.flat_map(of_line).collect()
 }
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
@@ -205,6 +226,10 @@ mod tests {
         check(&[("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "784111775000")], Some(5_000));
         check(&[("ratelimit-remaining", "0"), ("ratelimit-reset", "45")], Some(45_000));
         check(&[("x-ratelimit-tokens-remaining", "0"), ("x-ratelimit-tokens-reset", "3")], Some(3_000));
+        check(&[("ratelimit", "\"default\";r=0;t=2")], Some(2_000));
+        check(&[("ratelimit", "\"minute\";r=0;t=7, \"day\";r=5;t=90")], Some(7_000));
+        check(&[("ratelimit", "limit=5, remaining=0, reset=2")], Some(2_000));
+        check(&[("ratelimit", "soon")], None);
     }
 
     #[test]
@@ -253,6 +278,11 @@ mod tests {
         };
         assert_eq!(asked_ms(&headers(&[("retry-after", "1")]), &error, NOW), Some(1_000));
         assert_eq!(asked_ms(&headers(&[("x-ratelimit-reset-tokens", "1s")]), &error, NOW), Some(5));
+        let error = ProviderError {
+            headers: Some(Box::new(headers(&[("x-ratelimit-reset", "3")]))),
+            ..ProviderError::default()
+        };
+        assert_eq!(asked_ms(&HeaderMap::new(), &error, NOW), Some(3_000));
     }
 
     proptest! {

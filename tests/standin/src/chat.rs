@@ -225,8 +225,8 @@ pub(crate) async fn answered(
         return ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], "<html><body>hello</body></html>")
             .into_response();
     }
-    let answer =
-        if request.streams() { reply.into_stream(entry, request.wants_usage()) } else { reply.into_whole(&entry) };
+    let streams = request.streams() && !reply.fault.whole;
+    let answer = if streams { reply.into_stream(entry, request.wants_usage()) } else { reply.into_whole(&entry) };
     with_headers(answer, limits)
 }
 

@@ -18,6 +18,7 @@
 //! | `!html` | a web page with status 200 |
 //! | `!split-utf8` | borders of network chunks fall inside characters and events |
 //! | `!comments` | comment lines between events |
+//! | `!whole` | answers whole also where a stream was asked for |
 //! | `!no-usage`, `!no-done` | leaves out the usage, the final `[DONE]` |
 //! | `!rate=STYLE:REQUESTS:TOKENS:WINDOW_MS` | keeps these limits for each key, and tells of them (see `limit`) |
 //! | `!keyless` | takes calls without a key |
@@ -196,6 +197,8 @@ pub struct Fault {
     pub no_usage: bool,
     /// No `[DONE]`.
     pub no_done: bool,
+    /// Answers whole also where a stream was asked for.
+    pub whole: bool,
     /// No key is needed.
     pub keyless: bool,
 }
@@ -321,6 +324,7 @@ impl Script {
             "comments" => fault.comments = true,
             "no-usage" => fault.no_usage = true,
             "no-done" => fault.no_done = true,
+            "whole" => fault.whole = true,
             "keyless" => fault.keyless = true,
             "times" => self.times = value.parse().ok(),
             "cost" => self.cost = Some(value.to_owned()),

@@ -1,6 +1,7 @@
 //! Errors as providers tell them, in any of the shapes that are found at large. Never here: what they mean (`classify`).
 
 use super::ProviderError;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
 /// An answer as JSON; `not` says what it is when it is none.
@@ -22,12 +23,15 @@ pub(super) fn of_value(value: &Value) -> ProviderError {
     let inner = ["error", "errors"].iter().find_map(|name| value.get(name)).filter(|inner| !inner.is_null());
     let inner = inner.map_or(value, |inner| inner.get(0).unwrap_or(inner));
     let code = ["code", "type", "error_type"].iter().find_map(|name| inner.get(name).filter(|code| !code.is_null()));
+    // Azure's, which says more than the code where there is one.
+    let code = code.or_else(|| inner["innererror"].get("code"));
     let message = inner.as_str().or_else(|| inner["message"].as_str()).or_else(|| value["message"].as_str());
     ProviderError {
         status: code.and_then(status_of),
         code: code.map(|code| code.as_str().map_or_else(|| code.to_string(), str::to_owned)).unwrap_or_default(),
         message: message.map_or_else(|| detail(value), str::to_owned),
         retry_after_ms: asked_ms(inner).or_else(|| asked_ms(value)),
+        headers: quoted(&inner["metadata"]["headers"]),
     }
 }
 
@@ -40,6 +44,15 @@ fn asked_ms(error: &Value) -> Option<u64> {
     let seconds = told.or_else(|| number("retry_after")).or_else(|| Some(number("retry_after_ms")? / 1_000.0))?;
     let wait = std::time::Duration::try_from_secs_f64(seconds).ok()?;
     u64::try_from(wait.as_micros().div_ceil(1_000)).ok()
+}
+
+/// Headers in an object.
+fn quoted(headers: &Value) -> Option<Box<HeaderMap>> {
+    let header = |(name, value): (&String, &Value)| {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        Some((HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_str(&value).ok()?))
+    };
+    Some(Box::new(headers.as_object()?.iter().filter_map(header).collect()))
 }
 
 /// A code that is an HTTP status.
@@ -77,6 +90,15 @@ mod tests {
 
     fn check(body: &str, retry_after_ms: Option<u64>) {
         assert_eq!(of_body(body.as_bytes()).retry_after_ms, retry_after_ms, "{body}");
+    }
+
+    #[test]
+    fn what_others_said_is_read_where_it_is_quoted() {
+        let openrouter = r#"{"error":{"code":429,"message":"no","metadata":{"headers":{"X-RateLimit-Remaining":"0","X-RateLimit-Reset":"1741305600000"}}}}"#;
+        let error = of_body(openrouter.as_bytes());
+        assert_eq!(error.headers.unwrap()["x-ratelimit-reset"], "1741305600000");
+        let azure = r#"{"error":{"message":"no","code":null,"innererror":{"code":"ResponsibleAIPolicyViolation"}}}"#;
+        assert_eq!(of_body(azure.as_bytes()).code, "ResponsibleAIPolicyViolation");
     }
 
     #[test]

@@ -30,6 +30,7 @@ use genmill_core::attempt::{FinishReason, TokenLogprob, Usage, UsageDetails};
 use genmill_core::controls::ToolCall;
 use genmill_core::job::JobSpec;
 use genmill_core::money::Picodollars;
+use http::HeaderMap;
 use serde_json::Value;
 
 pub(crate) use parameters::{FILLED_IN, NEVER_LEFT_OUT};
@@ -154,6 +155,8 @@ pub struct ProviderError {
     pub message: String,
     /// How long it asks to wait, where it tells so in the body.
     pub retry_after_ms: Option<u64>,
+    /// The headers that it quotes of another provider's refusal, as OpenRouter does.
+    pub headers: Option<Box<HeaderMap>>,
 }
 
 impl ProviderError {
@@ -262,6 +265,11 @@ pub trait Dialect: Sync {
     /// # Errors
     /// The error that it tells in place of an answer, or that it cannot be read.
     fn decode(&self, body: &[u8]) -> Result<Reply, ProviderError>;
+
+    /// Whether a stream begins as a whole answer does: with an object.
+    fn streams_json(&self) -> bool {
+        false
+    }
 
     /// Where to look again, when a whole answer only says that the real one will be there.
     fn pending(&self, _body: &[u8]) -> Option<Pending> {

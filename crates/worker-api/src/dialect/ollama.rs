@@ -41,6 +41,10 @@ impl Dialect for Ollama {
         Reply::of(Lines::default().take(body))
     }
 
+    fn streams_json(&self) -> bool {
+        true
+    }
+
     fn decoder(&self) -> Box<dyn StreamDecoder + Send> {
         Box::new(Lines::default())
     }

@@ -12,6 +12,7 @@ pub struct Trouble {
 
 /// What causes say that a person can do something about, in small letters.
 const ADVICE: &[(&[&str], &str)] = &[
+    (&["never called"], "check base_url"),
     (
         &["dns error", "failed to lookup address", "name or service not known", "no such host"],
         "its name has no address: check base_url, the network and its name server (DNS)",

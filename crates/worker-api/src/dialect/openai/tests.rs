@@ -64,7 +64,7 @@ fn text(text: &str) -> StreamEvent {
 }
 
 fn error(status: Option<u16>, code: &str, message: &str) -> ProviderError {
-    ProviderError { status, code: code.to_owned(), message: message.to_owned(), retry_after_ms: None }
+    ProviderError { status, code: code.to_owned(), message: message.to_owned(), ..ProviderError::default() }
 }
 
 pub(super) fn check(data: &str, expect: &[StreamEvent]) {
