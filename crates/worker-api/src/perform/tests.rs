@@ -462,10 +462,14 @@ fn a_job_is_tried_again_when_that_may_help_any_of_its_models() {
 
 /// What becomes of a job whose model is called once more after 50 ms, and the contents of the calls.
 async fn with_hedge(name: &str, prompt: &str, to: Option<&str>) -> (Performed, String, Vec<String>) {
+    hedged_after(50, name, prompt, to).await
+}
+
+async fn hedged_after(after_ms: u64, name: &str, prompt: &str, to: Option<&str>) -> (Performed, String, Vec<String>) {
     let standin = Standin::start(Options::default()).await.unwrap();
     let settings = format!("openai = {{ base_url = '{}', api_keys = ['sk-a', 'sk-b'] }}", standin.base_url());
     let model = format!("litellm_openai/{name}");
-    let hedge = config::Hedge { model: model.clone(), after_ms: 50, after: None, to: to.map(str::to_owned) };
+    let hedge = config::Hedge { model: model.clone(), after_ms, after: None, to: to.map(str::to_owned) };
     let performer = performer_of("gpt-4o-mini", &settings, LIMITS, |_| ());
     let performer = performer.with_hedges(Hedges::new(&[hedge]).unwrap());
     let (performed, reported) = perform(&performer, spec(&model, prompt), CancellationToken::new()).await;
@@ -515,18 +519,19 @@ async fn another_model_may_be_the_second_which_the_result_tells() {
 
 #[tokio::test]
 async fn what_answers_in_time_is_called_once_and_nothing_is_shown_twice() {
-    for (name, prompt, called) in [
-        ("x", "one two", 1),
+    // What is to be in time has so much of it that a busy machine does not matter.
+    for (after_ms, name, prompt, called) in [
+        (60_000, "x", "one two", 1),
         // It begins in time, and is slow then.
-        ("x", "!slow-stream=15 one two three four five six", 1),
+        (2_000, "x", "!slow-stream=450 one two three four five six", 1),
         // Both begin, and the first is heard.
-        ("x", "!first-byte=150 !slow-stream=5 one two three four", 2),
+        (50, "x", "!first-byte=150 !slow-stream=5 one two three four", 2),
         // A failure in time is a failure.
-        ("x!status=400", "one", 1),
+        (60_000, "x!status=400", "one", 1),
         // The first fails while the second is out.
-        ("x", "!sleep=150 !status=400 times=1 one", 2),
+        (50, "x", "!sleep=500 !status=400 times=1 one", 2),
     ] {
-        let (performed, reported, calls) = with_hedge(name, prompt, None).await;
+        let (performed, reported, calls) = hedged_after(after_ms, name, prompt, None).await;
         assert_eq!(calls.len(), called, "{name} {prompt}");
         match performed.outcome {
             Outcome::Generated(generation) => {
