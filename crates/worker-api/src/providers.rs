@@ -349,7 +349,7 @@ mod tests {
         let expect =
             Provider { keys: vec!["MINE_KEY".to_owned()], priced_as: Some("vertex_ai".to_owned()), ..known.clone() };
         assert_eq!((mine, mine.auth), (&expect, AuthKind::Key), "as the known row is changed");
-        for wrong in ["[mine]\nlike = 'nobody'", "[mine]\nlike = 'cohere_chat'", "[mine]\nlike = 1"] {
+        for wrong in ["[mine]\nlike = 'nobody'", "[mine]\nlike = 'aiohttp_openai'", "[mine]\nlike = 1"] {
             assert!(Table::with_own(wrong).unwrap_err().to_string().contains("like"), "{wrong}");
         }
     }
