@@ -126,7 +126,8 @@ impl Credentials {
             }
             Self::Google(_) | Self::Ibm { .. } => {
                 // In a box: it is rare, and every call that waits for its answer would keep room for it.
-                let token = Box::pin(http.tokens().get(provider, http, |now| self.token_request(now))).await?;
+                let token =
+                    Box::pin(http.tokens().get(provider, self.account(), http, |now| self.token_request(now))).await?;
                 let quota = self.quota_project().map(|project| ("x-goog-user-project", project.to_owned()));
                 std::iter::once(("authorization", format!("Bearer {}", token.reveal()))).chain(quota).collect()
             }

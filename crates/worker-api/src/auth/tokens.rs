@@ -69,7 +69,8 @@ struct Token {
 /// The tokens of all providers.
 #[derive(Debug)]
 pub struct Tokens {
-    kept: Mutex<HashMap<String, Token>>,
+    /// By provider and account.
+    kept: Mutex<HashMap<(String, String), Token>>,
     /// One asks at a time; the others then find what it got.
     asking: Semaphore,
 }
@@ -81,37 +82,39 @@ impl Default for Tokens {
 }
 
 impl Tokens {
-    fn kept(&self) -> MutexGuard<'_, HashMap<String, Token>> {
+    fn kept(&self) -> MutexGuard<'_, HashMap<(String, String), Token>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn good(&self, provider: &str, now: UnixMs) -> Option<Secret> {
+    fn good(&self, whose: &(String, String), now: UnixMs) -> Option<Secret> {
         let kept = self.kept();
-        kept.get(provider).filter(|token| token.ends > now.plus_ms(SPARE_MS)).map(|token| token.token.clone())
+        kept.get(whose).filter(|token| token.ends > now.plus_ms(SPARE_MS)).map(|token| token.token.clone())
     }
 
-    /// Forgets a provider's token, which it did not take.
-    pub fn forget(&self, provider: &str) {
-        self.kept().remove(provider);
+    /// Forgets a token that a provider did not take: another one that was got meanwhile stays.
+    pub(crate) fn forget(&self, refused: &Secret) {
+        self.kept().retain(|_, kept| kept.token.reveal() != refused.reveal());
     }
 
-    /// A token for calls of `provider`: the one that is kept, else a new one.
+    /// A token for calls of `provider` by an account: the one that is kept, else a new one.
     ///
     /// # Errors
     /// What went wrong where tokens come from.
     pub async fn get(
         &self,
         provider: &str,
+        account: &str,
         http: &Http,
         request: impl FnOnce(UnixMs) -> Option<TokenRequest>,
     ) -> Result<Secret, Fault> {
-        if let Some(token) = self.good(provider, UnixMs(now_unix_ms())) {
+        let whose = (provider.to_owned(), account.to_owned());
+        if let Some(token) = self.good(&whose, UnixMs(now_unix_ms())) {
             return Ok(token);
         }
         // It is never closed.
         let _asking = self.asking.acquire().await.ok();
         let now = UnixMs(now_unix_ms());
-        if let Some(token) = self.good(provider, now) {
+        if let Some(token) = self.good(&whose, now) {
             return Ok(token);
         }
         let Some(request) = request(now) else {
@@ -122,7 +125,7 @@ impl Tokens {
         let reply = timeout(PATIENCE, asked).await.map_err(|_| late())??;
         let token = Secret::new(reply.access_token);
         let ends = now.plus_ms(reply.expires_in.saturating_mul(1_000));
-        self.kept().insert(provider.to_owned(), Token { token: token.clone(), ends });
+        self.kept().insert(whose, Token { token: token.clone(), ends });
         Ok(token)
     }
 }

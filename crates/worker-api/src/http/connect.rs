@@ -25,12 +25,17 @@ use url::Url;
 /// How long a connection is silent before it is asked whether its other end is still there.
 const PROBE_AFTER: Duration = Duration::from_secs(15);
 
+/// So many questions without an answer end it.
+const PROBES: u32 = 3;
+
 /// Makes connections.
 #[derive(Debug)]
 pub(super) struct Connector {
     tcp: HttpConnector<Guarded>,
     /// For providers.
     tls: Arc<ClientConfig>,
+    /// For providers, of whom no HTTP/2 is wanted.
+    http1_tls: Arc<ClientConfig>,
     /// For proxies, which are spoken to in HTTP/1.1.
     proxy_tls: Arc<ClientConfig>,
     proxies: Matcher,
@@ -64,21 +69,26 @@ impl Connector {
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(settings.connect_timeout));
         tcp.set_keepalive(Some(PROBE_AFTER));
+        tcp.set_keepalive_interval(Some(PROBE_AFTER));
+        tcp.set_keepalive_retries(Some(PROBES));
         let mut tls = trust(settings.ca_file.as_deref())?.with_no_client_auth();
         let proxy_tls = Arc::new(tls.clone());
-        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Self { tcp, tls: Arc::new(tls), proxy_tls, proxies, timeout: settings.connect_timeout })
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let http1_tls = Arc::new(tls.clone());
+        tls.alpn_protocols.insert(0, b"h2".to_vec());
+        Ok(Self { tcp, tls: Arc::new(tls), http1_tls, proxy_tls, proxies, timeout: settings.connect_timeout })
     }
 
-    /// Connects to where `url` leads.
-    pub(super) async fn connect(&self, url: &Url, tasks: &Tasks) -> Result<New, Lost> {
+    /// Connects to where `url` leads; `alone`: to speak HTTP/1.1 there.
+    pub(super) async fn connect(&self, url: &Url, alone: bool, tasks: &Tasks) -> Result<New, Lost> {
+        let tls = if alone { &self.http1_tls } else { &self.tls };
         let lost = |error: Box<dyn Error + Send + Sync>| Lost::at(Stage::Connect, error);
         let uri: http::Uri = url.as_str().parse().map_err(|error| Lost::at(Stage::Request, error))?;
         // Servers on this machine, and those that tell it its own secrets, are never called through a proxy.
         let direct = is_loopback(url) || forbidden_host(url).is_some();
         let proxy = if direct { None } else { self.proxies.intercept(&uri) };
         let Some(proxy) = proxy else {
-            return agreed(https(self.tcp.clone(), &self.tls, uri).await.map_err(lost)?, None, tasks).await;
+            return agreed(https(self.tcp.clone(), tls, uri).await.map_err(lost)?, None, tasks).await;
         };
         if !is_http(&proxy) {
             return Err(lost(ProxyError("it is none of HTTP".into()).into()));
@@ -91,7 +101,7 @@ impl Connector {
         }
         let tunnel = Tunnel::new(proxy.uri().clone(), to_proxy);
         let tunnel = authorization.into_iter().fold(tunnel, Tunnel::with_auth);
-        agreed(https(tunnel, &self.tls, uri).await.map_err(lost)?, None, tasks).await
+        agreed(https(tunnel, tls, uri).await.map_err(lost)?, None, tasks).await
     }
 }
 

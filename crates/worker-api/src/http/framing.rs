@@ -90,7 +90,8 @@ pub(super) fn head(bytes: &[u8]) -> Result<Option<(Option<Head>, usize)>, Malfor
     // A body that is told in two ways may be read in two ways.
     let told_twice = headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH);
     let open = if parsed.version == Some(1) { !said("close") } else { said("keep-alive") };
-    let keeps_open = open && !told_twice && framing != Framing::UntilClose;
+    let old = parsed.version != Some(1) && headers.contains_key(TRANSFER_ENCODING);
+    let keeps_open = open && !told_twice && !old && framing != Framing::UntilClose;
     Ok(Some((Some(Head { status, headers, framing, keeps_open }), used)))
 }
 
@@ -108,13 +109,16 @@ fn framing(status: StatusCode, headers: &HeaderMap) -> Result<Framing, Malformed
     if matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
         return Ok(Framing::Done);
     }
-    if headers.contains_key(TRANSFER_ENCODING) {
-        let last = words(headers, &TRANSFER_ENCODING).last().unwrap_or_default();
-        return match last.eq_ignore_ascii_case("chunked") {
-            true if words(headers, &TRANSFER_ENCODING).count() == 1 => Ok(Framing::Chunked(Chunk::Size(None), 0)),
-            true => Err(Malformed("it packs its answer in a way that nobody asked for")),
-            false => Ok(Framing::UntilClose),
-        };
+    let mut packed: Vec<&str> = words(headers, &TRANSFER_ENCODING).collect();
+    // Some say that they do nothing.
+    packed.retain(|word| !word.is_empty() && !word.eq_ignore_ascii_case("identity"));
+    match packed[..] {
+        [] => {}
+        [only] if only.eq_ignore_ascii_case("chunked") => return Ok(Framing::Chunked(Chunk::Size(None), 0)),
+        [.., last] if last.eq_ignore_ascii_case("chunked") => {
+            return Err(Malformed("it packs its answer in a way that nobody asked for"));
+        }
+        _ => return Ok(Framing::UntilClose),
     }
     if !headers.contains_key(CONTENT_LENGTH) {
         return Ok(Framing::UntilClose);
@@ -285,6 +289,8 @@ mod tests {
         check("transfer-encoding: Chunked\r\n", chunked, true);
         check("transfer-encoding: chunked\r\ncontent-length: 5\r\n", chunked, false);
         check("transfer-encoding: gzip\r\n", Framing::UntilClose, false);
+        check("transfer-encoding: identity\r\ncontent-length: 5\r\n", Framing::Length(5), false);
+        check("transfer-encoding: chunked,\r\n", chunked, true);
         check("", Framing::UntilClose, false);
         for bad in
             ["content-length: -1\r\n", "content-length: +1\r\n", "content-length: 1, 2\r\n", "content-length: \r\n"]

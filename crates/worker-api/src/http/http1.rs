@@ -10,15 +10,16 @@ use super::message::{self, Gate, Lost, Parts, Request, Response, Shut};
 use super::pool::Home;
 use bytes::buf::Chain;
 use bytes::{Buf, Bytes};
-use http::header::{CONTENT_LENGTH, HOST, HeaderValue, PROXY_AUTHORIZATION};
+use http::header::{CONTENT_LENGTH, HOST, HeaderName, HeaderValue, PROXY_AUTHORIZATION, TRANSFER_ENCODING};
 use http::{HeaderMap, Method};
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::coop::unconstrained;
 use tokio::time::timeout;
 use tokio_util::io::poll_write_buf;
 use url::{Position, Url};
@@ -32,6 +33,9 @@ const TOGETHER_BYTES: usize = 16 * 1024;
 /// The longest head of an answer, in bytes.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 
+/// The headers that are written by what is sent, whatever else says.
+const OWN: [HeaderName; 3] = [HOST, CONTENT_LENGTH, TRANSFER_ENCODING];
+
 /// How long the end of a body is waited for of which nothing more is wanted.
 const DRAIN: Duration = Duration::from_secs(1);
 
@@ -44,11 +48,13 @@ struct Unsent {
     bytes: Chain<Bytes, Bytes>,
     /// The last of it, if it is not to leave without being asked about.
     last: Option<(Bytes, Gate)>,
+    /// Why no more of it can be sent.
+    broken: Option<io::Error>,
 }
 
 impl Unsent {
     fn is_all_sent(&self) -> bool {
-        self.last.is_none() && !self.bytes.has_remaining()
+        self.broken.is_none() && self.last.is_none() && !self.bytes.has_remaining()
     }
 }
 
@@ -77,8 +83,9 @@ impl Connection {
 
     /// Whether the other end has kept it open, and silent, while nothing was asked.
     pub(super) fn is_open(&mut self) -> bool {
-        let mut cx = Context::from_waker(Waker::noop());
-        receive(&mut self.wire, &mut cx, |_| ()).is_pending()
+        // Without tokio's budget: once that is spent, it calls everything pending, also what was closed.
+        let asked = pin!(unconstrained(poll_fn(|cx| receive(&mut self.wire, cx, |_| ()))));
+        asked.poll(&mut Context::from_waker(Waker::noop())).is_pending()
     }
 
     /// Sends a request and waits for the head of its answer. Once the body has been read, the connection goes `home`.
@@ -110,7 +117,9 @@ impl Connection {
             own.insert(CONTENT_LENGTH, HeaderValue::from(length));
         }
         own.extend(self.via.clone().flatten().map(|proof| (PROXY_AUTHORIZATION, proof)));
-        for (name, value) in own.iter().chain(headers) {
+        // What a row may say of these is for proxies and servers to mistake.
+        let others = headers.iter().filter(|(name, _)| !OWN.contains(name));
+        for (name, value) in own.iter().chain(others) {
             out.extend_from_slice(name.as_str().as_bytes());
             out.extend_from_slice(b": ");
             out.extend_from_slice(value.as_bytes());
@@ -121,7 +130,7 @@ impl Connection {
             out.extend_from_slice(&body);
             body = Bytes::new();
         }
-        Unsent { bytes: Bytes::from(out).chain(body), last }
+        Unsent { bytes: Bytes::from(out).chain(body), last, broken: None }
     }
 
     /// Writes what is `unsent` and reads at the same time, until the head of an answer is there; with it, what came
@@ -129,9 +138,8 @@ impl Connection {
     async fn head(&mut self, unsent: &mut Unsent) -> Result<(Head, Vec<u8>), Broken> {
         let mut received = Vec::new();
         let mut flushed = false;
-        let mut broken = None;
         poll_fn(|cx| {
-            while broken.is_none() && !flushed {
+            while unsent.broken.is_none() && !flushed {
                 let wire = Pin::new(&mut self.wire);
                 let written = if unsent.bytes.has_remaining() {
                     poll_write_buf(wire, cx, &mut unsent.bytes).map_ok(|_| false)
@@ -151,18 +159,18 @@ impl Connection {
                         unsent.bytes = last.chain(Bytes::new());
                     }
                     // Whoever closes while it is written to may have said why before.
-                    Poll::Ready(Err(error)) => broken = Some(error),
+                    Poll::Ready(Err(error)) => unsent.broken = Some(error),
                     Poll::Pending => break,
                 }
             }
             loop {
                 let count = match ready!(receive(&mut self.wire, cx, |bytes| take(&mut received, bytes))) {
                     Ok(count) => count,
-                    Err(error) => return Poll::Ready(Err(broken.take().unwrap_or(error).into())),
+                    Err(error) => return Poll::Ready(Err(unsent.broken.take().unwrap_or(error).into())),
                 };
                 if count == 0 {
                     let closed = || io::Error::new(io::ErrorKind::UnexpectedEof, CLOSED);
-                    return Poll::Ready(Err(broken.take().unwrap_or_else(closed).into()));
+                    return Poll::Ready(Err(unsent.broken.take().unwrap_or_else(closed).into()));
                 }
                 while let Some((found, used)) = head(&received)? {
                     let rest = received.split_off(used);
@@ -363,6 +371,9 @@ mod tests {
         let (_, written) = asked(get(), Some(Some(HeaderValue::from_static("Basic x"))), reply).await;
         assert!(written.starts_with("GET http://a.b:81/c%20d?e=f HTTP/1.1\r\nhost: a.b:81\r\n"), "{written}");
         assert!(written.contains("proxy-authorization: Basic x\r\n"), "{written}");
+        let odd = get().with("host", "x").unwrap().with("content-length", "7").unwrap();
+        let (_, written) = asked(odd, None, reply).await;
+        assert!(written.matches("host:").count() == 1 && !written.contains("content-length"), "{written}");
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! HTTP/2, by the crate h2: connections that many requests share. Never here: when another connection is opened (`pool`).
 
-use super::message::{self, Gate, Lost, Request, Response, Shut, Stage};
+use super::message::{self, Lost, Request, Response, Stage};
 use super::tasks::Tasks;
 use bytes::Bytes;
 use h2::client::{Builder, SendRequest};
@@ -17,6 +17,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
+use url::Position;
 
 /// The most requests that share a connection, also where the provider would take more: what is lost of one packet holds
 /// all of them up.
@@ -78,6 +79,8 @@ impl Connection {
                 polled
             });
             let ended = tokio::select! {
+                // First: after a stop of this process, what came meanwhile counts.
+                biased;
                 ended = served => ended.map_err(io::Error::other),
                 silent = silence(pings) => Err(silent),
             };
@@ -112,7 +115,10 @@ impl Connection {
             Err(Failed { lost: Lost::at(Stage::Connect, error), untouched: Some(request) })
         };
         let mut head = http::Request::new(());
-        *head.uri_mut() = request.url.as_str().parse().map_err(|error| Lost::at(Stage::Request, error))?;
+        // Who calls is told by headers: a name in the URL has no place here (RFC 9113, section 8.3.1).
+        let url = &request.url;
+        let bare = format!("{}://{}", url.scheme(), &url[Position::BeforeHost..Position::AfterQuery]);
+        *head.uri_mut() = bare.parse().map_err(|error| Lost::at(Stage::Request, error))?;
         *head.method_mut() = request.method.clone();
         *head.headers_mut() = request.headers.clone();
         if request.method == Method::POST {
@@ -125,6 +131,10 @@ impl Connection {
         };
         let (mut answer, mut stream) = match sender.send_request(head, request.body.is_empty()) {
             Ok(sent) => sent,
+            // No other connection takes what is no request.
+            Err(error) if !error.is_io() && !error.is_go_away() && !error.is_remote() => {
+                return Err(Lost::at(Stage::Request, error).into());
+            }
             Err(error) => return untouched(request, error),
         };
         // Else it would count as somebody who may still send.
@@ -133,13 +143,11 @@ impl Connection {
             biased;
             answered = &mut answer => answered,
             // Whoever answers before the whole body is there has seen enough of it.
-            sent = send(&mut stream, request.body.clone(), request.gate.as_ref()) => match sent {
-                Ok(()) => answer.await,
-                Err(Unfinished::Shut(shut)) => return Err(Lost::exchange(shut).into()),
-                // The answer tells more than that it was not wanted.
-                Err(Unfinished::Lost(error)) => answer.await.map_err(|_| error),
-            },
+            // Where that fails, the answer tells why.
+            _ = send(&mut stream, request.body.clone()) => answer.await,
         };
+        // What an answer came before needs no room any more.
+        stream.reserve_capacity(0);
         match answered {
             Ok(answer) => {
                 let (head, body) = answer.into_parts();
@@ -166,17 +174,8 @@ async fn silence(pings: Option<PingPong>) -> io::Error {
     }
 }
 
-/// Why a body was not sent to its end.
-#[derive(Debug, thiserror::Error)]
-enum Unfinished {
-    #[error(transparent)]
-    Lost(#[from] h2::Error),
-    #[error(transparent)]
-    Shut(#[from] Shut),
-}
-
-/// Sends a body as fast as it is taken, its last byte through the gate.
-async fn send(stream: &mut SendStream<Bytes>, mut body: Bytes, gate: Option<&Gate>) -> Result<(), Unfinished> {
+/// Sends a body as fast as it is taken.
+async fn send(stream: &mut SendStream<Bytes>, mut body: Bytes) -> Result<(), h2::Error> {
     while !body.is_empty() {
         stream.reserve_capacity(body.len());
         let mut room = stream.capacity();
@@ -187,11 +186,7 @@ async fn send(stream: &mut SendStream<Bytes>, mut body: Bytes, gate: Option<&Gat
             };
             room = more?;
         }
-        let ungated = if gate.is_some() && body.len() > 1 { body.len() - 1 } else { body.len() };
-        let piece = body.split_to(room.min(ungated));
-        if body.is_empty() && gate.is_some_and(|gate| !gate.is_open()) {
-            return Err(Shut.into());
-        }
+        let piece = body.split_to(room.min(body.len()));
         stream.send_data(piece, body.is_empty())?;
     }
     Ok(())

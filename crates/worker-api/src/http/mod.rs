@@ -23,7 +23,9 @@ use crate::catalog::Endpoint;
 use crate::failure::{Fault, Kind};
 use connect::Connector;
 use genmill_daemon::config;
+use genmill_daemon::secret::Secret;
 use http::StatusCode;
+use http::header::AUTHORIZATION;
 use pool::Pool;
 use std::error::Error;
 use std::path::PathBuf;
@@ -107,27 +109,29 @@ impl Http {
 
     /// Sends a request to a provider, proven by its credentials. Redirections are answers like others: a key is meant for
     /// the configured host alone.
-    pub(crate) async fn send(&self, endpoint: &Endpoint, request: Request) -> Result<Response, Unsent> {
+    pub(crate) async fn send(&self, endpoint: &Endpoint, mut request: Request) -> Result<Response, Unsent> {
         // Whatever was put together, a key leaves for the host alone that it is bound to.
         if request.url.origin() != endpoint.base_url.origin() {
             return Err(Unsent::Fault(Fault::new(Kind::Invalid, &endpoint.name, "was to be called at another host")));
         }
         let spare = endpoint.credentials.are_exchanged().then(|| request.clone());
-        let response = self.prove_and_send(endpoint, request).await?;
+        self.prove(endpoint, &mut request).await?;
+        let token = spare.as_ref().and_then(|_| token_of(&request));
+        let response = self.send_unproven(request).await?;
         match spare {
             // A token may be taken back before its time: another one is asked for once.
-            Some(again) if response.status() == StatusCode::UNAUTHORIZED => {
-                self.tokens.forget(&endpoint.name);
-                self.prove_and_send(endpoint, again).await
+            Some(mut again) if response.status() == StatusCode::UNAUTHORIZED => {
+                token.iter().for_each(|token| self.tokens.forget(token));
+                self.prove(endpoint, &mut again).await?;
+                Ok(self.send_unproven(again).await?)
             }
             _ => Ok(response),
         }
     }
 
-    async fn prove_and_send(&self, endpoint: &Endpoint, mut request: Request) -> Result<Response, Unsent> {
-        let proven = endpoint.credentials.prove(&endpoint.name, endpoint.key_header(), &mut request, self);
-        proven.await.map_err(Unsent::Fault)?;
-        Ok(self.send_unproven(request).await?)
+    async fn prove(&self, endpoint: &Endpoint, request: &mut Request) -> Result<(), Unsent> {
+        let proven = endpoint.credentials.prove(&endpoint.name, endpoint.key_header(), request, self);
+        proven.await.map_err(Unsent::Fault)
     }
 
     /// Sends a request as it is.
@@ -140,6 +144,12 @@ impl Http {
     fn idle(&self, url: &str) -> usize {
         self.pool.idle(&Url::parse(url).unwrap())
     }
+}
+
+/// The token by which a request is proven.
+fn token_of(request: &Request) -> Option<Secret> {
+    let told = request.headers.get(AUTHORIZATION)?.to_str().ok()?;
+    told.strip_prefix("Bearer ").map(|token| Secret::new(token.to_owned()))
 }
 
 /// Whether a URL leads to this machine.

@@ -16,6 +16,9 @@ use url::Url;
 /// How long an unused connection is kept, which is less than most servers keep theirs.
 const IDLE: Duration = Duration::from_secs(50);
 
+/// Marks the connections of an origin over which no HTTP/2 is spoken.
+const ALONE: &str = " alone";
+
 /// How often unused connections are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 
@@ -86,10 +89,15 @@ impl Pool {
 
     /// Sends a request and waits for the head of its answer.
     pub(super) async fn send(self: &Arc<Self>, mut request: Request) -> Result<Response, Lost> {
-        let origin = request.url.origin().ascii_serialization();
+        // Of a request that may be called off it must be known when it leaves, which others on its connection would delay.
+        let alone = request.gate.is_some();
+        let mut origin = request.url.origin().ascii_serialization();
+        if alone {
+            origin.push_str(ALONE);
+        }
         let mut again = false;
         loop {
-            match self.connection(&origin, &request.url).await? {
+            match self.connection(&origin, &request.url, alone).await? {
                 New::Http1(connection) => {
                     let home = Home { pool: Arc::downgrade(self), origin };
                     return connection.exchange(request, home).await;
@@ -117,20 +125,16 @@ impl Pool {
         self.kept().origins.get_mut(origin)?.take()
     }
 
-    async fn connection(self: &Arc<Self>, origin: &str, url: &Url) -> Result<New, Lost> {
+    async fn connection(self: &Arc<Self>, origin: &str, url: &Url, alone: bool) -> Result<New, Lost> {
         if let Some(connection) = self.take(origin) {
             return Ok(connection);
         }
         // In a box: it is large, and gone before the answer is waited for.
-        let opened = Box::pin(timeout(self.connector.timeout, self.open(origin, url))).await;
-        opened.unwrap_or_else(|_| {
-            let what = format!("no connection within {} s", self.connector.timeout.as_secs_f64());
-            Err(Lost::at(Stage::Connect, io::Error::new(io::ErrorKind::TimedOut, what)))
-        })
+        Box::pin(self.open(origin, url, alone)).await
     }
 
     /// Opens a connection, or finds one that has been opened meanwhile.
-    async fn open(self: &Arc<Self>, origin: &str, url: &Url) -> Result<New, Lost> {
+    async fn open(self: &Arc<Self>, origin: &str, url: &Url, alone: bool) -> Result<New, Lost> {
         let opening = self.origin(origin, url, |origin| Arc::clone(&origin.opening));
         let permit: Option<SemaphorePermit<'_>> = opening.acquire().await.ok();
         if permit.is_some()
@@ -138,7 +142,11 @@ impl Pool {
         {
             return Ok(connection);
         }
-        let new = self.connector.connect(url, &self.tasks).await?;
+        let connected = timeout(self.connector.timeout, self.connector.connect(url, alone, &self.tasks)).await;
+        let new = connected.unwrap_or_else(|_| {
+            let what = format!("no connection within {} s", self.connector.timeout.as_secs_f64());
+            Err(Lost::at(Stage::Connect, io::Error::new(io::ErrorKind::TimedOut, what)))
+        })?;
         match &new {
             New::Http1(_) => opening.close(),
             New::Http2(connection) => {

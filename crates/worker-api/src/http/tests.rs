@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
 
 /// Does something beside the test.
 #[expect(clippy::disallowed_methods, reason = "what a test begins ends with its runtime")]
@@ -27,6 +28,10 @@ struct Server {
     url: String,
     certificate: NamedTempFile,
     connections: Arc<AtomicUsize>,
+    /// Those of them that it has open.
+    open: Arc<AtomicUsize>,
+    /// Ends it.
+    close: CancellationToken,
 }
 
 /// Says how many requests its connection has had before, once this one is whole and `together` are there.
@@ -56,13 +61,17 @@ impl Server {
         let url = format!("https://localhost:{}/v1", listener.local_addr().unwrap().port());
         let connections = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&connections);
+        let (open, close) = (Arc::new(AtomicUsize::new(0)), CancellationToken::new());
+        let (opened, ending) = (Arc::clone(&open), close.clone());
         let together = Arc::new(tokio::sync::Barrier::new(together));
         spawned(async move {
-            while let Ok((stream, _)) = listener.accept().await {
+            while let Some(Ok((stream, _))) = ending.run_until_cancelled(listener.accept()).await {
+                let (ending, opened) = (ending.clone(), Arc::clone(&opened));
                 let (tls, counted, together) = (tls.clone(), Arc::clone(&counted), Arc::clone(&together));
                 spawned(async move {
                     let Ok(stream) = tls.accept(stream).await else { return };
                     counted.fetch_add(1, Relaxed);
+                    opened.fetch_add(1, Relaxed);
                     let requests = AtomicUsize::new(0);
                     let service = service_fn(move |request: http::Request<Incoming>| {
                         serve(request, requests.fetch_add(1, Relaxed), Arc::clone(&together))
@@ -70,14 +79,17 @@ impl Server {
                     let stream = TokioIo::new(stream);
                     if protocol == "h2" {
                         let mut builder = http2::Builder::new(TokioExecutor::new());
-                        drop(builder.max_concurrent_streams(streams).serve_connection(stream, service).await);
+                        let serve = builder.max_concurrent_streams(streams).serve_connection(stream, service);
+                        drop(ending.run_until_cancelled(serve).await);
                     } else {
-                        drop(http1::Builder::new().serve_connection(stream, service).await);
+                        let serve = http1::Builder::new().serve_connection(stream, service);
+                        drop(ending.run_until_cancelled(serve).await);
                     }
+                    opened.fetch_sub(1, Relaxed);
                 });
             }
         });
-        Self { url, certificate, connections }
+        Self { url, certificate, connections, open, close }
     }
 
     fn http(&self) -> Http {
@@ -119,10 +131,11 @@ async fn requests_share_connections_where_the_provider_speaks_http2() {
 }
 
 #[tokio::test]
-async fn what_is_called_off_over_http2_does_not_arrive() {
-    let server = Server::start("h2", 1, 1).await;
+async fn what_may_be_called_off_has_a_connection_to_itself() {
+    let server = Server::start("http/1.1", 1, 0).await;
     let http = server.http();
-    for (may_leave, expect) in [(true, Some("0")), (false, None), (true, Some("2"))] {
+    assert_eq!(get(&http, &server.url).await.unwrap(), "0");
+    for (may_leave, expect) in [(true, Some("0")), (false, None), (true, Some("0"))] {
         let request = Request::post(&server.url, "12345").unwrap().gated(move || may_leave);
         let answered = async {
             let mut response = http.send_unproven(request).await?;
@@ -130,6 +143,7 @@ async fn what_is_called_off_over_http2_does_not_arrive() {
         };
         assert_eq!(answered.await.ok().as_deref(), expect.map(str::as_bytes), "{may_leave}");
     }
+    assert_eq!(get(&http, &server.url).await.unwrap(), "1");
 }
 
 #[tokio::test]
@@ -218,6 +232,24 @@ async fn a_connection_that_was_closed_while_nobody_used_it_is_not_used() {
     };
     assert_eq!(second, "2");
     assert_eq!(served.await.unwrap(), [1, 1]);
+}
+
+#[tokio::test]
+async fn however_many_connections_were_closed_a_new_one_is_made() {
+    let server = Server::start("http/1.1", 300, 0).await;
+    let http = server.http();
+    together(&http, &server.url, 300).await;
+    assert_eq!(http.idle(&server.url), 300);
+    let (plain, served) = scripted(vec![vec![ONE]]).await;
+    // All of them are gone before anybody looks.
+    server.close.cancel();
+    while server.open.load(Relaxed) > 0 {
+        tokio::task::yield_now().await;
+    }
+    let lost = get(&http, &server.url).await.unwrap_err();
+    assert_eq!((lost.stage, http.idle(&server.url)), (Stage::Connect, 0), "nobody listens any more");
+    assert_eq!(get(&http, &plain).await.unwrap(), "1");
+    assert_eq!(served.await.unwrap(), [1]);
 }
 
 #[tokio::test]
