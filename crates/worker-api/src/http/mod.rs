@@ -1,7 +1,7 @@
 //! How providers are reached: connections that are kept and shared, with TLS, through proxies, proven by credentials.
 //!
 //! HTTP/1.1 is spoken by code of our own, so that thousands of calls can wait for their answers at once
-//! (docs/decisions/0013); HTTP/2, TLS, names and proxies are hyper's and rustls's.
+//! (docs/decisions/0013); HTTP/2 is spoken by h2, TLS by rustls; names and proxies are hyper's.
 //!
 //! Never here: what is sent to providers, and what follows from what they answer.
 
